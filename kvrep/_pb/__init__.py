@@ -1,0 +1,1 @@
+"""Generated from protos/kvrep/_pb/*.proto by `make proto`; committed, never edited."""
