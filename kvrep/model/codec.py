@@ -1,0 +1,130 @@
+"""The byte form of records: what is logged, shipped, archived and replayed.
+
+A record is a frame of ten bytes and a body. The whole is a valid msgpack stream, so any msgpack tool
+can read a log region, and a segment is decoded by one C call::
+
+    0xce  running   u32 big-endian   CRC-32 of the body, seeded with the running checksum before it
+    0xce  length    u32 big-endian   bytes in the body
+    body  msgpack   [offset, epoch, time_us, kind, payload]
+
+The running checksum (as in etcd's write-ahead log) does two jobs in one pass: it proves the body whole,
+and it proves that the record follows the one before, because that one's checksum seeds it. The first
+record of a lineage is seeded with 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import Any
+from zlib import crc32
+
+import msgpack
+
+from kvrep.errors import ProtocolError
+from kvrep.model.position import EPOCH_MAX, OFFSET_MAX
+from kvrep.model.record import Record
+
+__all__ = ["CHECKSUM_CRC32", "FRAME_BYTES", "ChainBroken", "RecordEncoder", "decode", "walk"]
+
+CHECKSUM_CRC32 = 1
+"""The id of the checksum algorithm, kept in every log file and said in every join."""
+
+FRAME = struct.Struct(">BIBI")
+FRAME_BYTES = FRAME.size
+_U32 = 0xCE
+
+
+class ChainBroken(ProtocolError):
+    """A record is damaged, or does not follow the one before."""
+
+    _names = ("at", "offset")
+    at: int
+    offset: int
+
+
+class RecordEncoder:
+    """Encodes records one after another. Not thread-safe; one encoder belongs to one writer."""
+
+    __slots__ = ("_pack",)
+
+    def __init__(self) -> None:
+        self._pack = msgpack.Packer(autoreset=True, use_bin_type=True).pack
+
+    def encode(
+        self, offset: int, epoch: int, time_us: int, kind: int, payload: Any, running: int
+    ) -> tuple[bytes, int]:
+        """The frame and body of one record, and the running checksum through it."""
+        body = self._pack((offset, epoch, time_us, kind, payload))
+        running = crc32(body, running)
+        return FRAME.pack(_U32, running, _U32, len(body)) + body, running
+
+
+def walk(data: bytes | memoryview, running: int, start: int = 0) -> tuple[list[int], int, int]:
+    """Check the frames of ``data`` from ``start`` on, without decoding.
+
+    Returns (the byte position of each whole, joining record; the position behind the last of them;
+    the running checksum there). Stops at the first record that is cut off or does not join.
+    """
+    starts: list[int] = []
+    view = memoryview(data)
+    unpack, end, at = FRAME.unpack_from, len(view), start
+    while at + FRAME_BYTES <= end:
+        mark, check, mark2, length = unpack(view, at)
+        body = at + FRAME_BYTES
+        if mark != _U32 or mark2 != _U32 or body + length > end:
+            break
+        value = crc32(view[body : body + length], running)
+        if value != check:
+            break
+        starts.append(at)
+        running = value
+        at = body + length
+    return starts, at, running
+
+
+def decode(data: bytes | memoryview, first: int, running: int) -> tuple[list[Record], int]:
+    """Decode whole records that must start at offset ``first`` and join ``running``.
+
+    Returns the records and the running checksum through the last. Raises :class:`ChainBroken` when a
+    byte is wrong, a record is missing or cut off, or an offset or epoch is out of order.
+    """
+    starts, end, running_after = walk(data, running)
+    if end != len(data):
+        raise ChainBroken(
+            f"record {first + len(starts)} is damaged or does not follow the one before it",
+            at=end,
+            offset=first + len(starts),
+        )
+    records: list[Record] = []
+    epoch_before = 0
+    for offset, body in enumerate(_bodies(data), first):
+        try:
+            record = Record(*body)
+            ok = record.offset == offset and epoch_before <= record.epoch <= EPOCH_MAX
+        except TypeError:
+            ok = False
+        if not ok or offset > OFFSET_MAX:
+            raise ChainBroken(f"expected record {offset}, found {str(body)[:80]}", at=0, offset=offset)
+        epoch_before = record.epoch
+        records.append(record)
+    if len(records) != len(starts):
+        raise ChainBroken("the frames and the bodies disagree", at=0, offset=first + len(records))
+    return records, running_after
+
+
+def _bodies(data: bytes | memoryview) -> Iterable[Any]:
+    """Every third object of the msgpack stream: (running, length, body) repeat."""
+    size = len(data)
+    unpacker = msgpack.Unpacker(
+        max_buffer_size=size or 1,
+        raw=False,
+        strict_map_key=False,
+        max_str_len=min(size, 1 << 16),
+        max_ext_len=0,
+    )
+    unpacker.feed(data)
+    try:
+        return list(unpacker)[2::3]
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise ChainBroken(f"a record body is not msgpack: {error}", at=0, offset=0) from error

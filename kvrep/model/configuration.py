@@ -1,0 +1,149 @@
+"""The configuration: the record in the log that says who votes and what an acknowledgement needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from kvrep.errors import ProtocolError
+from kvrep.model.position import EPOCH_MEMBERS
+
+__all__ = ["Acks", "Configuration", "Voter"]
+
+Acks = int | Literal["majority", "all"]
+"""``0``: asynchronous; ``N``: N followers beside the primary; ``"majority"`` of the voters; ``"all"``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voter:
+    """A store whose acks and promises count. A witness keeps no data: only its promises count."""
+
+    store_id: bytes
+    name: str
+    member: int
+    """1..999, never used again for another store: it makes the voter's epochs its own."""
+    address: str = ""
+    priority: int = 0
+    witness: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """Immutable; every change is a new record in the log.
+
+    The numbers follow from it alone (d = data voters, v = all voters, W = copies a commit needs, the
+    primary's included):
+
+    ========== ================= =============================
+    acks       W                 fence F = d - W + 1
+    ========== ================= =============================
+    0          1                 d
+    N          min(N + 1, d)     d - W + 1
+    majority   v // 2 + 1 (<= d) d - W + 1
+    all        d                 1
+    ========== ================= =============================
+
+    Any F data voters meet every set of W that can have acknowledged a write, since F + W > d.
+    """
+
+    acks: Acks = 0
+    ack_timeout_s: float = 5.0
+    voters: tuple[Voter, ...] = ()
+    next_member: int = 1
+
+    def __post_init__(self) -> None:
+        check_acks(self.acks)
+        if not 0 < self.ack_timeout_s <= 86_400:
+            raise ValueError(f"ack_timeout_s must be above 0 and at most a day, not {self.ack_timeout_s!r}")
+        ids = [v.store_id for v in self.voters]
+        if len(set(ids)) != len(ids):
+            raise ValueError("a store is listed twice among the voters")
+        if any(not 0 < v.member < min(self.next_member, EPOCH_MEMBERS) for v in self.voters):
+            raise ValueError("a voter's member number is out of range")
+
+    @property
+    def data_voters(self) -> int:
+        return sum(not v.witness for v in self.voters)
+
+    @property
+    def copies_wanted(self) -> int:
+        """Copies a user's write needs, the primary's included; may exceed the voters there are."""
+        if self.acks == "majority":
+            return max(1, len(self.voters) // 2 + 1)
+        if self.acks == "all":
+            return max(1, self.data_voters)
+        assert isinstance(self.acks, int)
+        return self.acks + 1
+
+    @property
+    def copies(self) -> int:
+        """W: copies a record needs to be committed; never more than there are data voters."""
+        return max(1, min(self.copies_wanted, self.data_voters))
+
+    @property
+    def fence(self) -> int:
+        """F: data voters, itself included, that a promotion must fence."""
+        return max(1, self.data_voters - self.copies + 1)
+
+    @property
+    def synchronous(self) -> bool:
+        return self.acks != 0
+
+    def voter(self, store_id: bytes) -> Voter | None:
+        return next((v for v in self.voters if v.store_id == store_id), None)
+
+    def named(self, name: str) -> Voter | None:
+        return next((v for v in self.voters if v.name == name), None)
+
+    def with_voter(self, store_id: bytes, name: str, address: str = "") -> Configuration:
+        """This configuration and one more voter, with the next free member number.
+
+        ``ValueError`` when the name is another voter's or all member numbers are used up.
+        """
+        if self.named(name) is not None:
+            raise ValueError(f"there is a voter named {name!r} already")
+        if self.next_member >= EPOCH_MEMBERS:
+            raise ValueError(f"all {EPOCH_MEMBERS - 1} member numbers are used up")
+        voter = Voter(store_id=store_id, name=name, member=self.next_member, address=address)
+        return replace(self, voters=(*self.voters, voter), next_member=self.next_member + 1)
+
+    def without_voter(self, store_id: bytes) -> Configuration:
+        return replace(self, voters=tuple(v for v in self.voters if v.store_id != store_id))
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "acks": self.acks,
+            "ack_timeout_ms": round(self.ack_timeout_s * 1000),
+            "next_member": self.next_member,
+            "voters": [
+                [v.store_id, v.name, v.member, v.address, v.priority, v.witness] for v in self.voters
+            ],
+        }
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Configuration:
+        """Read :meth:`to_wire`; :class:`ProtocolError` when it is something else."""
+        try:
+            voters = tuple(
+                Voter(
+                    store_id=bytes(i), name=str(n), member=int(m), address=str(a), priority=int(p), witness=bool(w)
+                )
+                for i, n, m, a, p, w in data["voters"]
+            )
+            return cls(
+                acks=data["acks"],
+                ack_timeout_s=data["ack_timeout_ms"] / 1000,
+                voters=voters,
+                next_member=data["next_member"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a configuration: {error}") from error
+
+
+def check_acks(acks: object) -> None:
+    """``ValueError`` unless ``acks`` is a count of followers, ``"majority"`` or ``"all"``."""
+    if acks in ("majority", "all"):
+        return
+    if isinstance(acks, bool) or not isinstance(acks, int) or not 0 <= acks < EPOCH_MEMBERS:
+        raise ValueError(f'acks must be 0, a number of followers, "majority" or "all", not {acks!r}')

@@ -1,0 +1,67 @@
+"""What the log is made of: records, their kinds and their operations."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from kvrep.model.position import Position
+
+__all__ = ["DEFAULT_KEYSPACE", "Kind", "Op", "Record", "write_payload"]
+
+DEFAULT_KEYSPACE = "default"
+
+Op = tuple[str, bytes, bytes | None]
+"""One operation: (keyspace, key, value); a value of ``None`` deletes the key."""
+
+
+class Kind(IntEnum):
+    """What a record does. A follower stops at a kind it does not know (``UpgradeRequired``)."""
+
+    WRITE = 0
+    """Puts and deletes; payload ``[keyspace, [key, value, key, value, …], keyspace, […], …]``."""
+    EPOCH = 1
+    """The first record of an epoch; payload ``{lineage, branch, configuration, …}``."""
+    CONFIGURATION = 2
+    """A new configuration; payload as ``Configuration.to_wire()``."""
+    DIGEST = 3
+    """All nodes cut a flush here; payload ``[offset of the previous mark, {keyspace: digest there}]``."""
+
+
+class Record(NamedTuple):
+    """One decoded record. ``time_us`` is the primary's wall clock when it was logged, never used to order."""
+
+    offset: int
+    epoch: int
+    time_us: int
+    kind: int
+    payload: Any
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.offset)
+
+    def ops(self) -> list[Op]:
+        """The operations of a write, in order; empty for other kinds."""
+        if self.kind != Kind.WRITE:
+            return []
+        ops: list[Op] = []
+        names = iter(self.payload)
+        for name in names:
+            flat = iter(next(names))
+            ops.extend((name, key, value) for key, value in zip(flat, flat, strict=True))
+        return ops
+
+
+def write_payload(ops: list[Op]) -> list[Any]:
+    """The payload of a write record: consecutive operations of one keyspace are joined."""
+    payload: list[Any] = []
+    current: str | None = None
+    flat: list[bytes | None] = []
+    for name, key, value in ops:
+        if name != current:
+            flat = []
+            payload += (name, flat)
+            current = name
+        flat += (key, value)
+    return payload
