@@ -12,7 +12,8 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv .venv-protoc demo test prove bench check proto protobuf-fresh protobuf-matrix clean
+.PHONY: help .venv .venv-protoc demo test prove bench check lint format-check types layers \
+	proto protobuf-fresh protobuf-matrix clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z.][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -35,7 +36,8 @@ endef
 
 .venv/.stamp: pyproject.toml constraints.txt requirements-dev.txt
 	$(call new_venv,.venv)
-	PIP_CONSTRAINT=constraints.txt .venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@echo "installing into .venv"
+	@PIP_CONSTRAINT=constraints.txt .venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
 demo: .venv ## show kvrep at work
@@ -50,11 +52,19 @@ prove: .venv ## run the long fault and model runs behind the guarantees
 bench: .venv ## measure (BENCH_ARGS=... is passed on)
 	.venv/bin/python -m benchmarks $(BENCH_ARGS)
 
-check: .venv protobuf-fresh ## lint, format, types, layers, generated code
+check: lint format-check types layers protobuf-fresh ## lint, format, types, layers, generated code (make -k goes on)
+
+lint: .venv
 	.venv/bin/ruff check
+
+format-check: .venv
 	.venv/bin/ruff format --check
+
+types: .venv
 	.venv/bin/mypy
-	.venv/bin/lint-imports
+
+layers: .venv
+	.venv/bin/lint-imports --no-logo
 
 proto: .venv-protoc ## generate kvrep/_pb from protos
 	.venv-protoc/bin/python protos/generate.py
@@ -66,22 +76,37 @@ protobuf-fresh: .venv-protoc ## check that kvrep/_pb is what protos would genera
 
 .venv-protoc/.stamp: constraints-protoc.txt
 	$(call new_venv,.venv-protoc)
-	PIP_CONSTRAINT=constraints-protoc.txt .venv-protoc/bin/python $(PIP_INSTALL) --only-binary :all: \
+	@echo "installing protoc into .venv-protoc"
+	@PIP_CONSTRAINT=constraints-protoc.txt .venv-protoc/bin/python $(PIP_INSTALL) --only-binary :all: \
 		grpcio-tools setuptools || { \
-		echo "grpcio-tools 1.62.3 has wheels up to Python 3.12: make PYTHON=python3.11 ..." >&2; exit 1; }
+		rm -rf .venv-protoc; \
+		echo "grpcio-tools 1.62.3 has wheels up to Python 3.12: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+		exit 1; }
 	@touch $@
 
-protobuf-matrix: ## run the message tests on every supported protobuf, each in a throw-away venv
+# One wheel is built, compared with the checkout, and tested as installed: -P and importlib keep the
+# checkout itself off sys.path.
+protobuf-matrix: ## test the wheel on every supported protobuf, each in a throw-away venv
 	$(call require_python)
 	@set -eu; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	grep -v '^protobuf==' constraints.txt > "$$scratch/constraints.txt"; \
+	export PIP_CONSTRAINT="$$scratch/constraints.txt"; \
+	$(PYTHON) -m venv "$$scratch/build"; \
+	"$$scratch/build/bin/python" -m pip --disable-pip-version-check wheel --quiet --no-deps \
+		--wheel-dir "$$scratch" .; \
+	$(PYTHON) -m zipfile -l "$$scratch"/kvrep-*.whl | sed -n 's/^\(kvrep\/[^ ]*\) .*/\1/p' | \
+		LC_ALL=C sort > "$$scratch/packed"; \
+	find kvrep -type f ! -name '*.py[cod]' ! -name '.*' | LC_ALL=C sort > "$$scratch/expected"; \
+	diff "$$scratch/expected" "$$scratch/packed" || { \
+		echo "the wheel (>) does not hold what the checkout (<) does" >&2; exit 1; }; \
 	for version in $(PROTOBUF_VERSIONS); do \
 		venv="$$scratch/protobuf-$$version"; \
 		$(PYTHON) -m venv "$$venv"; \
-		PIP_CONSTRAINT="$$scratch/constraints.txt" "$$venv/bin/python" $(PIP_INSTALL) \
-			"protobuf==$$version.*" pytest-timeout '.[testing]'; \
+		"$$venv/bin/python" $(PIP_INSTALL) "protobuf==$$version.*" pytest-timeout hypothesis \
+			"$$scratch"/kvrep-*.whl; \
 		echo "== $$("$$venv/bin/pip" freeze | grep '^protobuf==')"; \
-		"$$venv/bin/python" -m pytest -q -p no:cacheprovider tests/unit/test_protobuf_runtime.py; \
+		"$$venv/bin/python" -P -m pytest -q -p no:cacheprovider --import-mode=importlib \
+			tests/unit/test_protobuf_runtime.py; \
 	done
 
 clean: ## remove the venvs, caches and builds
