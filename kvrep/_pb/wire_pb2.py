@@ -14,13 +14,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvrep/_pb/wire.proto\x12\x08kvrep.v1\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvrep/_pb/wire.proto\x12\x08kvrep.v1\")\n\x08Position\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\",\n\nEpochTable\x12\x0e\n\x06\x65pochs\x18\x01 \x03(\x04\x12\x0e\n\x06\x66irsts\x18\x02 \x03(\x04\"\xa3\x01\n\x0c\x46romFollower\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.kvrep.v1.HelloH\x00\x12$\n\x07promise\x18\x02 \x01(\x0b\x32\x11.kvrep.v1.PromiseH\x00\x12\x1c\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\r.kvrep.v1.AckH\x00\x12\"\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x10.kvrep.v1.CreditH\x00\x42\t\n\x07message\"\xb1\x02\n\x0b\x46romPrimary\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.kvrep.v1.WelcomeH\x00\x12&\n\x08truncate\x18\x02 \x01(\x0b\x32\x12.kvrep.v1.TruncateH\x00\x12\x31\n\x0eneed_bootstrap\x18\x03 \x01(\x0b\x32\x17.kvrep.v1.NeedBootstrapH\x00\x12$\n\x07refused\x18\x04 \x01(\x0b\x32\x11.kvrep.v1.RefusedH\x00\x12 \n\x05\x66\x65nce\x18\x05 \x01(\x0b\x32\x0f.kvrep.v1.FenceH\x00\x12$\n\x07segment\x18\x06 \x01(\x0b\x32\x11.kvrep.v1.SegmentH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.kvrep.v1.HeartbeatH\x00\x42\t\n\x07message\"\xd1\x02\n\x05Hello\x12\x10\n\x08store_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07lineage\x18\x03 \x01(\x0c\x12\x0e\n\x06\x62ranch\x18\x04 \x01(\x0c\x12\x14\n\x0cprotocol_min\x18\x05 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x06 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\r\n\x05voter\x18\x08 \x01(\x08\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0epromised_epoch\x18\n \x01(\x04\x12 \n\x04last\x18\x0b \x01(\x0b\x32\x12.kvrep.v1.Position\x12\x0f\n\x07running\x18\x0c \x01(\x07\x12\x0f\n\x07\x61pplied\x18\r \x01(\x04\x12\x11\n\tcommitted\x18\x0e \x01(\x04\x12$\n\x06\x65pochs\x18\x0f \x01(\x0b\x32\x14.kvrep.v1.EpochTable\x12\x14\n\x0c\x63redit_bytes\x18\x10 \x01(\x04\"s\n\x07Promise\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12 \n\x04last\x18\x02 \x01(\x0b\x32\x12.kvrep.v1.Position\x12\x11\n\tcommitted\x18\x03 \x01(\x04\x12$\n\x06\x65pochs\x18\x04 \x01(\x0b\x32\x14.kvrep.v1.EpochTable\"a\n\x03\x41\x63k\x12\x0f\n\x07written\x18\x01 \x01(\x04\x12\x0e\n\x06synced\x18\x02 \x01(\x04\x12\x0f\n\x07visible\x18\x03 \x01(\x04\x12\x16\n\x0epromised_epoch\x18\x04 \x01(\x04\x12\x10\n\x08stamp_us\x18\x05 \x01(\x04\"\x1f\n\x06\x43redit\x12\x15\n\rbytes_granted\x18\x01 \x01(\x04\"\xbe\x01\n\x07Welcome\x12\x0f\n\x07lineage\x18\x01 \x01(\x0c\x12\x0e\n\x06\x62ranch\x18\x02 \x01(\x0c\x12\x10\n\x08store_id\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x10\n\x08protocol\x18\x06 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x1d\n\x15heartbeat_interval_ms\x18\x08 \x01(\r\x12 \n\x04last\x18\t \x01(\x0b\x32\x12.kvrep.v1.Position\"9\n\x08Truncate\x12\x1e\n\x02to\x18\x01 \x01(\x0b\x32\x12.kvrep.v1.Position\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\".\n\rNeedBootstrap\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"R\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x17\n\x0fprimary_address\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x16\n\x05\x46\x65nce\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"y\n\x07Segment\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x04\x12\x11\n\tcommitted\x18\x04 \x01(\x04\x12\x0c\n\x04part\x18\x05 \x01(\r\x12\r\n\x05parts\x18\x06 \x01(\r\x12\x12\n\ncompressed\x18\x07 \x01(\x08\":\n\tSlotState\x12\x10\n\x08store_id\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x61\x63ked\x18\x03 \x01(\x04\"\x90\x01\n\tHeartbeat\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04\x12\x11\n\tcommitted\x18\x03 \x01(\x04\x12\x10\n\x08stamp_us\x18\x04 \x01(\x04\x12\x0f\n\x07time_us\x18\x05 \x01(\x04\x12\"\n\x05slots\x18\x06 \x03(\x0b\x32\x13.kvrep.v1.SlotState\x12\x0c\n\x04path\x18\x07 \x03(\t\"g\n\x0fSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x10\n\x08store_id\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07lineage\x18\x05 \x01(\x0c\"h\n\x0cSnapshotItem\x12&\n\x04info\x18\x01 \x01(\x0b\x32\x16.kvrep.v1.SnapshotInfoH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.kvrep.v1.SnapshotChunkH\x00\x42\x06\n\x04item\"^\n\x0cSnapshotInfo\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12$\n\x08position\x18\x03 \x01(\x0b\x32\x12.kvrep.v1.Position\".\n\rSnapshotChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63rc32\x18\x02 \x01(\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrep._pb.wire_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_PING']._serialized_start=34
-  _globals['_PING']._serialized_end=55
+  _globals['_POSITION']._serialized_start=34
+  _globals['_POSITION']._serialized_end=75
+  _globals['_EPOCHTABLE']._serialized_start=77
+  _globals['_EPOCHTABLE']._serialized_end=121
+  _globals['_FROMFOLLOWER']._serialized_start=124
+  _globals['_FROMFOLLOWER']._serialized_end=287
+  _globals['_FROMPRIMARY']._serialized_start=290
+  _globals['_FROMPRIMARY']._serialized_end=595
+  _globals['_HELLO']._serialized_start=598
+  _globals['_HELLO']._serialized_end=935
+  _globals['_PROMISE']._serialized_start=937
+  _globals['_PROMISE']._serialized_end=1052
+  _globals['_ACK']._serialized_start=1054
+  _globals['_ACK']._serialized_end=1151
+  _globals['_CREDIT']._serialized_start=1153
+  _globals['_CREDIT']._serialized_end=1184
+  _globals['_WELCOME']._serialized_start=1187
+  _globals['_WELCOME']._serialized_end=1377
+  _globals['_TRUNCATE']._serialized_start=1379
+  _globals['_TRUNCATE']._serialized_end=1436
+  _globals['_NEEDBOOTSTRAP']._serialized_start=1438
+  _globals['_NEEDBOOTSTRAP']._serialized_end=1484
+  _globals['_REFUSED']._serialized_start=1486
+  _globals['_REFUSED']._serialized_end=1568
+  _globals['_FENCE']._serialized_start=1570
+  _globals['_FENCE']._serialized_end=1592
+  _globals['_SEGMENT']._serialized_start=1594
+  _globals['_SEGMENT']._serialized_end=1715
+  _globals['_SLOTSTATE']._serialized_start=1717
+  _globals['_SLOTSTATE']._serialized_end=1775
+  _globals['_HEARTBEAT']._serialized_start=1778
+  _globals['_HEARTBEAT']._serialized_end=1922
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1924
+  _globals['_SNAPSHOTREQUEST']._serialized_end=2027
+  _globals['_SNAPSHOTITEM']._serialized_start=2029
+  _globals['_SNAPSHOTITEM']._serialized_end=2133
+  _globals['_SNAPSHOTINFO']._serialized_start=2135
+  _globals['_SNAPSHOTINFO']._serialized_end=2229
+  _globals['_SNAPSHOTCHUNK']._serialized_start=2231
+  _globals['_SNAPSHOTCHUNK']._serialized_end=2277
 # @@protoc_insertion_point(module_scope)
