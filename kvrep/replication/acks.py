@@ -1,0 +1,182 @@
+"""Which offset is committed.
+
+An offset is committed when this node's own copy is durable through it, W data voters (this node
+included) have it synced, and it is not below the first record of this epoch: records of older epochs
+commit only through one of this epoch (Raft, section 5.4.2), because a copy count alone does not protect
+them from a rival with a newer epoch.
+
+A configuration that is proposed at offset c changes W and the voters: offsets from c on need both the old
+rule and the new one, until c is committed; from then on only the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from kvrep.model.configuration import Configuration
+
+__all__ = ["CommitTracker", "Level"]
+
+Level = Literal["written", "synced", "visible"]
+
+
+class _Rule:
+    """One configuration, prepared for counting."""
+
+    __slots__ = ("configuration", "counted", "index", "voters")
+
+    def __init__(self, configuration: Configuration, store_id: bytes) -> None:
+        self.configuration = configuration
+        self.voters = tuple(v.store_id for v in configuration.voters if not v.witness)
+        """The data voters: the only stores whose copies count."""
+        alone = not configuration.synchronous or not self.voters
+        self.counted = (store_id,) if alone else self.voters
+        """Whose synced offsets decide. Asynchronous: only ours."""
+        self.index = 0 if alone else len(self.voters) - configuration.copies
+        """The W-th largest of d offsets in ascending order."""
+
+    def reached(self, synced: dict[bytes, int]) -> int:
+        get = synced.get
+        return sorted([get(i, 0) for i in self.counted])[self.index]
+
+    def missing(self, present: Collection[bytes]) -> int:
+        """How many copies a user's write lacks when only ``present`` can store one."""
+        if not self.configuration.synchronous:
+            return 0
+        copies = sum(i in present for i in self.voters)
+        return max(0, self.configuration.copies_wanted - copies)
+
+
+class CommitTracker:
+    """One per epoch of this node as primary. Invariant: ``committed`` never goes back.
+
+    Tell it of acks only from streams of this epoch whose join was verified, and of ``left`` before
+    another stream of the same store joins.
+    """
+
+    __slots__ = (
+        "_durable",
+        "_effective",
+        "_others",
+        "_proposed",
+        "_self",
+        "_synced",
+        "committed",
+        "epoch_start",
+    )
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        store_id: bytes,
+        *,
+        epoch_start: int,
+        committed: int,
+        proposed: tuple[int, Configuration] | None = None,
+    ) -> None:
+        """``proposed`` is a configuration that the log holds, at an offset not known to be committed.
+
+        If the log holds several, the last is the proposed one and the one before it the effective one:
+        nobody proposes before the one before is committed.
+        """
+        self._self = store_id
+        self._effective = _Rule(configuration, store_id)
+        self._proposed: tuple[int, _Rule] | None = None
+        self._durable = 0
+        self._synced: dict[bytes, int] = {}
+        self._others: dict[bytes, tuple[int, int]] = {}
+        """(written, visible) per follower; never part of the commit rule."""
+        self.epoch_start = epoch_start
+        self.committed = committed
+        if proposed is not None:
+            self.propose(*proposed)
+
+    # The two events on the path of every write.
+
+    def local_durable(self, offset: int) -> int:
+        """Our own copy is durable through ``offset``; returns what is committed now."""
+        if offset > self._durable:
+            self._durable = self._synced[self._self] = offset
+            return self._advance()
+        return self.committed
+
+    def acked(self, store_id: bytes, synced: int, written: int = 0, visible: int = 0) -> int:
+        """A follower confirmed so much; returns what is committed now."""
+        self._others[store_id] = (written, visible)
+        self._synced[store_id] = synced
+        return self._advance() if synced > self.committed else self.committed
+
+    def _advance(self) -> int:
+        reached = min(self._durable, self._effective.reached(self._synced))
+        proposed = self._proposed
+        if proposed is not None and reached >= proposed[0]:
+            both = min(reached, proposed[1].reached(self._synced))
+            reached = max(both, proposed[0] - 1)
+        if reached <= self.committed or reached < self.epoch_start:
+            return self.committed
+        self.committed = reached
+        if proposed is not None and reached >= proposed[0]:
+            self._effective, self._proposed = proposed[1], None
+            return self._advance()
+        return reached
+
+    def left(self, store_id: bytes) -> None:
+        """A stream ended: its acks no longer count. What was committed stays committed."""
+        self._synced.pop(store_id, None)
+        self._others.pop(store_id, None)
+
+    # Configurations.
+
+    def propose(self, offset: int, configuration: Configuration) -> None:
+        """The log holds a new configuration at ``offset``. Call it before that offset can commit.
+
+        ``ValueError`` when another is not committed yet, or the offset is committed already.
+        """
+        if self._proposed is not None:
+            raise ValueError(f"the configuration at {self._proposed[0]} is not committed yet")
+        if offset <= self.committed:
+            raise ValueError(f"offset {offset} is committed already")
+        self._proposed = (offset, _Rule(configuration, self._self))
+
+    @property
+    def configuration(self) -> Configuration:
+        """The one in effect."""
+        return self._effective.configuration
+
+    @property
+    def proposed(self) -> tuple[int, Configuration] | None:
+        """(offset, configuration) of the one that is not committed yet."""
+        return None if self._proposed is None else (self._proposed[0], self._proposed[1].configuration)
+
+    # What the door asks before a user's write is logged.
+
+    def missing(self, connected: Collection[bytes]) -> int:
+        """How many more copies a user's write needs than this node and ``connected`` can make."""
+        present = {self._self, *connected}
+        missing = self._effective.missing(present)
+        if self._proposed is not None:
+            missing = max(missing, self._proposed[1].missing(present))
+        return missing
+
+    def writable(self, connected: Collection[bytes]) -> bool:
+        return not self.missing(connected)
+
+    def reachable(self, connected: Collection[bytes]) -> int:
+        """How many copies that count this node and ``connected`` can make."""
+        present = {self._self, *connected}
+        return sum(i in present for i in self._effective.voters or (self._self,))
+
+    # Writes that ask for more than the rule.
+
+    def copies_at(self, offset: int, level: Level) -> int:
+        """How many data voters, this node included, hold ``offset`` at ``level``."""
+        return sum(self._at(i, level) >= offset for i in self._effective.voters or (self._self,))
+
+    def _at(self, store_id: bytes, level: Level) -> int:
+        if store_id == self._self:
+            return self.committed if level == "visible" else self._durable
+        if level == "synced":
+            return self._synced.get(store_id, 0)
+        written, visible = self._others.get(store_id, (0, 0))
+        return visible if level == "visible" else written

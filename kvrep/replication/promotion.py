@@ -1,0 +1,164 @@
+"""Becoming primary: whose promises are needed, who has them, and what must be fetched first.
+
+Any F data voters meet every set of W that can have acknowledged a write (``Configuration.fence``). Once F of
+them, this node included, have promised this epoch, their logs together hold everything that is committed,
+and nothing more can be committed below this epoch. The most up-to-date of them, compared as Raft does
+(epoch of the last record, then offset), holds all of it: this node takes over what it lacks, and only then
+appends its epoch start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvrep.model.configuration import Configuration, Voter
+from kvrep.model.position import Position, epoch_after
+from kvrep.replication.messages import Promise
+
+__all__ = ["Fetch", "Promotion"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Make our log equal to that of ``voter``: cut ours after ``after``, take what follows through ``to``."""
+
+    voter: Voter
+    after: Position
+    to: Position
+
+
+class Promotion:
+    """One attempt at one epoch. An answer above that epoch ends it: try again with ``next_epoch``."""
+
+    __slots__ = ("_answers", "_rules", "_self", "epoch", "own")
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        store_id: bytes,
+        epoch: int,
+        own: Promise,
+        *,
+        proposed: tuple[Configuration, ...] = (),
+    ) -> None:
+        """``proposed`` are configurations in our log that are not known to be committed.
+
+        Records may have been committed under each of them, so each must be fenced.
+        """
+        self._self = store_id
+        self._rules = [configuration]
+        self._answers: dict[bytes, Promise] = {store_id: own}
+        self.epoch = epoch
+        self.own = own
+        """Our own promise, and what our log holds."""
+        for other in proposed:
+            self.learned(other)
+
+    # Events.
+
+    def on_promise(self, store_id: bytes, promise: Promise) -> None:
+        """An answer. Only a promise of exactly this epoch counts; any other only tells what it says.
+
+        An epoch below ours is an answer to a question asked beforehand, without a promise.
+        """
+        if store_id != self._self:
+            self._answers[store_id] = promise
+
+    def left(self, store_id: bytes) -> None:
+        """A node cannot be reached any more. Its promise still binds it, so it still counts."""
+        promise = self._answers.get(store_id)
+        if promise is not None and promise.epoch < self.epoch:
+            del self._answers[store_id]
+
+    def fetched(self, own: Promise) -> None:
+        """Our log now ends elsewhere. If it brought a new configuration, ``learned`` comes with it."""
+        self.own = self._answers[self._self] = own
+
+    def learned(self, configuration: Configuration) -> None:
+        """The log holds this configuration: it must be fenced, too."""
+        if configuration not in self._rules:
+            self._rules.append(configuration)
+
+    # Decisions.
+
+    @property
+    def ready(self) -> bool:
+        """Whether the epoch start may be appended."""
+        return self.enough and not self.superseded and not self.ahead
+
+    @property
+    def superseded(self) -> bool:
+        """Whether somebody promised, or wrote in, a higher epoch: this attempt cannot succeed."""
+        return self.highest_seen > self.epoch
+
+    @property
+    def enough(self) -> bool:
+        """Whether F data voters promised, under every configuration that may be in force."""
+        return all(self._count(rule, self._promised()) >= rule.fence for rule in self._rules)
+
+    @property
+    def would_be_enough(self) -> bool:
+        """Whether F data voters answered at all; worth asking for promises."""
+        return all(self._count(rule, self._answers) >= rule.fence for rule in self._rules)
+
+    @property
+    def majority(self) -> bool:
+        """Whether most voters promised, witnesses included; automatic promotions need this, too."""
+        promised = self._promised()
+        return all(
+            2 * sum(v.store_id in promised for v in rule.voters) > len(rule.voters) for rule in self._rules
+        )
+
+    @property
+    def needed(self) -> int:
+        """F, the largest where several configurations may be in force."""
+        return max(rule.fence for rule in self._rules)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The names of the data voters that have not promised."""
+        promised = self._promised()
+        return tuple(v.name for v in self._data_voters() if v.store_id not in promised)
+
+    @property
+    def ahead(self) -> tuple[Voter, ...]:
+        """The data voters that promised and whose log is more up to date than ours; the best first."""
+        promised = self._promised()
+        found = [
+            (promised[v.store_id].last, v)
+            for v in self._data_voters()
+            if v.store_id in promised and promised[v.store_id].last > self.own.last
+        ]
+        return tuple(v for _, v in sorted(found, key=lambda pair: pair[0], reverse=True))
+
+    @property
+    def fetch(self) -> Fetch | None:
+        """What to take over before the epoch start; ``None`` when nobody that promised is ahead."""
+        if not self.ahead:
+            return None
+        voter = self.ahead[0]
+        theirs, own = self._answers[voter.store_id], self.own
+        after = own.epochs.common(own.last.offset, theirs.epochs, theirs.last.offset)
+        return Fetch(voter=voter, after=Position(own.epochs.epoch_at(after), after), to=theirs.last)
+
+    @property
+    def highest_seen(self) -> int:
+        """The highest epoch that anybody promised or wrote in."""
+        return max(max(p.epoch, p.last.epoch) for p in self._answers.values())
+
+    def next_epoch(self, member: int) -> int:
+        """The epoch for another attempt of the voter with this member number."""
+        return epoch_after(max(self.highest_seen, self.epoch), member)
+
+    # How.
+
+    def _promised(self) -> dict[bytes, Promise]:
+        return {i: p for i, p in self._answers.items() if p.epoch == self.epoch}
+
+    def _data_voters(self) -> tuple[Voter, ...]:
+        found = {v.store_id: v for rule in self._rules for v in rule.voters if not v.witness}
+        return tuple(found.values())
+
+    @staticmethod
+    def _count(rule: Configuration, stores: dict[bytes, Promise]) -> int:
+        return sum(v.store_id in stores for v in rule.voters if not v.witness)
