@@ -15,7 +15,7 @@ record of a lineage is seeded with 0.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
@@ -33,6 +33,8 @@ CHECKSUM_CRC32 = 1
 FRAME = struct.Struct(">BIBI")
 FRAME_BYTES = FRAME.size
 _U32 = 0xCE
+PACKER_BYTES_MAX = 1 << 20
+"""A packer keeps the memory of the largest body it packed; after a larger one than this it is renewed."""
 
 
 class ChainBroken(ProtocolError):
@@ -49,15 +51,22 @@ class RecordEncoder:
     __slots__ = ("_pack",)
 
     def __init__(self) -> None:
-        self._pack = msgpack.Packer(autoreset=True, use_bin_type=True).pack
+        self._pack = _packer()
 
     def encode(
         self, offset: int, epoch: int, time_us: int, kind: int, payload: Any, running: int
     ) -> tuple[bytes, int]:
         """The frame and body of one record, and the running checksum through it."""
         body = self._pack((offset, epoch, time_us, kind, payload))
+        if len(body) > PACKER_BYTES_MAX:
+            self._pack = _packer()
         running = crc32(body, running)
         return FRAME.pack(_U32, running, _U32, len(body)) + body, running
+
+
+def _packer() -> Callable[[Any], bytes]:
+    pack: Callable[[Any], bytes] = msgpack.Packer(autoreset=True, use_bin_type=True).pack
+    return pack
 
 
 def walk(data: bytes | memoryview, running: int, start: int = 0) -> tuple[list[int], int, int]:
@@ -96,25 +105,24 @@ def decode(data: bytes | memoryview, first: int, running: int) -> tuple[list[Rec
             at=end,
             offset=first + len(starts),
         )
+    bodies = _bodies(data, len(starts))
     records: list[Record] = []
     epoch_before = 0
-    for offset, body in enumerate(_bodies(data), first):
+    for offset, body in enumerate(bodies, first):
         try:
-            record = Record(*body)
-            ok = record.offset == offset and epoch_before <= record.epoch <= EPOCH_MAX
-        except TypeError:
+            found, epoch, time_us, kind, payload = body
+            ok = found == offset and epoch_before <= epoch <= EPOCH_MAX
+        except (TypeError, ValueError):
             ok = False
-        if not ok or offset > OFFSET_MAX:
+        if not (ok and type(found) is type(epoch) is type(kind) is int) or offset > OFFSET_MAX:
             raise ChainBroken(f"expected record {offset}, found {str(body)[:80]}", at=0, offset=offset)
-        epoch_before = record.epoch
-        records.append(record)
-    if len(records) != len(starts):
-        raise ChainBroken("the frames and the bodies disagree", at=0, offset=first + len(records))
+        epoch_before = epoch
+        records.append(Record(offset, epoch, time_us, kind, payload))
     return records, running_after
 
 
-def _bodies(data: bytes | memoryview) -> Iterable[Any]:
-    """Every third object of the msgpack stream: (running, length, body) repeat."""
+def _bodies(data: bytes | memoryview, count: int) -> list[Any]:
+    """Every third object of the msgpack stream: (running, length, body) repeat, ``count`` times."""
     size = len(data)
     unpacker = msgpack.Unpacker(
         max_buffer_size=size or 1,
@@ -125,6 +133,9 @@ def _bodies(data: bytes | memoryview) -> Iterable[Any]:
     )
     unpacker.feed(data)
     try:
-        return list(unpacker)[2::3]
+        objects = list(unpacker)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ChainBroken(f"a record body is not msgpack: {error}", at=0, offset=0) from error
+    if len(objects) != 3 * count:
+        raise ChainBroken("a record body is not one msgpack object", at=0, offset=0)
+    return objects[2::3]

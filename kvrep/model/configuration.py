@@ -54,13 +54,17 @@ class Configuration:
 
     def __post_init__(self) -> None:
         check_acks(self.acks)
-        if not 0 < self.ack_timeout_s <= 86_400:
-            raise ValueError(f"ack_timeout_s must be above 0 and at most a day, not {self.ack_timeout_s!r}")
-        ids = [v.store_id for v in self.voters]
-        if len(set(ids)) != len(ids):
-            raise ValueError("a store is listed twice among the voters")
-        if any(not 0 < v.member < min(self.next_member, EPOCH_MEMBERS) for v in self.voters):
+        if not 0.001 <= self.ack_timeout_s <= 86_400:
+            raise ValueError(f"ack_timeout_s must be 0.001 to 86400 (a day), not {self.ack_timeout_s!r}")
+        # Whole milliseconds, as the log keeps them.
+        object.__setattr__(self, "ack_timeout_s", round(self.ack_timeout_s * 1000) / 1000)
+        if type(self.next_member) is not int or not 0 < self.next_member <= EPOCH_MEMBERS:
+            raise ValueError(f"next_member {self.next_member!r} is not in 1..{EPOCH_MEMBERS}")
+        if any(not 0 < v.member < self.next_member for v in self.voters):
             raise ValueError("a voter's member number is out of range")
+        for what in ("store_id", "name", "member"):
+            if len({getattr(v, what) for v in self.voters}) != len(self.voters):
+                raise ValueError(f"two voters have the same {what}")
 
     @property
     def data_voters(self) -> int:
@@ -116,21 +120,14 @@ class Configuration:
             "acks": self.acks,
             "ack_timeout_ms": round(self.ack_timeout_s * 1000),
             "next_member": self.next_member,
-            "voters": [
-                [v.store_id, v.name, v.member, v.address, v.priority, v.witness] for v in self.voters
-            ],
+            "voters": [[v.store_id, v.name, v.member, v.address, v.priority, v.witness] for v in self.voters],
         }
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Configuration:
         """Read :meth:`to_wire`; :class:`ProtocolError` when it is something else."""
         try:
-            voters = tuple(
-                Voter(
-                    store_id=bytes(i), name=str(n), member=int(m), address=str(a), priority=int(p), witness=bool(w)
-                )
-                for i, n, m, a, p, w in data["voters"]
-            )
+            voters = tuple(_voter(*fields) for fields in data["voters"])
             return cls(
                 acks=data["acks"],
                 ack_timeout_s=data["ack_timeout_ms"] / 1000,
@@ -139,6 +136,16 @@ class Configuration:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a configuration: {error}") from error
+
+
+def _voter(store_id: Any, name: Any, member: Any, address: Any, priority: Any, witness: Any) -> Voter:
+    """A voter from the wire; ``TypeError`` rather than a conversion when a field is something else."""
+    fields = (store_id, name, member, address, priority, witness)
+    if tuple(map(type, fields)) != (bytes, str, int, str, int, bool):
+        raise TypeError(f"not a voter: {str(fields)[:80]}")
+    return Voter(
+        store_id=store_id, name=name, member=member, address=address, priority=priority, witness=witness
+    )
 
 
 def check_acks(acks: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 __all__ = ["EPOCH_MEMBERS", "EpochTable", "Position", "epoch_after", "member_of"]
@@ -55,7 +56,7 @@ def member_of(epoch: int) -> int:
 
 
 class EpochTable:
-    """Which epoch wrote which offsets: ``(epoch, first offset)`` pairs, both strictly growing.
+    """Which epoch wrote which offsets: ``(epoch, first offset)`` pairs, both strictly growing from 1 up.
 
     Immutable. The point where two histories part follows exactly from two tables (Raft's log matching
     property, section 5.3 of the paper, with whole epochs in place of single entries).
@@ -65,7 +66,7 @@ class EpochTable:
 
     def __init__(self, entries: Iterable[tuple[int, int]] = ()) -> None:
         pairs = [(int(epoch), int(first)) for epoch, first in entries]
-        for (e1, f1), (e2, f2) in zip(pairs, pairs[1:], strict=False):
+        for (e1, f1), (e2, f2) in pairwise([(0, 0), *pairs]):
             if not (e1 < e2 and f1 < f2):
                 raise ValueError(f"epoch table does not grow: {pairs}")
         self._epochs = tuple(e for e, _ in pairs)

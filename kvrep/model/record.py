@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from kvrep.errors import ProtocolError
 from kvrep.model.position import Position
 
 __all__ = ["DEFAULT_KEYSPACE", "Kind", "Op", "Record", "write_payload"]
@@ -42,14 +43,20 @@ class Record(NamedTuple):
         return Position(self.epoch, self.offset)
 
     def ops(self) -> list[Op]:
-        """The operations of a write, in order; empty for other kinds."""
+        """The operations of a write, in order; empty for other kinds.
+
+        :class:`ProtocolError` when the payload is not what :func:`write_payload` makes.
+        """
         if self.kind != Kind.WRITE:
             return []
         ops: list[Op] = []
-        names = iter(self.payload)
-        for name in names:
-            flat = iter(next(names))
-            ops.extend((name, key, value) for key, value in zip(flat, flat, strict=True))
+        try:
+            names = iter(self.payload)
+            for name, flat in zip(names, names, strict=True):
+                keys = iter(flat)
+                ops += [(name, key, value) for key, value in zip(keys, keys, strict=True)]
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"record {self.offset} is not a write: {error}") from error
         return ops
 
 

@@ -94,7 +94,7 @@ def plan_join(hello: Hello, view: LogView) -> JoinPlan:
     seen = max(hello.promised_epoch, hello.last.epoch)
     if seen > view.epoch:
         return Superseded(epoch=seen)
-    if hello.branch not in (b"", view.branch, *view.ancestors):
+    if hello.lineage and hello.branch not in (view.branch, *view.ancestors):
         text = f"{hello.name} holds a history that was forced apart from that of {view.name}"
         return _refused("lineage", text, view)
     return _by_history(hello, view)

@@ -132,7 +132,8 @@ class Refused:
 
     reason: str
     """``lineage``, ``protocol``, ``not-primary``, ``superseded``, ``starting``, ``full``, ``self``,
-    ``bad-hello``, ``closing`` or ``auth``."""
+    ``bad-hello``, ``closing``, ``auth``, or ``unfenced``: to join, the follower would have to drop records it
+    knows to be committed, for an epoch that was made without a full fence or force."""
     message: str
     primary_address: str = ""
     epoch: int = 0

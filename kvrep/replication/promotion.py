@@ -61,7 +61,8 @@ class Promotion:
 
         An epoch below ours is an answer to a question asked beforehand, without a promise.
         """
-        if store_id != self._self:
+        before = self._answers.get(store_id)
+        if store_id != self._self and (before is None or before.epoch <= promise.epoch):
             self._answers[store_id] = promise
 
     def left(self, store_id: bytes) -> None:

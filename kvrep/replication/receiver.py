@@ -183,7 +183,10 @@ class Receiver:
     # What the primary says.
 
     def on_message(self, message: FromPrimary, now: float) -> list[Action]:
-        """What to do. After a :class:`ProtocolError` the stream is over."""
+        """What to do. After a :class:`ProtocolError` the stream is over.
+
+        A compressed segment arrives here decompressed: all sizes are those of the records themselves.
+        """
         self.last_heard = now
         if self._state is _State.ENDED:
             raise ProtocolError(f"{type(message).__name__} after the end of the stream")
@@ -241,8 +244,8 @@ class Receiver:
     def _on_segment(self, segment: Segment) -> list[Action]:
         self._in_this_epoch(segment)
         first, last = segment.first, segment.last
-        if not 0 < first <= last or not segment.data or segment.compressed:
-            raise self._broken(f"a segment {first}..{last} that says nothing we can read")
+        if not (0 < first <= last and 0 <= segment.part < segment.parts and segment.data):
+            raise self._broken(f"a segment {first}..{last} that cannot be")
         if last <= self.received and not self._parts:
             return [*self._consume(len(segment.data)), _ACK_NOW]
         if first != self.received + 1:
