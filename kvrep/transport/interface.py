@@ -213,11 +213,8 @@ class Connection(Protocol):
     ) -> ClosableIterator[list[tuple[bytes, bytes]]]:
         """Chunks of pairs; ``timeout_s`` bounds the whole scan. Errors as in ``call``."""
 
-    def snapshot(
-        self, request: SnapshotRequest, timeout_s: float
-    ) -> ClosableIterator[SnapshotItem]:
-        """A SnapshotInfo, then chunks in order up to the last byte; checked, else
-        ``ProtocolError``.
+    def snapshot(self, request: SnapshotRequest, timeout_s: float) -> ClosableIterator[SnapshotItem]:
+        """A SnapshotInfo, then chunks in order up to the last byte; checked, else ``ProtocolError``.
 
         ``timeout_s`` bounds this whole transfer; ask for the rest of a long one anew. Errors as in
         ``call``.

@@ -183,9 +183,7 @@ def _encode_truncate(m: Truncate) -> pb.FromPrimary:
 
 
 def _encode_need_bootstrap(m: NeedBootstrap) -> pb.FromPrimary:
-    return pb.FromPrimary(
-        need_bootstrap=pb.NeedBootstrap(first=m.first, reason=m.reason[:TEXT_CHARS_MAX])
-    )
+    return pb.FromPrimary(need_bootstrap=pb.NeedBootstrap(first=m.first, reason=m.reason[:TEXT_CHARS_MAX]))
 
 
 def _encode_refused(m: Refused) -> pb.FromPrimary:
@@ -389,9 +387,7 @@ def _decode_heartbeat(m: pb.Heartbeat) -> Heartbeat:
         for field in ("epoch", "last", "committed", "stamp_us", "time_us"):
             _number(getattr(m, field), f"heartbeat {field}")
     if not (m.slots or m.path):
-        return Heartbeat(
-            epoch=epoch, last=last, committed=committed, stamp_us=stamp_us, time_us=time_us
-        )
+        return Heartbeat(epoch=epoch, last=last, committed=committed, stamp_us=stamp_us, time_us=time_us)
     if len(m.slots) > SLOTS_MAX:
         raise ProtocolError(f"heartbeat: {len(m.slots)} slots are above the limit")
     return Heartbeat(
