@@ -111,7 +111,7 @@ def decode(data: bytes | memoryview, first: int, running: int) -> tuple[list[Rec
     for offset, body in enumerate(bodies, first):
         try:
             found, epoch, time_us, kind, payload = body
-            ok = found == offset and epoch_before <= epoch <= EPOCH_MAX
+            ok = type(body) is list and found == offset and epoch_before <= epoch <= EPOCH_MAX
         except (TypeError, ValueError):
             ok = False
         if not (ok and type(found) is type(epoch) is type(kind) is int) or offset > OFFSET_MAX:

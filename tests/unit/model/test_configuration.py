@@ -1,0 +1,167 @@
+"""The configuration and the numbers that follow from it."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrep.errors import ProtocolError
+from kvrep.model.configuration import Acks, Configuration, Voter
+from kvrep.model.position import EPOCH_MEMBERS
+
+
+def group(data: int, witnesses: int = 0, acks: Acks = "majority") -> Configuration:
+    voters = tuple(
+        Voter(store_id=bytes([i]), name=f"n{i}", member=i, witness=i > data)
+        for i in range(1, data + witnesses + 1)
+    )
+    return Configuration(acks=acks, voters=voters, next_member=data + witnesses + 1)
+
+
+rules = st.sampled_from([0, 1, 2, 3, 5, "majority", "all"])
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> Configuration:
+    count = draw(st.integers(0, 5))
+    members = draw(st.lists(st.integers(1, 99), min_size=count, max_size=count, unique=True))
+    names = draw(st.lists(st.text(max_size=5), min_size=count, max_size=count, unique=True))
+    voters = tuple(
+        Voter(
+            store_id=bytes([m]) * 16,
+            name=n,
+            member=m,
+            address=draw(st.text(max_size=5)),
+            priority=draw(st.integers(-5, 5)),
+            witness=draw(st.booleans()),
+        )
+        for m, n in zip(members, names, strict=True)
+    )
+    timeout = draw(st.floats(0.001, 86_400))
+    return Configuration(acks=draw(rules), ack_timeout_s=timeout, voters=voters, next_member=100)
+
+
+@given(configurations())
+def test_a_configuration_survives_the_log(configuration: Configuration) -> None:
+    """from_wire() undoes to_wire() exactly, through msgpack."""
+    packed = msgpack.packb(configuration.to_wire())
+    assert Configuration.from_wire(msgpack.unpackb(packed)) == configuration
+
+
+@given(st.integers(1, 6), st.integers(0, 3), rules)
+def test_fences_meet_every_set_that_acknowledged(data: int, witnesses: int, acks: Acks) -> None:
+    """Any F data voters and any W data voters share one; both numbers are possible."""
+    configuration = group(data, witnesses, acks)
+    copies, fence = configuration.copies, configuration.fence
+    assert 1 <= copies <= data
+    assert 1 <= fence <= data
+    for fenced in combinations(range(data), fence):
+        for acked in combinations(range(data), copies):
+            assert set(fenced) & set(acked)
+
+
+@pytest.mark.parametrize(
+    ("data", "witnesses", "acks", "wanted", "copies", "fence"),
+    [
+        (0, 0, 0, 1, 1, 1),
+        (0, 0, 1, 2, 1, 1),
+        (1, 0, 0, 1, 1, 1),
+        (1, 0, 1, 2, 1, 1),
+        (1, 0, "majority", 1, 1, 1),
+        (2, 0, 0, 1, 1, 2),
+        (2, 0, 1, 2, 2, 1),
+        (2, 0, "majority", 2, 2, 1),
+        (2, 1, "majority", 2, 2, 1),
+        (1, 2, "majority", 2, 1, 1),
+        (3, 0, 0, 1, 1, 3),
+        (3, 0, 1, 2, 2, 2),
+        (3, 0, "majority", 2, 2, 2),
+        (3, 0, "all", 3, 3, 1),
+        (5, 0, "majority", 3, 3, 3),
+        (5, 0, 1, 2, 2, 4),
+        (3, 2, "majority", 3, 3, 1),
+        (3, 2, "all", 3, 3, 1),
+    ],
+)
+def test_the_numbers(data: int, witnesses: int, acks: Acks, wanted: int, copies: int, fence: int) -> None:
+    """The table of W and F, by example."""
+    configuration = group(data, witnesses, acks)
+    assert (configuration.copies_wanted, configuration.copies, configuration.fence) == (wanted, copies, fence)
+
+
+def test_voters_come_and_go_but_numbers_do_not_return() -> None:
+    """A member number that was given away is never given again."""
+    configuration = group(2).without_voter(b"\x02").with_voter(b"x", "x", "host:1")
+    assert [v.member for v in configuration.voters] == [1, 3]
+    assert configuration.next_member == 4
+    assert configuration.named("x") == configuration.voter(b"x") is not None
+    assert configuration.named("y") is configuration.voter(b"y") is None
+
+
+def test_a_name_or_number_is_given_once() -> None:
+    """A second voter of the same name, or one beyond the last member number, is refused."""
+    with pytest.raises(ValueError, match="named 'n1'"):
+        group(1).with_voter(b"x", "n1")
+    with pytest.raises(ValueError, match="used up"):
+        Configuration(next_member=EPOCH_MEMBERS).with_voter(b"x", "x")
+    full = Configuration(next_member=EPOCH_MEMBERS - 1).with_voter(b"x", "x")
+    assert full.next_member == EPOCH_MEMBERS
+
+
+@pytest.mark.parametrize("what", ["store_id", "name", "member"])
+def test_voters_are_told_apart(what: str) -> None:
+    """Two voters with the same id, name or member number (hence the same epochs) are refused."""
+    first = {"store_id": b"a", "name": "a", "member": 1}
+    second = {"store_id": b"b", "name": "b", "member": 2, what: first[what]}
+    with pytest.raises(ValueError, match=f"same {what}"):
+        Configuration(voters=(Voter(**first), Voter(**second)), next_member=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("acks", [-1, EPOCH_MEMBERS, True, 1.0, None, "most", "", b"all"])
+def test_an_ack_rule_that_is_not_understood_is_refused(acks: Any) -> None:
+    """Anything but a count, "majority" or "all" stops here."""
+    with pytest.raises(ValueError, match="acks must be"):
+        Configuration(acks=acks)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.0001, 86_401, float("nan"), float("inf")])
+def test_a_timeout_that_cannot_be_logged_is_refused(timeout: float) -> None:
+    """The ack timeout is a millisecond to a day."""
+    with pytest.raises(ValueError, match="ack_timeout_s"):
+        Configuration(ack_timeout_s=timeout)
+
+
+def wire(**changes: Any) -> dict[str, Any]:
+    return {**group(1).to_wire(), **changes}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        wire(acks="most"),
+        wire(ack_timeout_ms="5"),
+        wire(ack_timeout_ms=0),
+        wire(next_member="2"),
+        wire(next_member=0),
+        wire(next_member=EPOCH_MEMBERS + 1),
+        wire(voters=None),
+        wire(voters=[[b"a", "a"]]),
+        wire(voters=[[2**40, "a", 1, "", 0, False]]),
+        wire(voters=[[b"a", b"a", 1, "", 0, False]]),
+        wire(voters=[[b"a", "a", 2, "", 0, False]]),
+        wire(voters=[[b"a", "a", True, "", 0, False]]),
+        wire(voters=[[b"a", "a", 1, "", 0, 0]]),
+    ],
+)
+def test_anything_else_on_the_wire_is_refused(data: Any) -> None:
+    """from_wire() raises ProtocolError and converts nothing."""
+    with pytest.raises(ProtocolError):
+        Configuration.from_wire(data)
