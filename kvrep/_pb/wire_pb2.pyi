@@ -22,34 +22,30 @@ class EpochTable(_message.Message):
     def __init__(self, epochs: _Optional[_Iterable[int]] = ..., firsts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FromFollower(_message.Message):
-    __slots__ = ("hello", "promise", "ack", "credit")
+    __slots__ = ("hello", "promise", "credit")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PROMISE_FIELD_NUMBER: _ClassVar[int]
-    ACK_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     promise: Promise
-    ack: Ack
     credit: Credit
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
 
 class FromPrimary(_message.Message):
-    __slots__ = ("welcome", "truncate", "need_bootstrap", "refused", "fence", "segment", "heartbeat")
+    __slots__ = ("welcome", "truncate", "need_bootstrap", "refused", "fence", "heartbeat")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     NEED_BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
-    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     truncate: Truncate
     need_bootstrap: NeedBootstrap
     refused: Refused
     fence: Fence
-    segment: Segment
     heartbeat: Heartbeat
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., truncate: _Optional[_Union[Truncate, _Mapping]] = ..., need_bootstrap: _Optional[_Union[NeedBootstrap, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., truncate: _Optional[_Union[Truncate, _Mapping]] = ..., need_bootstrap: _Optional[_Union[NeedBootstrap, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("store_id", "name", "lineage", "branch", "protocol_min", "protocol_max", "features", "voter", "address", "promised_epoch", "last", "running", "applied", "committed", "epochs", "credit_bytes")
@@ -98,20 +94,6 @@ class Promise(_message.Message):
     committed: int
     epochs: EpochTable
     def __init__(self, epoch: _Optional[int] = ..., last: _Optional[_Union[Position, _Mapping]] = ..., committed: _Optional[int] = ..., epochs: _Optional[_Union[EpochTable, _Mapping]] = ...) -> None: ...
-
-class Ack(_message.Message):
-    __slots__ = ("written", "synced", "visible", "promised_epoch", "stamp_us")
-    WRITTEN_FIELD_NUMBER: _ClassVar[int]
-    SYNCED_FIELD_NUMBER: _ClassVar[int]
-    VISIBLE_FIELD_NUMBER: _ClassVar[int]
-    PROMISED_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    STAMP_US_FIELD_NUMBER: _ClassVar[int]
-    written: int
-    synced: int
-    visible: int
-    promised_epoch: int
-    stamp_us: int
-    def __init__(self, written: _Optional[int] = ..., synced: _Optional[int] = ..., visible: _Optional[int] = ..., promised_epoch: _Optional[int] = ..., stamp_us: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("bytes_granted",)
@@ -174,24 +156,6 @@ class Fence(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
-
-class Segment(_message.Message):
-    __slots__ = ("epoch", "first", "last", "committed", "part", "parts", "compressed")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    FIRST_FIELD_NUMBER: _ClassVar[int]
-    LAST_FIELD_NUMBER: _ClassVar[int]
-    COMMITTED_FIELD_NUMBER: _ClassVar[int]
-    PART_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
-    COMPRESSED_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    first: int
-    last: int
-    committed: int
-    part: int
-    parts: int
-    compressed: bool
-    def __init__(self, epoch: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., committed: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., compressed: bool = ...) -> None: ...
 
 class SlotState(_message.Message):
     __slots__ = ("store_id", "name", "acked")

@@ -1,15 +1,10 @@
 """Answers peers over gRPC.
 
-Threads of one server, all daemons:
+The threads of one server, all daemons::
 
-=================== ======================
-========================================================== name                how many
-does =================== ======================
-========================================================== kvrep-NAME-rpc-N    up to streams + calls
-runs calls, scans, snapshots, and the sender of each stream kvrep-NAME-reader-N one per stream
-decodes what the follower sends, ``Session.on_message`` (gRPC's own)        1
-events =================== ======================
-==========================================================
+    kvrep-NAME-rpc-N     up to streams + calls   calls, scans, snapshots, and the sender of each stream
+    kvrep-NAME-reader-N  one per stream          decodes what the follower sends, Session.on_message
+    (gRPC's own)         1                       events
 """
 
 from __future__ import annotations
@@ -219,13 +214,11 @@ class GrpcServer:
     def _call(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         self._admit(context)
         self._take_call_slot(context)
-        method = "a call"
         try:
-            name, request = decode_call(data)
-            method = f"call {name!r}" if name.isprintable() else method
-            return self._within_limit(encode_answer(self._service.call(name, request)))
+            method, request = decode_call(data)
+            return self._within_limit(encode_answer(self._service.call(method, request)))
         except Exception as error:
-            self._fail(context, method, error)
+            self._fail(context, "call", error)
         finally:
             self._call_slots.release()
 
