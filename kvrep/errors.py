@@ -127,6 +127,13 @@ def _rebuild(kind: type[Error], message: str, hint: str, fields: dict[str, Any])
     return kind(message, hint=hint, **fields)
 
 
+def again(error: Error) -> Error:
+    """A copy of ``error`` to raise, so that threads do not add their tracebacks to one object."""
+    copy = _rebuild(type(error), error.message, error.hint, error.fields)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 class ClosedError(Error):
     """The object is closed."""
 

@@ -22,30 +22,31 @@ Level = Literal["written", "synced", "visible"]
 
 
 class _Rule:
-    """One configuration, prepared for counting."""
+    """One configuration, prepared for counting.
 
-    __slots__ = ("configuration", "counted", "index", "voters")
+    Asynchronous (``acks=0``) is no special case: W is 1, and our own copy is that one. Unless this node is
+    no data voter: then the copy of one is waited for, because a promotion fences only voters.
+    """
+
+    __slots__ = ("configuration", "index", "voters")
 
     def __init__(self, configuration: Configuration, store_id: bytes) -> None:
         self.configuration = configuration
-        self.voters = tuple(v.store_id for v in configuration.voters if not v.witness)
-        """The data voters: the only stores whose copies count."""
-        alone = not configuration.synchronous or not self.voters
-        self.counted = (store_id,) if alone else self.voters
-        """Whose synced offsets decide. Asynchronous: only ours."""
-        self.index = 0 if alone else len(self.voters) - configuration.copies
-        """The W-th largest of d offsets in ascending order."""
+        self.voters = tuple(v.store_id for v in configuration.voters if not v.witness) or (store_id,)
+        """The data voters, the only stores whose copies count; this one where none is listed."""
+        self.index = len(self.voters) - configuration.copies
+        """Of d synced offsets in ascending order, the one that W of them have reached."""
 
     def reached(self, synced: dict[bytes, int]) -> int:
         get = synced.get
-        return sorted([get(i, 0) for i in self.counted])[self.index]
+        return sorted([get(i, 0) for i in self.voters])[self.index]
 
-    def missing(self, present: Collection[bytes]) -> int:
-        """How many copies a user's write lacks when only ``present`` can store one."""
-        if not self.configuration.synchronous:
-            return 0
-        copies = sum(i in present for i in self.voters)
-        return max(0, self.configuration.copies_wanted - copies)
+    def present(self, stores: Collection[bytes]) -> int:
+        return sum(i in stores for i in self.voters)
+
+    def missing(self, stores: Collection[bytes]) -> int:
+        """How many copies a user's write lacks when only these can store one."""
+        return max(0, self.configuration.copies_wanted - self.present(stores))
 
 
 class CommitTracker:
@@ -153,10 +154,10 @@ class CommitTracker:
 
     def missing(self, connected: Collection[bytes]) -> int:
         """How many more copies a user's write needs than this node and ``connected`` can make."""
-        present = {self._self, *connected}
-        missing = self._effective.missing(present)
+        stores = {self._self, *connected}
+        missing = self._effective.missing(stores)
         if self._proposed is not None:
-            missing = max(missing, self._proposed[1].missing(present))
+            missing = max(missing, self._proposed[1].missing(stores))
         return missing
 
     def writable(self, connected: Collection[bytes]) -> bool:
@@ -164,14 +165,13 @@ class CommitTracker:
 
     def reachable(self, connected: Collection[bytes]) -> int:
         """How many copies that count this node and ``connected`` can make."""
-        present = {self._self, *connected}
-        return sum(i in present for i in self._effective.voters or (self._self,))
+        return self._effective.present({self._self, *connected})
 
     # Writes that ask for more than the rule.
 
     def copies_at(self, offset: int, level: Level) -> int:
         """How many data voters, this node included, hold ``offset`` at ``level``."""
-        return sum(self._at(i, level) >= offset for i in self._effective.voters or (self._self,))
+        return sum(self._at(i, level) >= offset for i in self._effective.voters)
 
     def _at(self, store_id: bytes, level: Level) -> int:
         if store_id == self._self:

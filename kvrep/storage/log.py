@@ -114,7 +114,11 @@ class _Recent:
             if run.first != first or len(run.data) > bytes_max:
                 return _slice(run, first, bytes_max)
             end, size = i + 1, len(run.data)
-            while end < len(self._runs) and size + len(self._runs[end].data) <= bytes_max:
+            while (
+                end < len(self._runs)
+                and size + len(self._runs[end].data) <= bytes_max
+                and self._runs[end].first == self._runs[end - 1].last + 1
+            ):
                 size += len(self._runs[end].data)
                 end += 1
             if end == i + 1:

@@ -1,0 +1,677 @@
+"""The ordered map that users see: a keyspace, and the writes and reads it offers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from itertools import islice
+from types import TracebackType
+from typing import Any, Generic, Literal, TypeVar, overload
+
+from kvrep.codecs import BYTES, Codec
+from kvrep.errors import ClosedError, TransactionExpired
+from kvrep.model.position import Position
+from kvrep.model.record import Kind, Op, write_payload
+from kvrep.runtime.checks import check_key, check_value, prefix_stop
+from kvrep.runtime.node import Node
+from kvrep.storage.view import Snapshot as PinnedView
+from kvrep.storage.write import Write
+
+__all__ = ["Batch", "Keyspace", "Snapshot", "Transaction", "WriteFuture"]
+
+V = TypeVar("V")
+D = TypeVar("D")
+CLEAR_KEYS = 4096
+_MISSING: Any = object()
+
+
+class WriteFuture:
+    """The outcome of a pipelined write. Any thread may ask."""
+
+    __slots__ = ("_node", "_write")
+
+    def __init__(self, node: Node, write: Write) -> None:
+        self._node = node
+        self._write = write
+
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._write.done
+
+    def result(self, timeout: float | None = None) -> Position:
+        """Wait for the outcome (``timeout`` seconds; default: the store's ``ack_timeout_s``).
+
+        Returns the position, or raises what ``put`` would have raised.
+        """
+        return self._node.finish(self._write, timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Like :meth:`result`, but gives the error instead of raising it."""
+        try:
+            self.result(timeout)
+        except Exception as error:  # noqa: BLE001 - it is what was asked for
+            return error
+        return None
+
+    def add_done_callback(self, callback: Callable[[WriteFuture], None]) -> None:
+        """Call ``callback(self)`` when done: on a thread of the store, or at once if it is done already.
+
+        It must be quick: other writes wait behind it. What it raises is logged and dropped.
+        """
+        self._write.when_done(lambda _: self._node.guarded(callback, self))
+
+
+class Keyspace(MutableMapping[bytes, V], Generic[V]):
+    """A named, ordered map from bytes to values; a ``MutableMapping`` whose every change is durable.
+
+    Writes return the :class:`Position` at which they are committed. All methods may be called on any thread.
+    """
+
+    __hash__ = object.__hash__
+
+    def __init__(self, node: Node, name: str, codec: Codec[V]) -> None:
+        self._node = node
+        self._keyspace = name
+        self._prefix = node.engine.view.admit(name)
+        self._codec = codec
+        plain: bool = codec is BYTES
+        self._encode: Callable[[V], bytes] | None = None if plain else codec.encode
+        self._decode: Callable[[bytes], V] | None = None if plain else codec.decode
+        self._value_max = node.options.value_bytes_max
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._keyspace!r}>"
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @overload
+    def get(
+        self, key: bytes, default: None = None, *, at_least: Position | None = None,
+        max_staleness_s: float | None = None, timeout_s: float | None = None,
+    ) -> V | None: ...  # fmt: skip
+    @overload
+    def get(
+        self, key: bytes, default: D, *, at_least: Position | None = None,
+        max_staleness_s: float | None = None, timeout_s: float | None = None,
+    ) -> V | D: ...  # fmt: skip
+    def get(
+        self,
+        key: bytes,
+        default: Any = None,
+        *,
+        at_least: Position | None = None,
+        max_staleness_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """The committed value of ``key``, or ``default``.
+
+        ``at_least`` waits (up to ``timeout_s``, default 5) until this node has that position;
+        ``max_staleness_s`` raises :class:`StaleRead` when a follower may be further behind than that.
+        """
+        if type(key) is not bytes:
+            key = check_key(key)
+        if at_least is not None or max_staleness_s is not None:
+            self._node.freshen(at_least, max_staleness_s, timeout_s)
+        value = self._node.engine.view.get(self._keyspace, self._prefix, key)
+        if value is None:
+            return default
+        return value if self._decode is None else self._decode(value)
+
+    def __getitem__(self, key: bytes) -> V:
+        value: Any = self.get(key, _MISSING)
+        if value is _MISSING:
+            raise KeyError(key)
+        found: V = value
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        if type(key) is not bytes:
+            key = check_key(key)
+        return self._node.engine.view.get(self._keyspace, self._prefix, key) is not None
+
+    def __len__(self) -> int:
+        snapshot = self._node.engine.snapshot()
+        try:
+            return snapshot.count(self._keyspace)
+        finally:
+            snapshot.release()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (key for key, _ in self._scan_bytes(b"", None, False))
+
+    def __reversed__(self) -> Iterator[bytes]:
+        return (key for key, _ in self._scan_bytes(b"", None, True))
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[bytes, V]]:
+        """Pairs in key order (descending with ``reverse``) as of one position.
+
+        ``start`` is included, ``stop`` is not, whatever the direction; both are whole keys and are
+        combined with ``prefix``. The scan holds a snapshot until it ends or is dropped; past
+        ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        """
+        low, high = bounds(prefix, start, stop)
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise ValueError(f"limit must be a number of pairs, not {limit!r}")
+        if high is not None and low >= high:
+            return iter(())
+        pairs = self._scan_bytes(low, high, reverse)
+        if limit is not None:
+            pairs = islice(pairs, limit)
+        return decoded(pairs, self._decode)
+
+    def _scan_bytes(self, low: bytes, high: bytes | None, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
+        snapshot = self._node.engine.snapshot()
+        return snapshot.scan(self._keyspace, low, high, reverse=reverse, release=True)
+
+    def keys(self) -> KeysView[bytes]:
+        return KeysView(self)
+
+    def items(self) -> ItemsView[bytes, V]:
+        return _Items(self)
+
+    def values(self) -> ValuesView[V]:
+        return _Values(self)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def put(
+        self,
+        key: bytes,
+        value: V,
+        *,
+        acks: int | Literal["majority", "all"] | None = None,
+        level: Literal["synced", "visible"] | None = None,
+        timeout_s: float | None = None,
+    ) -> Position:
+        """Store ``value`` under ``key`` and return the position once it is committed.
+
+        ``acks`` and ``level`` ask this write to wait for more than the store's rule (never less).
+        Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
+        the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``).
+        """
+        return self._node.commit(self._put(key, value), timeout_s, acks, level)
+
+    def delete(
+        self,
+        key: bytes,
+        *,
+        acks: int | Literal["majority", "all"] | None = None,
+        level: Literal["synced", "visible"] | None = None,
+        timeout_s: float | None = None,
+    ) -> Position:
+        """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
+        return self._node.commit(self._delete(key), timeout_s, acks, level)
+
+    def submit_put(self, key: bytes, value: V) -> WriteFuture:
+        """Order the write and return at once; refusals are raised here, outcomes by the future."""
+        return WriteFuture(self._node, self._node.submit(self._put(key, value)))
+
+    def submit_delete(self, key: bytes) -> WriteFuture:
+        """Like :meth:`submit_put`, for :meth:`delete`."""
+        return WriteFuture(self._node, self._node.submit(self._delete(key)))
+
+    def _put(self, key: bytes, value: V) -> Write:
+        data: Any = value if self._encode is None else self._encode(value)
+        if type(key) is not bytes or not 0 < len(key) <= 511:
+            key = check_key(key)
+        if type(data) is not bytes or len(data) > self._value_max:
+            data = check_value(data, self._value_max)
+        return Write(Kind.WRITE, (self._keyspace, (key, data)), len(key) + len(data))
+
+    def _delete(self, key: bytes) -> Write:
+        key = check_key(key)
+        return Write(Kind.WRITE, (self._keyspace, (key, None)), len(key))
+
+    def __setitem__(self, key: bytes, value: V) -> None:
+        self._node.commit(self._put(key, value), None)
+
+    def __delitem__(self, key: bytes) -> None:
+        """Remove a key that exists; ``KeyError`` if it does not."""
+        with self.transaction() as txn:
+            del txn[key]
+
+    def compare_and_set(
+        self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
+    ) -> Position | None:
+        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key on both sides.
+
+        Returns the position, or ``None`` when the key was something else (then nothing was written).
+        """
+        txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
+        with txn:
+            now = txn.get(key)
+            if now != expected:
+                return None
+            if value is None:
+                txn.delete(key)
+            else:
+                txn.put(key, value)
+        return txn.position
+
+    def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
+        """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
+        return self.compare_and_set(key, expected=None, value=value, timeout_s=timeout_s)
+
+    def setdefault(self, key: bytes, default: Any = None) -> Any:
+        """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
+        with self.transaction() as txn:
+            value = txn.get(key)
+            if value is not None:
+                return value
+            txn.put(key, default)
+        return default
+
+    def pop(self, key: bytes, default: Any = _MISSING) -> Any:
+        """Remove ``key`` and return its value. Atomic."""
+        with self.transaction() as txn:
+            value = txn.get(key)
+            if value is not None:
+                txn.delete(key)
+                return value
+        if default is _MISSING:
+            raise KeyError(key)
+        return default
+
+    def popitem(self) -> tuple[bytes, V]:
+        """Remove and return the pair with the smallest key. Atomic."""
+        with self.transaction() as txn:
+            for key, value in txn.scan(limit=1):
+                txn.delete(key)
+                return key, value
+        raise KeyError("the keyspace is empty")
+
+    def update(self, other: Any = (), /, **more: Any) -> None:
+        """Store many pairs in one atomic batch."""
+        if more:
+            raise TypeError("keys are bytes, so keyword arguments cannot name them")
+        pairs: Iterable[tuple[bytes, V]] = other.items() if isinstance(other, Mapping) else other
+        with self.batch() as batch:
+            for key, value in pairs:
+                batch.put(key, value)
+
+    def clear(self) -> None:
+        """Remove every key: a sequence of bounded atomic records, not one."""
+        while True:
+            keys = [key for key, _ in islice(self._scan_bytes(b"", None, False), CLEAR_KEYS)]
+            if not keys:
+                return
+            with self.batch() as batch:
+                for key in keys:
+                    batch.delete(key)
+
+    def batch(self, *, timeout_s: float | None = None) -> Batch[V]:
+        """``with keyspace.batch() as batch:`` collects writes and commits them as one record at the end."""
+        return Batch(self, timeout_s)
+
+    def transaction(self, *, timeout_s: float | None = None) -> Transaction[V]:
+        """``with keyspace.transaction() as txn:`` reads and writes serializably, one transaction at a time.
+
+        An exception inside rolls it back. Other writers wait from its first read on, so keep it short;
+        past ``transaction_age_max_s`` it raises :class:`TransactionExpired`.
+        """
+        return Transaction(self, timeout_s)
+
+
+def bounds(prefix: bytes, start: bytes | None, stop: bytes | None) -> tuple[bytes, bytes | None]:
+    """[low, high) of a scan; ``TypeError`` for anything but bytes."""
+    for what, value in (("prefix", prefix), ("start", start), ("stop", stop)):
+        if value is not None and not isinstance(value, bytes):
+            raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
+    low = max(prefix, start or b"")
+    high = prefix_stop(prefix)
+    if stop is not None and (high is None or stop < high):
+        high = stop
+    return low, high
+
+
+def decoded(pairs: Iterator[tuple[bytes, bytes]], decode: Callable[[bytes], Any] | None) -> Iterator[tuple[bytes, Any]]:
+    return pairs if decode is None else ((key, decode(value)) for key, value in pairs)
+
+
+class _Items(ItemsView[bytes, V]):
+    _mapping: Keyspace[V]
+
+    def __iter__(self) -> Iterator[tuple[bytes, V]]:
+        return self._mapping.scan()
+
+
+class _Values(ValuesView[V]):
+    _mapping: Keyspace[V]
+
+    def __iter__(self) -> Iterator[V]:
+        return (value for _, value in self._mapping.scan())
+
+
+class Batch(Generic[V]):
+    """Writes that become one atomic record when the ``with`` block ends well."""
+
+    def __init__(self, keyspace: Keyspace[V], timeout_s: float | None) -> None:
+        self.position: Position | None = None
+        """Where it was committed; ``None`` until then, and when it was empty."""
+        self._space = keyspace
+        self._timeout_s = timeout_s
+        self._ops: list[Op] = []
+        self._size = 0
+        self._open = True
+
+    def __enter__(self) -> Batch[V]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
+        """Add a put, into this keyspace or another one of the same store."""
+        space: Keyspace[Any] = keyspace or self._space
+        self._add(space._put(key, value))
+
+    def delete(self, key: bytes, *, keyspace: Keyspace[Any] | None = None) -> None:
+        """Add a delete."""
+        space: Keyspace[Any] = keyspace or self._space
+        self._add(space._delete(key))
+
+    def _add(self, write: Write) -> None:
+        if not self._open:
+            raise ClosedError("the batch is over")
+        name, (key, value) = write.payload
+        self._size += write.size + 16
+        self._space._node.check_record_size(self._size)
+        self._ops.append((name, key, value))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        if kind is None and self._ops:
+            write = Write(Kind.WRITE, write_payload(self._ops), self._size)
+            self.position = self._space._node.commit(write, self._timeout_s)
+
+
+class Transaction(Generic[V]):
+    """Reads and writes that commit together or not at all; serializable. Belongs to one thread at a time."""
+
+    def __init__(self, keyspace: Keyspace[V], timeout_s: float | None) -> None:
+        self.position: Position | None = None
+        """Where it was committed; ``None`` until then, and when it wrote nothing."""
+        self._space = keyspace
+        self._node = keyspace._node
+        self._timeout_s = timeout_s
+        self._writes: dict[tuple[str, bytes], bytes | None] = {}
+        self._tail: dict[tuple[str, bytes], bytes | None] = {}
+        """What was logged or ordered before this transaction and is not visible yet."""
+        self._barrier: Any = None
+        self._size = 0
+        self._open = True
+        self._placed = False
+
+    def __enter__(self) -> Transaction[V]:
+        return self
+
+    # -- the place ---------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Take the writer's place at the first read."""
+        if not self._open:
+            raise ClosedError("the transaction is over")
+        committer = self._node.engine.committer
+        if self._placed:
+            if not committer.holds_place(self):
+                raise self._expired()
+            return
+        self._node.engine.writable()
+        granted = threading.Lock()
+        granted.acquire()
+        if not committer.take_place(self, granted.release):
+            try:
+                deadline = self._node.deadline(self._timeout_s)
+                if not granted.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                    raise TransactionExpired("no turn for this transaction before its deadline")
+            except BaseException:
+                committer.leave_place(self, None)
+                raise
+        self.placed()
+
+    def placed(self) -> None:
+        """The place is ours: note what is ahead of us and not visible yet."""
+        committer = self._node.engine.committer
+        self._placed = True
+        ahead = committer.unpublished()
+        for record in ahead:
+            if record.kind == Kind.WRITE:
+                payload = record.payload
+                for i in range(0, len(payload), 2):
+                    flat = payload[i + 1]
+                    for j in range(0, len(flat), 2):
+                        self._tail[(payload[i], flat[j])] = flat[j + 1]
+        self._barrier = ahead[-1] if ahead else None
+
+    def _expired(self) -> TransactionExpired:
+        return TransactionExpired("the transaction was open longer than transaction_age_max_s")
+
+    # -- reading and writing -----------------------------------------------------------------------
+
+    def get(self, key: bytes, default: Any = None, *, keyspace: Keyspace[Any] | None = None) -> Any:
+        """The value of ``key`` as of this transaction, its own writes included."""
+        space: Keyspace[Any] = keyspace or self._space
+        key = check_key(key)
+        self._place()
+        value = self._raw(space, key)
+        if value is None:
+            return default
+        return value if space._decode is None else space._decode(value)
+
+    def _raw(self, space: Keyspace[Any], key: bytes) -> bytes | None:
+        at = (space._keyspace, key)
+        if at in self._writes:
+            return self._writes[at]
+        if at in self._tail:
+            return self._tail[at]
+        return self._node.engine.view.get(space._keyspace, space._prefix, key)
+
+    def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
+        """Set ``key`` when the transaction commits."""
+        space: Keyspace[Any] = keyspace or self._space
+        self._add(space._put(key, value))
+
+    def delete(self, key: bytes, *, keyspace: Keyspace[Any] | None = None) -> None:
+        """Remove ``key`` when the transaction commits; it need not exist."""
+        space: Keyspace[Any] = keyspace or self._space
+        self._add(space._delete(key))
+
+    def _add(self, write: Write) -> None:
+        if not self._open:
+            raise ClosedError("the transaction is over")
+        name, (key, value) = write.payload
+        self._size += write.size + 16
+        self._node.check_record_size(self._size)
+        self._writes[(name, key)] = value
+
+    def __getitem__(self, key: bytes) -> V:
+        value = self.get(key, _MISSING)
+        if value is _MISSING:
+            raise KeyError(key)
+        found: V = value
+        return found
+
+    def __setitem__(self, key: bytes, value: V) -> None:
+        self.put(key, value)
+
+    def __delitem__(self, key: bytes) -> None:
+        if self.get(key, _MISSING) is _MISSING:
+            raise KeyError(key)
+        self.delete(key)
+
+    def __contains__(self, key: bytes) -> bool:
+        return self.get(key, _MISSING) is not _MISSING
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+        keyspace: Keyspace[Any] | None = None,
+    ) -> Iterator[tuple[bytes, Any]]:
+        """Pairs in key order as of this transaction; writes made while it runs are not seen by it."""
+        space: Keyspace[Any] = keyspace or self._space
+        self._place()
+        low, high = bounds(prefix, start, stop)
+        if high is not None and low >= high:
+            return iter(())
+        pairs = _merge(
+            space._scan_bytes(low, high, reverse), self._fresh(space._keyspace, low, high), reverse
+        )
+        return decoded(islice(pairs, limit), space._decode)
+
+    def _fresh(self, name: str, low: bytes, high: bytes | None) -> dict[bytes, bytes | None]:
+        both = {**self._tail, **self._writes}
+        return {
+            key: value
+            for (space, key), value in both.items()
+            if space == name and key >= low and (high is None or key < high)
+        }
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        write = self.end(commit=kind is None)
+        if kind is not None:
+            return
+        if write is not None:
+            self.position = self._node.finish(write, self._timeout_s)
+        elif self._barrier is not None:
+            self._node.await_record(self._barrier, self._timeout_s)
+
+    def end(self, *, commit: bool) -> Write | None:
+        """Give the place back; with ``commit`` and something written, order the record and return it."""
+        if not self._open:
+            return None
+        self._open = False
+        committer = self._node.engine.committer
+        if not commit or not self._writes:
+            if self._placed:
+                lost = not committer.holds_place(self)
+                committer.leave_place(self, None)
+                if lost and commit:
+                    raise self._expired()
+            return None
+        ops: list[Op] = [(name, key, value) for (name, key), value in self._writes.items()]
+        write = Write(Kind.WRITE, write_payload(ops), self._size)
+        if not self._placed:
+            self._node.engine.order(write, self._node.deadline(self._timeout_s))
+            return write
+        if not committer.leave_place(self, write):
+            raise self._expired()
+        return write
+
+
+def _merge(
+    pairs: Iterator[tuple[bytes, bytes]], fresh: dict[bytes, bytes | None], reverse: bool
+) -> Iterator[tuple[bytes, bytes]]:
+    """``pairs`` with ``fresh`` laid over them, in order."""
+    waiting = sorted(fresh, reverse=not reverse)  # the next one last
+    for key, value in pairs:
+        while waiting and (waiting[-1] > key if reverse else waiting[-1] < key):
+            new = waiting.pop()
+            if (found := fresh[new]) is not None:
+                yield new, found
+        if waiting and waiting[-1] == key:
+            waiting.pop()
+            if (found := fresh[key]) is not None:
+                yield key, found
+        else:
+            yield key, value
+    while waiting:
+        new = waiting.pop()
+        if (found := fresh[new]) is not None:
+            yield new, found
+
+
+class Snapshot:
+    """A store at one position, until closed. ``with store.snapshot() as view: …``"""
+
+    def __init__(self, node: Node, codec: Codec[Any], keyspace: str, pinned: PinnedView) -> None:
+        self._node = node
+        self._pinned = pinned
+        self._name = keyspace
+        self._codec = codec
+
+    @property
+    def position(self) -> Position:
+        """The position that every read of this snapshot shows."""
+        return self._pinned.position
+
+    def get(self, key: bytes, default: Any = None, *, keyspace: Keyspace[Any] | None = None) -> Any:
+        """The value of ``key`` at this position."""
+        name, decode = self._space(keyspace)
+        value = self._pinned.get(name, check_key(key))
+        if value is None:
+            return default
+        return decode(value)
+
+    def __getitem__(self, key: bytes) -> Any:
+        value = self.get(key, _MISSING)
+        if value is _MISSING:
+            raise KeyError(key)
+        return value
+
+    def __contains__(self, key: bytes) -> bool:
+        return self.get(key, _MISSING) is not _MISSING
+
+    def __len__(self) -> int:
+        return self._pinned.count(self._name)
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+        keyspace: Keyspace[Any] | None = None,
+    ) -> Iterator[tuple[bytes, Any]]:
+        """Pairs in key order at this position; see :meth:`Keyspace.scan`."""
+        name, decode = self._space(keyspace)
+        low, high = bounds(prefix, start, stop)
+        if high is not None and low >= high:
+            return iter(())
+        pairs = self._pinned.scan(name, low, high, reverse=reverse)
+        plain = decode is BYTES.decode
+        return decoded(islice(pairs, limit), None if plain else decode)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (key for key, _ in self.scan())
+
+    def _space(self, keyspace: Keyspace[Any] | None) -> tuple[str, Callable[[bytes], Any]]:
+        if keyspace is None:
+            return self._name, self._codec.decode
+        return keyspace._keyspace, keyspace._codec.decode
+
+    def close(self) -> None:
+        """Let go of the position. Idempotent."""
+        self._pinned.release()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Threads, clocks and deadlines: the shells around the pure decisions."""

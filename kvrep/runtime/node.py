@@ -1,0 +1,480 @@
+"""One node: the engine, the role it plays, and the calls of the public face."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvrep.errors import (
+    AckTimeout,
+    ClosedError,
+    ConfigurationMismatch,
+    Error,
+    NotPrimary,
+    Overloaded,
+    RolledBack,
+    StaleRead,
+    ValueTooLarge,
+    again,
+)
+from kvrep.model.configuration import Acks, Configuration
+from kvrep.model.position import Position, epoch_after
+from kvrep.options import Options
+from kvrep.status import Outcome, Role, Status
+from kvrep.storage.engine import Engine
+from kvrep.storage.write import Write
+
+if TYPE_CHECKING:
+    from kvrep.runtime.replaying import Replaying
+    from kvrep.runtime.shipping import Shipping
+    from kvrep.transport.interface import Server, Transport
+
+__all__ = ["Node"]
+
+log = logging.getLogger("kvrep")
+
+NO_TIMEOUT_S = 86_400.0
+
+
+class Node:
+    """Made by :meth:`open`. One role at a time: primary (``shipping``) or follower (``replaying``)."""
+
+    def __init__(self, engine: Engine, options: Options, transport: Transport | None) -> None:
+        self.engine = engine
+        self.options = options
+        self.transport = transport
+        self.address = ""
+        """Where others reach this node; empty when it does not listen."""
+        self.shipping: Shipping | None = None
+        self.replaying: Replaying | None = None
+        self.ack_timeout_s = engine.configuration.ack_timeout_s
+        self._server: Server | None = None
+        self._pid = os.getpid()
+        # Announces every commit to those who wait for a position; notified only while somebody waits.
+        self._moved = threading.Condition()
+        self._waiting = 0
+        # Serializes role changes, reconfigurations and close.
+        self._role_lock = threading.RLock()
+        self._closed = False
+
+    # -- opening and closing -----------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], options: Options, transport: Transport | None = None) -> Node:
+        """Open the store at ``path`` and start its role."""
+        follower = bool(options.sources)
+        engine = Engine.open(Path(path), options, lineage=b"" if follower else os.urandom(16))
+        node = cls(engine, options, transport)
+        try:
+            node._check_configuration()
+            if options.listen is not None or follower:
+                node.transport = transport or _grpc(options)
+            node._start(follower)
+        except BaseException:
+            node.close(5.0)
+            raise
+        return node
+
+    def _check_configuration(self) -> None:
+        """A setting that contradicts the log's configuration stops the start."""
+        stored, options = self.engine.configuration, self.options
+        if self.engine.tail.offset == 0:
+            return
+        for name, given, kept in (
+            ("acks", options.acks, stored.acks),
+            ("ack_timeout_s", options.ack_timeout_s, stored.ack_timeout_s),
+        ):
+            if given is not None and given != kept:
+                raise ConfigurationMismatch(
+                    f"the log's configuration says {name}={kept!r}, open() was given {given!r}",
+                    option=name,
+                    given=given,
+                    stored=kept,
+                    hint=f"leave {name} out, and change it with reconfigure() on the primary",
+                )
+
+    def _start(self, follower: bool) -> None:
+        self.engine.committer.on_committed = self._on_committed
+        if follower:
+            from kvrep.runtime.replaying import Replaying
+
+            self.engine.writable = self._refuse_follower
+            self.replaying = Replaying(self)
+        elif self.options.listen is not None or len(self.engine.configuration.voters) > 1:
+            from kvrep.runtime.shipping import Shipping
+
+            self.shipping = Shipping(self)
+        else:
+            self._start_alone()
+        if self.options.listen is not None:
+            self._listen()
+        if self.shipping is not None:
+            self.shipping.start()
+        if self.replaying is not None:
+            self.replaying.start()
+
+    def _start_alone(self) -> None:
+        """No follower has ever been: the epoch begins with the first write, and all that is logged holds."""
+        engine = self.engine
+        engine.committer.advance()
+        engine.writable = self._begin_alone
+
+    def _begin_alone(self) -> None:
+        with self._role_lock:
+            if self.engine.committer.epoch or self._closed:
+                self.engine.writable = _nothing
+                return
+            self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            self.engine.writable = _nothing
+
+    def next_epoch(self, seen: int = 0) -> int:
+        """An epoch of ours above all that this node knows of, and above ``seen``."""
+        engine = self.engine
+        voter = engine.configuration.voter(engine.home.store_id)
+        known = max(engine.home.promised_epoch, engine.epochs.last_epoch, seen)
+        return epoch_after(known, voter.member if voter is not None else 1)
+
+    def begin_epoch(self, epoch: int, *, fenced: tuple[bytes, ...], unfenced: bool = False) -> Write:
+        """Promise ``epoch`` to ourselves, durably, and order its first record."""
+        engine = self.engine
+        if not engine.home.promise(epoch, engine.home.store_id):
+            raise Error(f"epoch {epoch} is below what this node has promised")
+        configuration = engine.configuration
+        if not configuration.voters:
+            configuration = self._first_configuration()
+        payload = {
+            "lineage": engine.home.lineage,
+            "branch": engine.branch or engine.home.lineage,
+            "configuration": configuration.to_wire(),
+            "promoter": engine.home.store_id,
+            "name": engine.home.name,
+            "address": self.address,
+            "fenced": list(fenced),
+            "unfenced": unfenced,
+        }
+        self.ack_timeout_s = configuration.ack_timeout_s
+        return engine.start_epoch(epoch, payload)
+
+    def _first_configuration(self) -> Configuration:
+        home, options = self.engine.home, self.options
+        seed = Configuration(
+            acks=options.acks if options.acks is not None else 0,
+            ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
+        )
+        return seed.with_voter(home.store_id, home.name, self.options.advertise or "")
+
+    def _listen(self) -> None:
+        from kvrep.runtime.service import NodeService
+
+        assert self.transport is not None and self.options.listen is not None
+        server = self.transport.serve(
+            NodeService(self),
+            self.options.listen,
+            name=self.label,
+            max_streams=self.options.followers_max,
+        )
+        bound = server.start()
+        self._server = server
+        self.address = self.options.advertise or _reachable(bound)
+
+    @property
+    def label(self) -> str:
+        """For thread names and messages."""
+        return self.engine.home.name or self.engine.home.path.name
+
+    @property
+    def role(self) -> Role:
+        if self._closed:
+            return Role.CLOSED
+        return Role.FOLLOWER if self.replaying is not None else Role.PRIMARY
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread."""
+        deadline = time.monotonic() + (self.options.close_timeout_s if timeout_s is None else timeout_s)
+        with self._role_lock:
+            if self._closed:
+                return
+            self._closed = True
+            if os.getpid() != self._pid:
+                return  # a forked child: nothing here is ours
+            self.engine.committer.refuse(ClosedError("the store is closed"))
+            with self._moved:
+                self._moved.notify_all()
+            for part in (self.shipping, self.replaying, self._server):
+                if part is not None:
+                    part.stop(max(0.5, deadline - time.monotonic()))
+            self.engine.close(max(0.5, deadline - time.monotonic()))
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
+
+    def commit(
+        self,
+        write: Write,
+        timeout_s: float | None,
+        acks: Acks | None = None,
+        level: Literal["synced", "visible"] | None = None,
+    ) -> Position:
+        """Order a write and wait for its outcome; raises what refuses it or :class:`AckTimeout`."""
+        deadline = time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
+        if acks is not None or level is not None:
+            self._check_more(acks, level)
+        self.engine.order(write, deadline)
+        self.engine.committer.finish(write, deadline)
+        if write.error is not None or not write.done:
+            self._raise_outcome(write)
+        if acks is not None or level is not None:
+            self._await_more(write, acks, level, deadline)
+        return Position(write.epoch, write.offset)
+
+    def finish(self, write: Write, timeout_s: float | None) -> Position:
+        """Wait for a write that is in order already."""
+        self.engine.committer.finish(write, self.deadline(timeout_s))
+        if write.error is not None or not write.done:
+            self._raise_outcome(write)
+        return Position(write.epoch, write.offset)
+
+    def submit(self, write: Write) -> Write:
+        """Order a write for the background leader."""
+        self.engine.order(write, self.deadline(None))
+        committer = self.engine.committer
+        if not committer.lead.locked():
+            committer.kick()
+        return write
+
+    def _raise_outcome(self, write: Write) -> None:
+        if write.error is not None:
+            error = write.error
+            raise again(error) if isinstance(error, Error) else error
+        if not write.offset and self.engine.committer.withdraw(write):
+            raise Overloaded("the log did not get to this write in time; nothing of it was written")
+        position = write.position if write.offset else None
+        reached = self.shipping.copies_at(write.offset) if self.shipping is not None and position else 1
+        needed = self.engine.configuration.copies
+        raise AckTimeout(
+            f"the write at {position} is logged here; {reached} of {needed} copies confirmed it in time",
+            position=position,
+            reached=reached,
+            needed=needed,
+        )
+
+    def _check_more(self, acks: Acks | None, level: str | None) -> None:
+        if level not in (None, "synced", "visible"):
+            raise ValueError(f'level must be "synced" or "visible", not {level!r}')
+        if acks is not None:
+            from kvrep.model.configuration import check_acks
+
+            check_acks(acks)
+        if self.shipping is None:
+            if acks not in (None, 0):
+                raise NotPrimary("this store serves no followers, so none can confirm the write",
+                                 hint="open the primary with listen=")  # fmt: skip
+            return
+        self.shipping.check_more(acks)
+
+    def _await_more(self, write: Write, acks: Acks | None, level: Any, deadline: float) -> None:
+        if self.shipping is not None:
+            self.shipping.await_more(write.position, acks, level or "synced", deadline)
+
+    def await_record(self, record: Any, timeout_s: float | None) -> None:
+        """Wait until a record that a transaction has read is committed."""
+        if type(record) is Write:
+            self.finish(record, timeout_s)
+            return
+        self.wait_for(Position(record.epoch, record.offset), timeout_s or self.ack_timeout_s)
+
+    def check_record_size(self, size: int) -> None:
+        if size > self.options.record_bytes_max:
+            raise ValueTooLarge(
+                f"the transaction has {size} bytes, record_bytes_max allows {self.options.record_bytes_max}",
+                hint="split it, or open the store with a larger record_bytes_max",
+            )
+
+    def guarded(self, callback: Callable[[Any], None], argument: Any) -> None:
+        """Call a user's callback; what it raises is logged and dropped."""
+        try:
+            callback(argument)
+        except Exception:
+            log.exception("%s: a callback raised", self.label)
+
+    def _refuse_follower(self) -> None:
+        replaying = self.replaying
+        address = replaying.primary_address if replaying is not None else None
+        epoch = self.engine.epochs.last_epoch
+        where = f"; the primary is at {address}" if address else ""
+        raise NotPrimary(f"this node is a follower{where}", primary_address=address, epoch=epoch)
+
+    # -- waiting and freshness ---------------------------------------------------------------------
+
+    def _on_committed(self, committed: int) -> None:
+        if self._waiting:
+            with self._moved:
+                self._moved.notify_all()
+        if self.shipping is not None:
+            self.shipping.on_committed(committed)
+
+    def wait_for(self, position: Position, timeout_s: float) -> None:
+        """Return once reads here show ``position``; :class:`StaleRead` after ``timeout_s``.
+
+        :class:`RolledBack` when this history cannot contain it any more.
+        """
+        if not isinstance(position, tuple) or len(position) != 2:
+            raise TypeError(f"expected a Position, not {type(position).__name__}")
+        epoch, offset = position
+        deadline = time.monotonic() + timeout_s
+        if self.engine.view.last < offset:
+            with self._moved:
+                self._waiting += 1
+                try:
+                    while self.engine.view.last < offset:
+                        if self._closed:
+                            raise ClosedError("the store is closed")
+                        left = deadline - time.monotonic()
+                        if left <= 0:
+                            raise StaleRead(
+                                f"position {epoch}:{offset} is not here after {timeout_s:g} s;"
+                                f" this node shows {self.engine.committed_position}",
+                                position=self.engine.committed_position,
+                                wanted=Position(epoch, offset),
+                            )
+                        self._moved.wait(min(left, 0.25))
+                finally:
+                    self._waiting -= 1
+        if offset and self.engine.epochs.epoch_at(offset) != epoch:
+            raise RolledBack(
+                f"record {offset} of epoch {epoch} is not in this history", position=Position(epoch, offset)
+            )
+
+    def freshen(
+        self, at_least: Position | None, max_staleness_s: float | None, timeout_s: float | None
+    ) -> None:
+        """Before a read: wait for a position, check the staleness."""
+        if at_least is not None:
+            self.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
+        if max_staleness_s is not None and self.replaying is not None:
+            staleness = self.replaying.staleness_s()
+            if staleness > max_staleness_s:
+                raise StaleRead(
+                    f"this copy may be {staleness:.3f} s old, {max_staleness_s:g} s are allowed",
+                    staleness_s=staleness,
+                    position=self.engine.committed_position,
+                )
+
+    def resolve(self, position: Position) -> Outcome:
+        """What became of a write; never a guess."""
+        epoch, offset = position
+        engine = self.engine
+        if offset > engine.tail.offset and epoch >= engine.epochs.last_epoch:
+            return Outcome.PENDING
+        if not engine.epochs.holds(Position(epoch, offset), engine.tail.offset):
+            return Outcome.ROLLED_BACK
+        return Outcome.COMMITTED if offset <= engine.view.last else Outcome.PENDING
+
+    # -- configuration -----------------------------------------------------------------------------
+
+    def reconfigure(self, change: Callable[[Configuration], Configuration], timeout_s: float) -> Position:
+        """Log a changed configuration and wait until it is committed under the old and the new rule."""
+        deadline = time.monotonic() + timeout_s
+        with self._role_lock:
+            self.engine.writable_as_primary()
+            if self.shipping is not None:
+                write = self.shipping.propose(change(self.engine.configuration), deadline)
+            else:
+                write = self.engine.configure(change(self.engine.configuration))
+        self.engine.committer.finish(write, deadline)
+        if write.error is not None or not write.done:
+            self._raise_outcome(write)
+        self.ack_timeout_s = self.engine.configuration.ack_timeout_s
+        return write.position
+
+    # -- status ------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Where this node stands; cheap enough to ask once a second."""
+        engine = self.engine
+        home, state, committer = engine.home, engine.tree.state, engine.committer
+        configuration = engine.configuration
+        closed = engine.closed
+        return Status(
+            role=self.role,
+            name=home.name,
+            store_id=home.store_id.hex(),
+            lineage=home.lineage.hex(),
+            address=self.address,
+            path=str(home.path),
+            epoch=committer.epoch or engine.epochs.last_epoch,
+            first_offset=committer.log.first,
+            last_offset=engine.tail.offset,
+            durable_offset=committer.durable,
+            committed_offset=committer.committed,
+            applied_offset=state.applied.offset,
+            position=engine.committed_position,
+            acks=configuration.acks,
+            ack_timeout_s=configuration.ack_timeout_s,
+            durability=self.options.durability,
+            voters=tuple(v.name or v.store_id.hex()[:8] for v in configuration.voters),
+            copies=configuration.copies_wanted,
+            not_writable=self._not_writable(),
+            primary_address=self.primary_address,
+            followers=self.shipping.followers() if self.shipping is not None else (),
+            source=self.replaying.status() if self.replaying is not None else None,
+            verified_through=state.verified,
+            diverged_at=state.diverged,
+            memtable_bytes=engine.view.memory_bytes,
+            log_bytes=committer.log.size,
+            lmdb_bytes=0 if closed else engine.tree.file_bytes,
+            flushes=engine.flusher.flushes,
+            uncommitted_bytes=committer.pending_bytes,
+            snapshot_age_s=engine.view.oldest_snapshot_age_s(),
+            rescued=tuple(str(p) for p in engine.rescued),
+        )
+
+    @property
+    def primary_address(self) -> str:
+        if self.replaying is not None:
+            return self.replaying.primary_address or ""
+        return self.address
+
+    def _not_writable(self) -> str:
+        committer = self.engine.committer
+        if committer.closed is not None:
+            return str(committer.closed)
+        if self.shipping is None and self.replaying is None:
+            return ""
+        try:
+            self.engine.writable()
+        except Error as error:
+            return error.message
+        return ""
+
+
+def _nothing() -> None:
+    """What ``writable`` becomes when nothing can refuse a write at the door."""
+
+
+def _grpc(options: Options) -> Transport:
+    from kvrep.transport.network import GrpcTransport
+    from kvrep.transport.security import Security
+
+    security = Security(tls=options.tls, token=options.token)
+    return GrpcTransport(
+        security=security,
+        message_bytes_max=max(8 << 20, options.value_bytes_max + (1 << 20)),
+    )
+
+
+def _reachable(bound: str) -> str:
+    """A bound address as others can use it: a wildcard becomes this host's name."""
+    host, _, port = bound.rpartition(":")
+    if host in ("0.0.0.0", "[::]"):  # noqa: S104 - compared, not bound
+        import socket
+
+        return f"{socket.gethostname()}:{port}"
+    return bound

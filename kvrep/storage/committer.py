@@ -1,0 +1,445 @@
+"""Group commit: callers that arrive together share one write and one flush of the log.
+
+A caller puts its write in order under a lock that never covers I/O. Whoever finds no leader leads: it takes
+what is in order, writes it as one group, wakes the next leader first and then its own group. A background
+thread leads for those who cannot (pipelined writes, asyncio).
+
+A transaction holds the *place*: from its first read to its append nothing else is put in order; writes that
+arrive meanwhile stand behind it.
+
+What an interrupt (Ctrl-C) can leave behind at any bytecode is a group that is taken but not finished; it
+stays in ``_group`` and the next leader finishes it, byte for byte. Waiters look up from their sleep twenty
+times a second, so that a leader that was interrupted cannot leave them alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvrep.errors import ClosedError, Error, Overloaded, StorageFailed, StorageFull, again
+from kvrep.model.codec import RecordEncoder
+from kvrep.model.record import Record
+from kvrep.storage.log import Log, Tail
+from kvrep.storage.view import View
+from kvrep.storage.write import Write
+
+__all__ = ["Committer"]
+
+GROUP_WRITES_MAX = 4096
+GROUP_BYTES_MAX = 4 << 20
+LOOK_UP_S = 0.05
+
+
+class _Group:
+    """Writes taken together, and how far they have come."""
+
+    __slots__ = ("frames", "length", "tail", "writes")
+
+    def __init__(self, writes: list[Write]) -> None:
+        self.writes = writes
+        self.frames: list[bytes] | None = None
+        self.length = 0
+        self.tail: Tail | None = None
+
+    def written(self, log: Log) -> bool:
+        """Whether the log holds it: asked of the log itself, whose tail moves by one assignment."""
+        return self.tail is not None and log.tail.offset >= self.tail.offset
+
+
+class Committer:
+    """Orders, logs and commits the writes of one store."""
+
+    def __init__(
+        self,
+        log: Log,
+        view: View,
+        *,
+        committed: int,
+        sync: bool,
+        uncommitted_bytes_max: int,
+        wall_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+    ) -> None:
+        self.log = log
+        self.view = view
+        self.sync = sync
+        """Durability ``"sync"``: a group counts as durable only when it is flushed."""
+        self.committed = committed
+        self.epoch = 0
+        """The epoch that records get; 0 while this node is not primary."""
+        self.closed: Error | None = None
+        """Set once: why no write is taken any more."""
+        self.failure: StorageFailed | None = None
+        self.rule: Callable[[int], int] = lambda durable: durable
+        """Durable offset here -> committed offset. Replaced by the replication of a primary."""
+        self.on_written: Callable[[], None] | None = None
+        """Called by the leader when a group is written but not yet flushed: shipping may begin."""
+        self.on_committed: Callable[[int], None] = lambda committed: None
+        self.pending: deque[Write | Record] = deque()
+        """Logged and not yet committed, in log order."""
+        self.pending_bytes = 0
+        self.uncommitted_bytes_max = uncommitted_bytes_max
+        self._wall_us = wall_us
+        self._encode = RecordEncoder().encode
+        # Protects _ordered, _behind, _holder, _queue and _queued_bytes. Never held during I/O.
+        self._order = threading.Lock()
+        self._ordered: list[Write] = []
+        self._behind: list[Write] = []
+        self._holder: object | None = None
+        self._held_since_s = 0.0
+        self._queue: deque[tuple[object, Callable[[], None]]] = deque()
+        self._queued_bytes = 0
+        # Held by whoever writes to the log.
+        self.lead = threading.Lock()
+        self._group: _Group | None = None
+        # Held while committed records are published; orders them.
+        self._publishing = threading.Lock()
+        self._kick = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # -- ordering ----------------------------------------------------------------------------------
+
+    def order(self, write: Write) -> None:
+        """Put a write in order. Raises what refuses it; then it was not logged."""
+        with self._order:
+            if self.closed is not None:
+                raise again(self.closed)
+            if self._queued_bytes + self.pending_bytes + write.size > self.uncommitted_bytes_max and (
+                self._ordered or self.pending or self._behind
+            ):
+                raise Overloaded(
+                    f"{(self._queued_bytes + self.pending_bytes) >> 10} KiB of writes are not committed yet"
+                    " (uncommitted_bytes_max)"
+                )
+            self._queued_bytes += write.size
+            (self._ordered if self._holder is None else self._behind).append(write)
+
+    def withdraw(self, write: Write) -> bool:
+        """Take a write out of the order again; False when a leader has it already."""
+        with self._order:
+            for queue in (self._ordered, self._behind):
+                if write in queue:
+                    queue.remove(write)
+                    self._queued_bytes -= write.size
+                    return True
+        return False
+
+    def take_place(self, owner: object, grant: Callable[[], None]) -> bool:
+        """Ask for the writer's place; True when it is ours now, else ``grant`` is called when it is."""
+        with self._order:
+            if self.closed is not None:
+                raise again(self.closed)
+            if self._holder is None:
+                self._holder = owner
+                self._held_since_s = time.monotonic()
+                return True
+            self._queue.append((owner, grant))
+            return False
+
+    def leave_place(self, owner: object, write: Write | None) -> bool:
+        """Give the place back, with the transaction's write or without. False if it was not held."""
+        grant = None
+        with self._order:
+            if self._holder is not owner:
+                self._queue = deque(entry for entry in self._queue if entry[0] is not owner)
+                return False
+            if write is not None:
+                if self.closed is not None:
+                    write.complete(self.closed)
+                else:
+                    self._ordered.append(write)
+                    self._queued_bytes += write.size
+            self._ordered += self._behind
+            self._behind = []
+            self._holder = None
+            if self._queue:
+                self._holder, grant = self._queue.popleft()
+                self._held_since_s = time.monotonic()
+            waiting = bool(self._ordered)
+        if grant is not None:
+            grant()
+        if waiting and write is None:
+            self.kick()
+        return True
+
+    def expire_place(self, age_max_s: float) -> None:
+        """Take the place from a transaction that has held it too long."""
+        holder = self._holder
+        if holder is not None and time.monotonic() - self._held_since_s > age_max_s:
+            self.leave_place(holder, None)
+
+    def holds_place(self, owner: object) -> bool:
+        return self._holder is owner
+
+    def unpublished(self) -> list[Any]:
+        """Everything ordered or logged that reads cannot see yet, in log order. The place is held."""
+        # Taken against the direction in which writes move, so that none is missed; one seen twice is harmless.
+        with self._order:
+            ordered = list(self._ordered)
+        group = self._group
+        taken: list[Any] = list(group.writes) if group is not None else []
+        while True:
+            try:
+                pending = list(self.pending)
+                break
+            except RuntimeError:  # grew or shrank while it was copied
+                continue
+        seen = {id(w) for w in pending}
+        taken = [w for w in taken if id(w) not in seen]
+        seen.update(id(w) for w in taken)
+        return pending + taken + [w for w in ordered if id(w) not in seen]
+
+    # -- leading -----------------------------------------------------------------------------------
+
+    def finish(self, write: Write, deadline_s: float) -> None:
+        """Lead or wait until ``write`` is done or ``time.monotonic()`` passes ``deadline_s``."""
+        while not write.done:
+            if not write.offset and (write.lead or not self.lead.locked()):
+                write.lead = False
+                with self.lead:
+                    if not write.offset and not write.done:
+                        self._write_group()
+                self._after_group()
+                if write.done:
+                    return
+            left = deadline_s - time.monotonic()
+            if left <= 0:
+                return
+            write.park(min(left, LOOK_UP_S))
+            if not write.done and 0 < write.offset <= self.committed:
+                write.complete()
+
+    def _after_group(self) -> None:
+        """The lead lock is free again: hand over, then publish what may be published."""
+        self._hand_over()
+        self.advance()
+
+    def _hand_over(self) -> None:
+        """Ask a waiting thread, or else the background thread, to write the next group."""
+        if not self._ordered or self.lead.locked():
+            return
+        with self._order:
+            nxt = next((w for w in self._ordered[:16] if w.has_waiter), None)
+        if nxt is None:
+            self.kick()
+        else:
+            nxt.lead = True
+            nxt.wake()
+
+    def _take(self) -> _Group | None:
+        group = self._group
+        if group is not None:
+            return group  # its leader was interrupted
+        with self._order:
+            ordered = self._ordered
+            if not ordered:
+                return None
+            count = size = 0
+            for write in ordered:
+                size += write.size
+                count += 1
+                if count >= GROUP_WRITES_MAX or size >= GROUP_BYTES_MAX:
+                    break
+            group = _Group(ordered[:count])
+            self._group = group
+            self._ordered = ordered[count:]
+        return group
+
+    def _write_group(self) -> None:
+        """Write the next group. The lead lock is held."""
+        group = self._take()
+        if group is None:
+            return
+        early = self.on_written
+        log = self.log
+        if self.closed is not None and not group.written(log):
+            self._fail(group, self.closed)
+            return
+        try:
+            if group.frames is None:
+                self._encode_group(group)
+            assert group.frames is not None and group.tail is not None
+            if not group.written(log):
+                sync_now = self.sync and early is None
+                first = log.tail.offset + 1
+                log.append(group.frames, group.length, first, group.tail, self.committed, sync=sync_now)
+            if early is not None:
+                early()
+            if self.sync and log.synced < log.tail.offset:
+                log.sync()
+        except Exception as error:  # noqa: BLE001 - every failure of the disk ends here
+            self._failed(group, error)
+            return
+        self._queue_group(group)
+
+    def _encode_group(self, group: _Group) -> None:
+        tail, encode, epoch, now = self.log.tail, self._encode, self.epoch, self._wall_us()
+        offset, running, length = tail.offset, tail.running, 0
+        frames = []
+        for write in group.writes:
+            offset += 1
+            frame, running = encode(offset, epoch, now, write.kind, write.payload, running)
+            write.epoch = epoch
+            frames.append(frame)
+            length += len(frame)
+        group.length = length
+        group.tail = Tail(offset, epoch, running)
+        group.frames = frames
+
+    def _queue_group(self, group: _Group) -> None:
+        """The group is durable: its writes now wait for their commit."""
+        assert group.tail is not None
+        offset = group.tail.offset - len(group.writes)
+        size = 0
+        for write in group.writes:
+            offset += 1
+            write.offset = offset
+            size += write.size
+        with self._order:
+            self.pending.extend(group.writes)
+            self.pending_bytes += size
+            self._queued_bytes -= size
+        self._group = None
+
+    def _failed(self, group: _Group, error: Exception) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full and not group.written(self.log):
+            try:
+                self.log.undo_append()
+            except OSError as second:
+                error, full = second, False
+        if full and not group.written(self.log):
+            refused = StorageFull("no disk space for the log")
+            refused.__cause__ = error
+            self._fail(group, refused)
+            return
+        failure = self.fail_storage(error)
+        self._fail(group, failure)
+
+    def _fail(self, group: _Group, error: Exception) -> None:
+        self._group = None
+        with self._order:
+            self._queued_bytes -= sum(w.size for w in group.writes)
+        for write in group.writes:
+            write.complete(error)
+
+    def fail_storage(self, error: BaseException) -> StorageFailed:
+        """The disk failed for good: nothing is written any more in this process."""
+        if self.failure is None:
+            failure = StorageFailed(f"the log could not be written: {error}")
+            failure.__cause__ = error
+            self.failure = failure
+            self.refuse(failure)
+        return self.failure
+
+    def refuse(self, error: Error) -> None:
+        """Take no more writes; what is in order but not taken by a leader fails with ``error``."""
+        with self._order:
+            if self.closed is None or isinstance(error, (StorageFailed, ClosedError)):
+                self.closed = error
+            waiting = self._ordered + self._behind
+            self._ordered, self._behind = [], []
+            self._queued_bytes -= sum(w.size for w in waiting)
+            grants = [grant for _, grant in self._queue]
+            self._queue.clear()
+        for write in waiting:
+            write.complete(error)
+        for grant in grants:
+            grant()
+
+    def accept(self) -> None:
+        """Take writes again (a role changed back)."""
+        with self._order:
+            if not isinstance(self.closed, (StorageFailed, ClosedError)):
+                self.closed = None
+
+    # -- committing --------------------------------------------------------------------------------
+
+    @property
+    def durable(self) -> int:
+        """The last offset that counts as durable here under the store's durability."""
+        return self.log.synced if self.sync else self.log.tail.offset
+
+    def advance(self) -> None:
+        """Commit what the rule allows now."""
+        committed = self.rule(self.durable)
+        if committed > self.committed:
+            self.commit_through(committed)
+
+    def commit_through(self, offset: int) -> None:
+        """Publish every record through ``offset`` and tell those who wait. Any thread."""
+        done: list[Write | Record] = []
+        with self._publishing:
+            if offset <= self.committed:
+                return
+            pending = self.pending
+            size = 0
+            for record in pending:
+                if record.offset > offset:
+                    break
+                done.append(record)
+            if done:
+                self.view.publish(done)
+            self.committed = min(offset, done[-1].offset) if done else self.committed
+            for record in done:
+                pending.popleft()
+                if type(record) is Write:
+                    size += record.size
+            with self._order:
+                self.pending_bytes -= size
+        for record in done:
+            if type(record) is Write:
+                record.complete()
+        self.on_committed(self.committed)
+
+    def append_records(self, records: Sequence[Record], data: bytes, tail: Tail, *, sync: bool) -> None:
+        """A follower's write: ``records`` as received, ``data`` their bytes. ``OSError`` as it comes.
+
+        The caller has checked that they join. They wait in ``pending`` until :meth:`commit_through`.
+        """
+        with self.lead:
+            self.log.append([data], len(data), records[0].offset, tail, self.committed, sync=sync)
+            with self._publishing:
+                self.pending.extend(records)
+
+    def drop_pending(self, above: int) -> list[Write | Record]:
+        """Forget what waits above ``above``, because the log is cut there; returns it."""
+        with self._publishing:
+            kept = [r for r in self.pending if r.offset <= above]
+            dropped = [r for r in self.pending if r.offset > above]
+            self.pending = deque(kept)
+            with self._order:
+                self.pending_bytes = sum(r.size for r in kept if type(r) is Write)
+        return dropped
+
+    # -- the background leader ---------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def kick(self) -> None:
+        """Have the background thread lead if there is anything to write."""
+        if not self._kick.is_set():
+            self._kick.set()
+
+    def _run(self) -> None:
+        while True:
+            self._kick.wait()
+            self._kick.clear()
+            while self._ordered or self._group is not None:
+                with self.lead:
+                    self._write_group()
+                self.advance()
+            if isinstance(self.closed, ClosedError):
+                return
+
+    def stop(self, timeout_s: float) -> None:
+        """End the background thread; ``closed`` is set already."""
+        self._kick.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)

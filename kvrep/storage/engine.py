@@ -1,0 +1,532 @@
+"""The local engine: log first, memtables over LMDB, one object that owns them and their threads.
+
+It knows nothing of networks. Who may write, and when a record counts as committed, is told from outside:
+``start_epoch`` makes this node a writer, ``committer.rule`` says what is committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvrep.errors import (
+    ClosedError,
+    Error,
+    ForkedError,
+    LogCorrupt,
+    Overloaded,
+    ProtocolError,
+    StorageFull,
+    again,
+)
+from kvrep.model.codec import decode
+from kvrep.model.configuration import Configuration
+from kvrep.model.position import EpochTable, Position
+from kvrep.model.record import Kind, Record
+from kvrep.options import Options
+from kvrep.storage.committer import Committer
+from kvrep.storage.digest import Hasher
+from kvrep.storage.flusher import Flusher
+from kvrep.storage.home import Home
+from kvrep.storage.log import Run, Tail
+from kvrep.storage.memtable import Table
+from kvrep.storage.recovery import recover
+from kvrep.storage.rescue import save_records
+from kvrep.storage.tree import State, Tree, digests_in, digests_out
+from kvrep.storage.view import Snapshot, View
+from kvrep.storage.write import Write
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("kvrep.storage")
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_fork_guard = threading.Lock()
+_fork_guarded = False
+
+
+def _guard_forks() -> None:
+    """Once per process, at the first open: a forked child must not touch what its parent has open."""
+    global _fork_guarded  # noqa: PLW0603 - register_at_fork can be neither undone nor repeated
+    with _fork_guard:
+        if not _fork_guarded:
+            os.register_at_fork(after_in_child=_in_forked_child)
+            _fork_guarded = True
+
+
+def _in_forked_child() -> None:
+    for engine in list(_open_engines):
+        engine.forked()
+
+
+class Engine:
+    """An open store directory. Made by :meth:`open`; every method may be called on any thread."""
+
+    def __init__(self, home: Home, tree: Tree, options: Options) -> None:
+        self.home = home
+        self.tree = tree
+        self.options = options
+        self.epochs: EpochTable = tree.state.epochs
+        """The epochs of all records in the log, committed or not."""
+        self.configurations: list[tuple[int, Configuration]] = [
+            (tree.state.configured_at, tree.state.configuration)
+        ]
+        """Configurations by the offset of their record, oldest first; the last one is in force."""
+        self.branch = tree.state.branch
+        self.view = View(tree, keyspaces_max=options.keyspaces_max)
+        self.committer: Committer
+        self.flusher: Flusher
+        self.keep_from: Callable[[], int] = lambda: self.tree.state.applied.offset + 1
+        """The first offset that some follower still needs. Replaced by the replication of a primary."""
+        self.flush_limit: Callable[[], int | None] = lambda: None
+        self.writable: Callable[[], None] = lambda: None
+        """Called before a user's write is ordered; raises what refuses it."""
+        self.marks = True
+        """Whether this node, as primary, puts digest marks into the log."""
+        self.recovered_bytes = 0
+        self.rescued: list[Path] = []
+        self._marked = tree.state.mark
+        self._closed = False
+        self._synced_s = time.monotonic()
+        # Makes close() run once.
+        self._close_lock = threading.Lock()
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path, options: Options, *, lineage: bytes) -> Engine:
+        """Open or create the store at ``path``; ``lineage`` is for a new one (empty: adopted later)."""
+        home = Home.open(path, create=options.create, name=options.name, lineage=lineage)
+        tree = None
+        try:
+            generation = home.generation
+            tree = Tree.open(
+                generation / "data",
+                home.lineage,
+                map_bytes=options.map_bytes,
+                keyspaces_max=options.keyspaces_max,
+                readers_max=options.readers_max,
+                create=home.created or not (generation / "data" / "data.mdb").exists() and not home.lineage,
+            )
+            engine = cls(home, tree, options)
+            engine._recover(generation / "log")
+        except BaseException:
+            if tree is not None:
+                tree.close(1.0)
+            home.close()
+            raise
+        _guard_forks()
+        _open_engines.add(engine)
+        engine._start_threads()
+        return engine
+
+    def _recover(self, directory: Path) -> None:
+        state = self.tree.state
+        tail_epoch = state.applied.epoch
+        pending: list[Record] = []
+
+        def replay(run: Run) -> None:
+            nonlocal tail_epoch
+            records = self._decode_recovered(run, pending[-1] if pending else None)
+            for record in records:
+                self._note_special(record)
+            tail_epoch = records[-1].epoch
+            pending.extend(records)
+
+        self._replay_running = state.applied.running
+        found = recover(
+            directory,
+            self.home.lineage,
+            state.applied,
+            file_bytes=self.options.log_file_bytes,
+            rescue=self.home.rescue,
+            replay=replay,
+            epoch_of=lambda run: tail_epoch,
+        )
+        if found.rescue_path is not None:
+            log.warning(
+                "%s: an unfinished write of %d bytes was cut from the log and saved to %s",
+                self.home.path, found.unfinished_bytes, found.rescue_path,
+            )  # fmt: skip
+            self.rescued.append(found.rescue_path)
+        committed = max(state.applied.offset, min(found.committed, found.log.tail.offset))
+        self.committer = Committer(
+            found.log,
+            self.view,
+            committed=state.applied.offset,
+            sync=self.options.durability == "sync",
+            uncommitted_bytes_max=self.options.uncommitted_bytes_max,
+        )
+        self.committer.pending.extend(pending)
+        self.committer.commit_through(committed)
+        self.flusher = Flusher(
+            self.view,
+            self.tree,
+            memtable_bytes=self.options.memtable_bytes,
+            memtable_bytes_max=self.options.memtable_bytes_max,
+            interval_s=self.options.flush_interval_s,
+            update=self._update_state,
+            before=self._before_flush,
+            after=self._after_flush,
+            tick=self._tick,
+            failed=lambda error: self._fail(error),
+            busy=self.committer.lead.locked,
+            flush_limit=lambda: self.flush_limit(),
+        )
+
+    def _decode_recovered(self, run: Run, before: Record | None) -> list[Record]:
+        del before
+        records, self._replay_running = decode(run.data, run.first, self._replay_running)
+        return records
+
+    def _start_threads(self) -> None:
+        label = self.home.name or self.home.path.name
+        self.committer.start(f"kvrep-commit-{label}")
+        self.flusher.start(f"kvrep-flush-{label}")
+
+    def _note_special(self, record: Any) -> None:
+        """Keep what records other than writes say about the log itself."""
+        if record.kind == Kind.WRITE or record.kind == Kind.DIGEST:
+            return
+        payload = record.payload
+        if record.kind == Kind.EPOCH:
+            if record.epoch > self.epochs.last_epoch:
+                self.epochs = self.epochs.with_epoch(record.epoch, record.offset)
+            self.branch = payload["branch"]
+            payload = payload["configuration"]
+        elif record.kind != Kind.CONFIGURATION:
+            raise ProtocolError(
+                f"record {record.offset} is of kind {record.kind}, which this version does not know",
+                hint="upgrade this node first",
+            )
+        if record.offset > self.configurations[-1][0]:
+            self.configurations.append((record.offset, Configuration.from_wire(payload)))
+
+    # -- what it is --------------------------------------------------------------------------------
+
+    @property
+    def tail(self) -> Tail:
+        return self.committer.log.tail
+
+    @property
+    def configuration(self) -> Configuration:
+        """The newest configuration in the log, committed or not."""
+        return self.configurations[-1][1]
+
+    def configuration_at(self, offset: int) -> tuple[int, Configuration]:
+        """The configuration that was in force when ``offset`` was logged, and its record's offset."""
+        i = bisect_right(self.configurations, offset, key=lambda entry: entry[0])
+        return self.configurations[max(0, i - 1)]
+
+    def position_at(self, offset: int) -> Position:
+        return Position(self.epochs.epoch_at(offset), offset)
+
+    @property
+    def committed_position(self) -> Position:
+        return self.position_at(self.view.last)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int, payload: Mapping[str, Any]) -> Write:
+        """Begin to write in ``epoch``: its first record is ordered before anything else.
+
+        The caller has made sure that nobody else can commit in it (see replication/promotion.py).
+        """
+        committer = self.committer
+        write = Write(Kind.EPOCH, dict(payload), 256)
+        with committer.lead:  # no group is being encoded meanwhile
+            committer.epoch = epoch
+            offset = self.tail.offset + 1
+            self.epochs = self.epochs.with_epoch(epoch, offset)
+            self.branch = payload["branch"]
+            self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
+        committer.order(write)
+        committer.kick()
+        return write
+
+    def configure(self, configuration: Configuration) -> Write:
+        """Order a configuration record. One at a time is the caller's business."""
+        write = Write(Kind.CONFIGURATION, configuration.to_wire(), 256)
+        self.committer.order(write)
+
+        def logged(done: Write) -> None:
+            if done.error is None and done.offset > self.configurations[-1][0]:
+                self.configurations.append((done.offset, configuration))
+
+        write.when_done(logged)
+        return write
+
+    def order(self, write: Write, deadline_s: float) -> None:
+        """Put a user's write in order; waits for memory, not for the disk. Raises what refuses it."""
+        self.writable()
+        if self.flusher.behind >= 0.5:
+            self._slow_down(deadline_s)
+        self.committer.order(write)
+
+    def admit_now(self) -> float:
+        """For callers that may not block: seconds to wait before ordering (0: go on). Raises refusals."""
+        self.writable()
+        behind = self.flusher.behind
+        if behind < 0.5:
+            return 0.0
+        if self.flusher.full is not None and behind >= 1.0:
+            raise StorageFull(self.flusher.full.message) from self.flusher.full
+        return 0.005 if behind >= 1.0 else (behind - 0.5) * 0.004
+
+    def _slow_down(self, deadline_s: float) -> None:
+        """Writers are slowed as the flush falls behind, and stopped at the bound."""
+        flusher = self.flusher
+        if flusher.behind < 1.0:
+            time.sleep((flusher.behind - 0.5) * 0.004)
+        elif not flusher.wait_for_room(deadline_s):
+            if flusher.full is not None:
+                raise StorageFull(flusher.full.message, hint=flusher.full.hint) from flusher.full
+            raise Overloaded("writing is faster than the flush into LMDB (memtable_bytes_max)")
+
+    # -- a follower's writing ----------------------------------------------------------------------
+
+    def append(self, first: int, data: bytes, *, sync: bool) -> list[Record]:
+        """Check and log records as a primary sent them, ``first`` the next offset. They wait for commit.
+
+        Raises ``ProtocolError`` (``ChainBroken``) when they do not join, what :meth:`_note_special` raises,
+        :class:`StorageFull` (nothing logged) or :class:`StorageFailed`.
+        """
+        tail = self.tail
+        if first != tail.offset + 1:
+            raise ProtocolError(f"expected record {tail.offset + 1}, got {first}")
+        records, running = decode(data, first, tail.running)
+        if records[0].epoch < tail.epoch:
+            raise ProtocolError(f"record {first} is of epoch {records[0].epoch}, below {tail.epoch}")
+        known = Kind.DIGEST
+        for record in records:
+            if record.kind:
+                if record.kind > known:
+                    self._note_special(record)
+        try:
+            self.committer.append_records(
+                records, data, Tail(records[-1].offset, records[-1].epoch, running), sync=sync
+            )
+        except OSError as error:
+            self._append_failed(error)
+        for record in records:
+            if record.kind:
+                self._note_special(record)
+        return records
+
+    def _append_failed(self, error: OSError) -> None:
+        import errno
+
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            try:
+                self.committer.log.undo_append()
+            except OSError as second:
+                raise self.committer.fail_storage(second) from second
+            raise StorageFull("no disk space for the log") from error
+        raise self.committer.fail_storage(error) from error
+
+    def sync(self) -> None:
+        """Make everything logged durable."""
+        try:
+            with self.committer.lead:
+                self.committer.log.sync()
+        except OSError as error:
+            raise self.committer.fail_storage(error) from error
+
+    def cut(self, to: int, *, reason: str) -> Path | None:
+        """Drop the log above ``to``, which is at or above what LMDB holds and was never shown here.
+
+        What is dropped is first saved, synced, to a rescue file, whose path is returned.
+        """
+        applied = self.tree.state.applied.offset
+        if to < max(applied, self.view.last):
+            raise LogCorrupt(
+                f"cannot cut the log at {to}: LMDB holds {applied}, {self.view.last} was shown",
+                path=str(self.home.path),
+                at=to,
+            )
+        committer = self.committer
+        with committer.lead:
+            tail = self.tail
+            if to >= tail.offset:
+                return None
+            path = save_records(
+                self.home.rescue, committer.log, to + 1, tail.offset, lineage=self.home.lineage, reason=reason
+            )
+            running = committer.log.running_at(to)
+            committer.log.cut(Tail(to, self.epochs.epoch_at(to), running))
+            committer.drop_pending(to)
+            self.epochs = self.epochs.cut(to)
+            self.configurations = [c for c in self.configurations if c[0] <= to] or self.configurations[:1]
+        self.rescued.append(path)
+        log.warning("%s: records %d to %d were dropped (%s) and saved to %s",
+                    self.home.path, to + 1, tail.offset, reason, path)  # fmt: skip
+        return path
+
+    def adopt_lineage(self, lineage: bytes) -> None:
+        """A store without history joins one. Nothing has been logged yet."""
+        if self.home.lineage == lineage:
+            return
+        if self.home.lineage or self.tail.offset:
+            raise ProtocolError("only an empty store can adopt a lineage")
+        self.home.switch(self.home.generation.name, lineage)
+        self.tree.hasher = Hasher(lineage)
+        self.committer.log.lineage = lineage
+
+    # -- the flush's hooks -------------------------------------------------------------------------
+
+    def _before_flush(self) -> None:
+        """Sync the log through the cut; as primary, have every node cut at the same place."""
+        committer = self.committer
+        if committer.epoch and self.marks and committer.closed is None and self._writes_since_mark():
+            state = self.tree.state
+            write = Write(Kind.DIGEST, [state.mark, digests_out(state.mark_digests)], 64)
+            try:
+                committer.order(write)
+            except Error:
+                return
+            committer.finish(write, time.monotonic() + 0.5)
+
+    def _writes_since_mark(self) -> bool:
+        for table in self.view.tables:
+            if table.mark is not None:
+                return False
+            if table.writes:
+                return True
+        return False
+
+    def _update_state(self, state: State, newest: Table) -> None:
+        """Fill in what LMDB shall say after a flush through ``newest``."""
+        last = newest.last
+        if self.committer.log.synced < last:
+            self.sync()
+        state.applied = Tail(last, self.epochs.epoch_at(last), self.committer.log.running_at(last))
+        state.epochs = self.epochs.cut(last)
+        state.configured_at, state.configuration = self.configuration_at(last)
+        state.branch = self.branch
+        if newest.mark is not None:
+            self._compare(state, newest)
+
+    def _compare(self, state: State, newest: Table) -> None:
+        """At a digest mark: compare what the primary had at the previous mark with what we had."""
+        assert newest.mark is not None
+        theirs_at, theirs = newest.mark[0], digests_in(newest.mark[1])
+        if theirs_at and theirs_at == state.mark:
+            ours = {k: v for k, v in state.mark_digests.items() if v}
+            if ours == {k: v for k, v in theirs.items() if v}:
+                state.verified = theirs_at
+            elif not state.diverged:
+                state.diverged = theirs_at
+                log.error("%s: the state digest at record %d differs from the primary's",
+                          self.home.path, theirs_at)  # fmt: skip
+        state.mark = newest.last
+        state.mark_digests = dict(state.digests)
+
+    def _after_flush(self) -> None:
+        self.trim()
+
+    def trim(self) -> int:
+        """Unlink log files that nobody needs; returns how many."""
+        options = self.options
+        needed = min(self.tree.state.applied.offset + 1, self.keep_from())
+        return self.committer.log.trim(
+            needed,
+            bytes_kept=options.retention_bytes,
+            bytes_max=options.retention_bytes_max,
+            age_s=options.retention_age_s,
+        )
+
+    def _tick(self) -> None:
+        self.view.expire_snapshots()
+        self.committer.expire_place(self.options.transaction_age_max_s)
+        now = time.monotonic()
+        if not self.committer.sync and now - self._synced_s >= self.options.sync_interval_s:
+            self._synced_s = now
+            if self.committer.log.synced < self.tail.offset:
+                self.sync()
+        if self.committer.log.wants_spare:
+            try:
+                self.committer.log.prepare_spare()
+            except OSError as error:
+                log.warning("%s: no room to prepare the next log file: %s", self.home.path, error)
+
+    def _fail(self, error: BaseException) -> None:
+        self.committer.fail_storage(error)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        return self.view.capture(self.position_at, self.options.snapshot_age_max_s)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Have LMDB hold everything that is committed now; False when it took longer."""
+        return self.flusher.flush(time.monotonic() + timeout_s)
+
+    def writable_as_primary(self) -> None:
+        """Raise unless this node is a primary whose epoch has begun."""
+        self.writable()
+        if self.committer.closed is not None:
+            raise again(self.committer.closed)
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def forked(self) -> None:
+        """In a forked child: every later use raises, nothing of the parent's is touched."""
+        error = ForkedError("this store was opened by the parent process, before the fork")
+        self._closed = True
+        self.committer.closed = error
+        self.committer._order = threading.Lock()
+        self.committer.lead = threading.Lock()
+        self.view.closed = error
+        self.home.close()
+
+    def close(self, timeout_s: float) -> None:
+        """Flush, mark the log, end the threads, close the files. Idempotent; keeps to its deadline."""
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+            deadline = time.monotonic() + timeout_s
+            committer = self.committer
+            committer.refuse(ClosedError("the store is closed"))
+            committer.stop(max(0.1, deadline - time.monotonic()))
+            self._last_flush(deadline)
+            self.flusher.stop(max(0.1, deadline - time.monotonic()))
+            self.view.closed = ClosedError("the store is closed")
+            self.view.close()
+            for record in list(committer.pending):
+                if type(record) is Write:
+                    record.complete(ClosedError("the store was closed before the write was committed"))
+            if not self.tree.close(max(0.5, deadline - time.monotonic())):
+                log.warning("%s: a read was still under way at close; LMDB stays open", self.home.path)
+            self._close_log()
+            self.home.close()
+            _open_engines.discard(self)
+
+    def _last_flush(self, deadline: float) -> None:
+        if self.committer.failure is not None or self.view.tables == ():
+            return
+        try:
+            self.flusher.flush(min(deadline - 0.2, time.monotonic() + 20))
+        except Error as error:
+            log.warning("%s: not all could be flushed at close (%s); the log has it", self.home.path, error)
+
+    def _close_log(self) -> None:
+        committer = self.committer
+        try:
+            with committer.lead:
+                if committer.failure is None:
+                    committer.log.mark(committer.committed)
+                committer.log.close()
+        except OSError as error:
+            log.warning("%s: the log could not be closed cleanly: %s", self.home.path, error)

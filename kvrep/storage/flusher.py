@@ -1,0 +1,225 @@
+"""Moves frozen memtables into LMDB in the background, in large sorted batches, and keeps the log in bounds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from kvrep.errors import Error, StorageFull
+from kvrep.storage.memtable import Table, merged_slices
+from kvrep.storage.tree import Change, State, Tree
+from kvrep.storage.view import PREFIX_BYTES, View
+
+__all__ = ["Flusher"]
+
+log = logging.getLogger("kvrep.storage")
+
+SLICE = 128
+TICK_S = 0.5
+RETRY_S = 0.25
+BREATH_S = 0.00002
+
+
+class Flusher:
+    """One thread. Flushes by size, by age, at digest marks and when asked."""
+
+    def __init__(
+        self,
+        view: View,
+        tree: Tree,
+        *,
+        memtable_bytes: int,
+        memtable_bytes_max: int,
+        interval_s: float,
+        update: Callable[[State, Table], None],
+        before: Callable[[], None],
+        after: Callable[[], None],
+        tick: Callable[[], None],
+        failed: Callable[[BaseException], None],
+        busy: Callable[[], bool],
+        flush_limit: Callable[[], int | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.view = view
+        self.tree = tree
+        self.memtable_bytes = memtable_bytes
+        self.memtable_bytes_max = memtable_bytes_max
+        self.interval_s = interval_s
+        self.full: StorageFull | None = None
+        """Why flushing stands still, if it does."""
+        self.flushes = 0
+        self.flushed_bytes = 0
+        self.flush_s = 0.0
+        self._update = update
+        self._before = before
+        self._after = after
+        self._tick = tick
+        self._failed = failed
+        self._busy = busy
+        self._limit = flush_limit
+        self._clock = clock
+        # Protects the requests below; also announces every retirement and every change of ``full``.
+        self._changed = threading.Condition()
+        self._asked = 0
+        self._answered = 0
+        self._stop = False
+        self._poke = threading.Event()
+        self._thread: threading.Thread | None = None
+        view.on_rotate = self._poke.set
+
+    def start(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread after the step under way; False if it did not end in time."""
+        self._stop = True
+        self._poke.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
+
+    # -- asked by others ---------------------------------------------------------------------------
+
+    def flush(self, deadline_s: float) -> bool:
+        """Have everything that is published now put into LMDB; False when ``deadline_s`` passed first."""
+        with self._changed:
+            self._asked += 1
+            mine = self._asked
+        self._poke.set()
+        with self._changed:
+            while self._answered < mine:
+                if self.full is not None:
+                    raise StorageFull(self.full.message, hint=self.full.hint) from self.full
+                if self._thread is None or not self._thread.is_alive():
+                    return False
+                left = deadline_s - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, 0.1))
+        return True
+
+    @property
+    def behind(self) -> float:
+        """Memory of unflushed writes as a share of its bound: 1 and above means writers must wait."""
+        return self.view.memory_bytes / self.memtable_bytes_max
+
+    def wait_for_room(self, deadline_s: float) -> bool:
+        """Wait until writers may go on; False at the deadline or when flushing stands still."""
+        with self._changed:
+            while self.behind >= 1.0:
+                left = deadline_s - time.monotonic()
+                if left <= 0 or self.full is not None or self._stop:
+                    return False
+                self._changed.wait(min(left, 0.1))
+        return True
+
+    # -- the thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stop:
+            self._poke.wait(TICK_S)
+            self._poke.clear()
+            try:
+                self._tick()
+                self._step()
+            except StorageFull as error:
+                self._standstill(error)
+            except Error as error:
+                log.error("the flush failed: %s", error)
+                self._failed(error)
+                return
+            except Exception as error:
+                log.exception("the flush failed")
+                self._failed(error)
+                return
+
+    def _standstill(self, error: StorageFull) -> None:
+        if self.full is None:
+            log.warning("flushing waits for room: %s", error)
+        with self._changed:
+            self.full = error
+            self._changed.notify_all()
+        self._poke.wait(RETRY_S)
+
+    def _step(self) -> None:
+        asked = self._asked
+        wanted = asked > self._answered
+        if wanted or self._due():
+            self._before()
+            self.view.rotate()
+            target = self.view.last
+            while (oldest := self.view.tables[-1]).last and oldest.last <= target and not self._stop:
+                if not self._flush_some(everything=wanted):
+                    break
+            if wanted:
+                with self._changed:
+                    self._answered = max(self._answered, asked)
+                    self._changed.notify_all()
+        elif any(t.mark is not None for t in self.view.tables[1:]):
+            self._flush_some()
+
+    def _due(self) -> bool:
+        view = self.view
+        if view.payload_bytes >= self.memtable_bytes or self.behind >= 0.5:
+            return True
+        oldest = view.tables[-1]
+        return oldest.last > 0 and self._clock() - oldest.born_s >= self.interval_s
+
+    def _flush_some(self, *, everything: bool = False) -> bool:
+        """Flush the oldest tables, as many as belong and fit together; False if there was nothing to flush."""
+        tables = self._choose(self.view.frozen(), everything)
+        if not tables:
+            return False
+        began = self._clock()
+        newest = tables[0]
+        self.tree.flush(self._changes(tables), lambda state: self._update(state, newest), self._breathe)
+        self.view.retire(tables)
+        self.flushes += 1
+        self.flushed_bytes += sum(t.payload_bytes for t in tables)
+        self.flush_s += self._clock() - began
+        with self._changed:
+            self.full = None
+            self._changed.notify_all()
+        self._after()
+        return True
+
+    def _choose(self, tables: tuple[Table, ...], everything: bool) -> tuple[Table, ...]:
+        """The oldest of ``tables`` that may be flushed and for which there is room."""
+        limit = None if everything else self._limit()
+        if limit is not None and self.behind < 0.75:
+            tables = tuple(t for t in tables if t.last <= limit)
+        wanted = len(tables)
+        while tables:
+            entries, payload = sum(map(len, tables)), sum(t.payload_bytes for t in tables)
+            if self.tree.room_for(entries, payload):
+                return tables
+            tables = tables[(len(tables) + 1) // 2 :]
+        if wanted:
+            raise StorageFull("neither the disk nor the LMDB map has room for a flush")
+        return ()
+
+    def _changes(self, tables: Sequence[Table]) -> Iterator[Change]:
+        """The tables' content as LMDB takes it: keyspace by keyspace, keys in order, a slice at a time."""
+        for items in merged_slices(tables, SLICE):
+            if not items:
+                continue
+            first, last = items[0][0][:PREFIX_BYTES], items[-1][0][:PREFIX_BYTES]
+            if first == last:
+                yield self._change(first, items)
+                continue
+            for prefix in sorted({key[:PREFIX_BYTES] for key, _ in items}):
+                yield self._change(prefix, [item for item in items if item[0][:PREFIX_BYTES] == prefix])
+
+    def _change(self, prefix: bytes, items: list[tuple[bytes, bytes | None]]) -> Change:
+        puts = [(key[PREFIX_BYTES:], value) for key, value in items if value is not None]
+        deletes = [] if len(puts) == len(items) else [k[PREFIX_BYTES:] for k, v in items if v is None]
+        return self.view.name_of(prefix), puts, deletes
+
+    def _breathe(self) -> None:
+        """Let a waiting writer have the interpreter: it would otherwise wait 5 ms for it."""
+        if self._busy():
+            time.sleep(BREATH_S)

@@ -1,0 +1,459 @@
+"""What is visible: the memtables over LMDB, always at one committed position.
+
+Data reaches the next place before it leaves the last: a record is in a table before ``committed`` says so,
+and in LMDB (with idle readers renewed) before its table is retired. So a point read that looks in the tables
+first and in LMDB second needs no lock. One short lock orders publish, rotation, capture and retirement.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from operator import itemgetter
+from typing import Any
+
+from kvrep.errors import ClosedError, Error, InvalidKeyspace, SnapshotExpired, again
+from kvrep.model.position import Position
+from kvrep.model.record import Kind
+from kvrep.storage.memtable import Table, overlay
+from kvrep.storage.tree import Tree
+
+__all__ = ["Snapshot", "View"]
+
+_MISSING: Any = object()
+_KEY = itemgetter(0)
+PREFIX_BYTES = 2
+CHUNK_MIN, CHUNK_MAX = 32, 1024
+
+
+class View:
+    """The memtables of a store and the reads over them and LMDB."""
+
+    def __init__(self, tree: Tree, *, keyspaces_max: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.tree = tree
+        self.clock = clock
+        self.last = tree.state.applied.offset
+        """The last published offset."""
+        self.tables: tuple[Table, ...] = (Table(clock()),)
+        """Newest first; the first one is active, the others never change."""
+        self.frozen_bytes = 0
+        """Memory of the frozen tables, entry overhead counted in."""
+        self.on_rotate: Callable[[], None] = lambda: None
+        """Called (under the lock, so it must only signal) when a table froze."""
+        self._lock = threading.Lock()
+        self._prefixes: dict[str, bytes] = {}
+        self._names: list[str] = []
+        self._keyspaces_max = keyspaces_max
+        self._snapshots: set[Snapshot] = set()
+        self.closed: Error | None = None
+        for name in tree.keyspaces:
+            self.prefix(name)
+
+    # -- keyspaces ---------------------------------------------------------------------------------
+
+    def prefix(self, keyspace: str) -> bytes:
+        """The two bytes that stand for a keyspace in this process."""
+        prefix = self._prefixes.get(keyspace)
+        if prefix is None:
+            number = len(self._names)
+            prefix = number.to_bytes(PREFIX_BYTES, "big")
+            self._names.append(keyspace)
+            self._prefixes[keyspace] = prefix
+        return prefix
+
+    def admit(self, keyspace: str) -> bytes:
+        """Like :meth:`prefix`, for a name that a user gave: ``InvalidKeyspace`` beyond the limit."""
+        with self._lock:
+            if keyspace not in self._prefixes and len(self._names) >= self._keyspaces_max:
+                raise InvalidKeyspace(
+                    f"there are {len(self._names)} keyspaces already",
+                    hint="open the store with a larger keyspaces_max (up to 1024)",
+                )
+            return self.prefix(keyspace)
+
+    def name_of(self, prefix: bytes) -> str:
+        return self._names[int.from_bytes(prefix, "big")]
+
+    @property
+    def keyspaces(self) -> list[str]:
+        """Keyspaces that hold or held data."""
+        return sorted(self._names)
+
+    # -- publishing --------------------------------------------------------------------------------
+
+    def publish(self, records: Sequence[Any]) -> None:
+        """Make committed records (each with ``offset``, ``kind``, ``payload``) visible, in log order.
+
+        Writes between two special records become visible at once, by one ``dict.update``.
+        """
+        with self._lock:
+            table = self.tables[0]
+            fresh: dict[bytes, bytes | None] = {}
+            size = writes = 0
+            prefixes = self._prefixes
+            for record in records:
+                if record.kind == Kind.WRITE:
+                    writes += 1
+                    payload = record.payload
+                    for i in range(0, len(payload), 2):
+                        prefix = prefixes.get(payload[i]) or self.prefix(payload[i])
+                        flat = payload[i + 1]
+                        for j in range(0, len(flat), 2):
+                            key, value = flat[j], flat[j + 1]
+                            fresh[prefix + key] = value
+                            size += len(key) + len(value) if value is not None else len(key)
+                elif record.kind == Kind.DIGEST:
+                    self._add(table, fresh, size, writes, record.offset)
+                    table.mark = record.payload
+                    self._rotate()
+                    table, fresh, size, writes = self.tables[0], {}, 0, 0
+            self._add(table, fresh, size, writes, records[-1].offset)
+            if table.full:
+                self._rotate()
+
+    def _add(
+        self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int
+    ) -> None:
+        if not table.entries:
+            table.born_s = self.clock()
+        table.entries.update(fresh)
+        table.payload_bytes += size
+        table.writes += writes
+        table.last = self.last = last
+
+    def _rotate(self) -> None:
+        """Freeze the active table. The lock is held."""
+        active = self.tables[0]
+        if active.last == 0:
+            return
+        self.frozen_bytes += active.memory_bytes
+        self.tables = (Table(self.clock()), *self.tables)
+        self.on_rotate()
+
+    def rotate(self) -> None:
+        """Freeze the active table if it holds anything."""
+        with self._lock:
+            self._rotate()
+
+    # -- the flush's side --------------------------------------------------------------------------
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.frozen_bytes + self.tables[0].memory_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(t.payload_bytes for t in self.tables)
+
+    def frozen(self) -> tuple[Table, ...]:
+        """The tables that a flush may take, newest first: up to and including the oldest digest mark."""
+        tables = self.tables[1:]
+        for i in range(len(tables) - 1, -1, -1):
+            if tables[i].mark is not None:
+                return tables[i:]
+        return tables
+
+    def retire(self, tables: Sequence[Table]) -> None:
+        """Forget tables whose content is in LMDB (committed, idle readers renewed)."""
+        gone = set(map(id, tables))
+        with self._lock:
+            self.tables = tuple(t for t in self.tables if id(t) not in gone)
+            self.frozen_bytes -= sum(t.memory_bytes for t in tables)
+
+    def drop_above(self, offset: int) -> None:
+        """Only for a cut of the log: nothing above ``offset`` has ever been published."""
+        assert self.last <= offset
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def get(self, keyspace: str, prefix: bytes, key: bytes) -> bytes | None:
+        """The newest committed value of ``key``; ``None`` when there is none. Any thread, no lock."""
+        if self.closed is not None:
+            raise again(self.closed)
+        for table in self.tables:
+            entries = table.entries
+            if entries:
+                value = entries.get(prefix + key, _MISSING)
+                if value is not _MISSING:
+                    return value
+        return self.tree.get(keyspace, key)
+
+    def capture(self, position: Callable[[int], Position], age_max_s: float) -> Snapshot:
+        """One committed position, held."""
+        if self.closed is not None:
+            raise again(self.closed)
+        with self._lock:
+            self._rotate_for_capture()
+            tables, last = self.tables[1:], self.last
+            txn = self.tree.begin()
+            snapshot = Snapshot(self, tables, txn, position(last), self.clock() + age_max_s)
+            self._snapshots.add(snapshot)
+        return snapshot
+
+    def _rotate_for_capture(self) -> None:
+        """Freeze what is active; small neighbours are joined so that frequent scans keep the list short."""
+        active = self.tables[0]
+        if not active.entries:
+            return
+        if len(self.tables) > 1:
+            older = self.tables[1]
+            if older.mark is None and len(older) <= 2 * len(active) and len(older) + len(active) < 16_384:
+                joined = Table.joined(older, active)
+                self.frozen_bytes += joined.memory_bytes - older.memory_bytes
+                self.tables = (Table(self.clock()), joined, *self.tables[2:])
+                self.on_rotate()
+                return
+        self._rotate()
+
+    def expire_snapshots(self) -> None:
+        """End the snapshots that are too old, so that they pin no pages any more."""
+        now = self.clock()
+        for snapshot in list(self._snapshots):
+            if snapshot.expires_s <= now:
+                snapshot.release(expired=True)
+
+    def oldest_snapshot_age_s(self) -> float:
+        now = self.clock()
+        return max((now - s.born_s for s in list(self._snapshots)), default=0.0)
+
+    def close(self) -> None:
+        for snapshot in list(self._snapshots):
+            snapshot.release()
+
+    def forget(self, snapshot: Snapshot) -> None:
+        self._snapshots.discard(snapshot)
+
+
+class Snapshot:
+    """One position of a store, pinned until released. Safe for several threads, one step at a time."""
+
+    def __init__(
+        self, view: View, tables: tuple[Table, ...], txn: Any, position: Position, expires_s: float
+    ) -> None:
+        self.position = position
+        self.born_s = view.clock()
+        self.expires_s = expires_s
+        self._view = view
+        self._tree = view.tree
+        self._tables = tables
+        self._txn = txn
+        self._expired = False
+        # Protects the LMDB transaction: one operation at a time, and none after release.
+        self._lock = threading.Lock()
+
+    def release(self, *, expired: bool = False) -> None:
+        """End the pinned read. Idempotent."""
+        with self._lock:
+            txn, self._txn = self._txn, None
+            if txn is None:
+                return
+            self._expired = expired
+            self._tables = ()
+            self._tree.end(txn)
+        self._view.forget(self)
+
+    @property
+    def released(self) -> bool:
+        return self._txn is None
+
+    def _need(self) -> Any:
+        txn = self._txn
+        if txn is None:
+            if self._expired:
+                raise SnapshotExpired(
+                    "the snapshot was held longer than snapshot_age_max_s", position=self.position
+                )
+            raise ClosedError("the snapshot is closed")
+        return txn
+
+    def get(self, keyspace: str, key: bytes) -> bytes | None:
+        with self._lock:
+            txn = self._need()
+            prefixed = self._view.prefix(keyspace) + key
+            for table in self._tables:
+                value = table.entries.get(prefixed, _MISSING)
+                if value is not _MISSING:
+                    return value
+            handle = self._tree.handle(keyspace)
+            value = None if handle is None else txn.get(key, None, handle)
+            return value  # noqa: RET504 - mypy needs the name
+
+    def count(self, keyspace: str) -> int:
+        """How many keys the keyspace has."""
+        with self._lock:
+            txn = self._need()
+            handle = self._handle(keyspace)
+            total = self._tree.count(txn, keyspace) if handle is not None else 0
+            prefix = self._view.prefix(keyspace)
+            for key, value in overlay(self._tables, prefix, _after(prefix)).items():
+                there = handle is not None and txn.get(key[PREFIX_BYTES:], None, handle) is not None
+                total += (value is not None) - there
+            return total
+
+    def _handle(self, keyspace: str) -> Any | None:
+        """The database, unless it was made after this snapshot began."""
+        handle = self._tree.handle(keyspace)
+        if handle is None:
+            return None
+        try:
+            self._txn.stat(handle)
+        except Exception:  # noqa: BLE001 - lmdb says "invalid handle" in several ways; it is not visible here
+            return None
+        return handle
+
+    def scan(
+        self, keyspace: str, start: bytes, stop: bytes | None, *, reverse: bool, release: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Pairs with ``start <= key < stop`` in key order; with ``release`` the snapshot ends with the scan."""
+        return chain.from_iterable(self._chunks(keyspace, start, stop, reverse, release))
+
+    def _chunks(
+        self, keyspace: str, start: bytes, stop: bytes | None, reverse: bool, release: bool
+    ) -> Iterator[list[tuple[bytes, bytes]]]:
+        prefix = self._view.prefix(keyspace)
+        low = prefix + start
+        high = _after(prefix) if stop is None else prefix + stop
+        merge = _Reverse if reverse else _Forward
+        try:
+            with self._lock:
+                txn = self._need()
+                handle = self._handle(keyspace)
+                cursor = None if handle is None else txn.cursor(handle)
+                run = merge(cursor, self._tables, low, high, stop)
+            size = CHUNK_MIN
+            while True:
+                with self._lock:
+                    self._need()
+                    items = run.next(size)
+                if items is None:
+                    return
+                if items:
+                    yield items
+                size = min(size * 4, CHUNK_MAX)
+        finally:
+            if release:
+                self.release()
+
+
+class _Forward:
+    """Merges LMDB's pairs and the tables' newer ones, chunk by chunk, in ascending order."""
+
+    def __init__(
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+    ) -> None:
+        self._tables = [t for t in tables if t.slice(low, high)]
+        self._low, self._high = low, high
+        self._stop = stop
+        self._items: list[tuple[bytes, bytes]] = []
+        self._pairs: Iterator[tuple[bytes, bytes]] | None = None
+        if cursor is not None and cursor.set_range(low[PREFIX_BYTES:]):
+            self._pairs = cursor.iternext(keys=True, values=True)
+
+    def next(self, size: int) -> list[tuple[bytes, bytes]] | None:
+        """The next pairs (perhaps none, where all were deleted); ``None`` at the end."""
+        if not self._items:
+            self._fill(size)
+        if not self._tables:
+            items, self._items = self._items, []
+            return items or None
+        if self._low >= self._high:
+            return None
+        prefix = self._low[:PREFIX_BYTES]
+        bound = prefix + self._items[-1][0] + b"\0" if self._items else self._high
+        for table in self._tables:
+            keys = table.sorted_keys()
+            i = bisect_left(keys, self._low) + size
+            if i < len(keys) and keys[i] < bound:
+                bound = keys[i]
+        fresh = overlay(self._tables, self._low, bound)
+        n = bisect_left(self._items, bound[PREFIX_BYTES:], key=_KEY) if bound < self._high else len(self._items)
+        items, self._items = self._items[:n], self._items[n:]
+        self._low = bound
+        return _laid_over(items, fresh, reverse=False)
+
+    def _fill(self, size: int) -> None:
+        if self._pairs is None:
+            return
+        self._items = list(islice(self._pairs, size))
+        if len(self._items) < size:
+            self._pairs = None
+        if self._stop is not None and self._items and self._items[-1][0] >= self._stop:
+            del self._items[bisect_left(self._items, self._stop, key=_KEY) :]
+            self._pairs = None
+
+
+class _Reverse:
+    """The same in descending order."""
+
+    def __init__(
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+    ) -> None:
+        self._tables = [t for t in tables if t.slice(low, high)]
+        self._low, self._high = low, high
+        self._start = low[PREFIX_BYTES:]
+        self._items: list[tuple[bytes, bytes]] = []
+        self._pairs: Iterator[tuple[bytes, bytes]] | None = None
+        if cursor is not None and _seek_before(cursor, stop):
+            self._pairs = cursor.iterprev(keys=True, values=True)
+
+    def next(self, size: int) -> list[tuple[bytes, bytes]] | None:
+        if not self._items:
+            self._fill(size)
+        if not self._tables:
+            items, self._items = self._items, []
+            return items or None
+        if self._low >= self._high:
+            return None
+        prefix = self._low[:PREFIX_BYTES]
+        bound = prefix + self._items[-1][0] if self._items else self._low
+        for table in self._tables:
+            keys = table.sorted_keys()
+            i = bisect_left(keys, self._high) - size
+            if i >= 0 and keys[i] > bound:
+                bound = keys[i]
+        fresh = overlay(self._tables, bound, self._high)
+        plain = bound[PREFIX_BYTES:]
+        n = next((i for i, (key, _) in enumerate(self._items) if key < plain), len(self._items))
+        items, self._items = self._items[:n], self._items[n:]
+        self._high = bound
+        return _laid_over(items, fresh, reverse=True)
+
+    def _fill(self, size: int) -> None:
+        if self._pairs is None:
+            return
+        self._items = list(islice(self._pairs, size))
+        if len(self._items) < size:
+            self._pairs = None
+        if self._items and self._items[-1][0] < self._start:
+            n = next(i for i, (key, _) in enumerate(self._items) if key < self._start)
+            del self._items[n:]
+            self._pairs = None
+
+
+def _seek_before(cursor: Any, stop: bytes | None) -> bool:
+    """Put the cursor on the last key below ``stop``."""
+    if stop is not None and cursor.set_range(stop):
+        return bool(cursor.prev())
+    return bool(cursor.last())
+
+
+def _laid_over(
+    items: list[tuple[bytes, bytes]], fresh: dict[bytes, bytes | None], *, reverse: bool
+) -> list[tuple[bytes, bytes]]:
+    if not fresh:
+        return items
+    merged: dict[bytes, bytes | None] = dict(items)
+    merged.update((key[PREFIX_BYTES:], value) for key, value in fresh.items())
+    return [(key, value) for key in sorted(merged, reverse=reverse) if (value := merged[key]) is not None]
+
+
+def _after(prefix: bytes) -> bytes:
+    """The smallest composite key behind all keys of a keyspace."""
+    return (int.from_bytes(prefix, "big") + 1).to_bytes(PREFIX_BYTES, "big")
+
+
+def records_of(tables: Iterable[Table]) -> int:
+    return sum(t.writes for t in tables)

@@ -1,0 +1,168 @@
+"""Store: the one object a user holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar, Unpack, overload
+
+from kvrep.codecs import BYTES, Codec
+from kvrep.errors import ClosedError
+from kvrep.keyspace import Keyspace, Snapshot
+from kvrep.model.configuration import Acks, Configuration
+from kvrep.model.position import Position
+from kvrep.model.record import DEFAULT_KEYSPACE
+from kvrep.options import OpenOptions, Options
+from kvrep.runtime.checks import check_name
+from kvrep.runtime.node import Node
+from kvrep.status import Outcome, Status
+
+__all__ = ["Store", "open"]
+
+V = TypeVar("V")
+
+
+def open(path: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Store:  # noqa: A001 - kvrep.open
+    """Open the store at ``path`` (created if missing) and return it.
+
+    The options are the fields of :class:`kvrep.Options`. Raises an :class:`OpenError` with a hint;
+    :class:`StoreInUse` when another process has it, :class:`ConfigurationMismatch` for an option that is
+    not understood or contradicts the store, :class:`LogCorrupt` when proven data is damaged.
+    """
+    return Store(Node.open(path, Options.of(options)))
+
+
+class Store(Keyspace[bytes]):
+    """An open store; itself the default keyspace. Use it in a ``with`` block, or call :meth:`close`.
+
+    One object for life: role changes and network failures never invalidate it. All methods may be called
+    on any thread, not in a forked child (:class:`ForkedError`).
+    """
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node, DEFAULT_KEYSPACE, BYTES)
+        self._spaces: dict[tuple[str, str], Keyspace[Any]] = {}
+
+    def __repr__(self) -> str:
+        home = self._node.engine.home
+        return f"<kvrep.Store {str(home.path)!r} {self._node.role.value}>"
+
+    # -- more maps ---------------------------------------------------------------------------------
+
+    @overload
+    def keyspace(self, name: str) -> Keyspace[bytes]: ...
+    @overload
+    def keyspace(self, name: str, *, codec: Codec[V]) -> Keyspace[V]: ...
+    def keyspace(self, name: str, *, codec: Codec[Any] = BYTES) -> Keyspace[Any]:
+        """The keyspace ``name`` (1 to 64 of ``a-z 0-9 _ -``); it exists once something is put into it.
+
+        ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. Raises ``InvalidKeyspace``.
+        """
+        check_name(name)
+        if self._node.engine.closed:
+            raise ClosedError("the store is closed")
+        key = (name, codec.name)
+        space = self._spaces.get(key)
+        if space is None or space._codec is not codec:
+            space = self._spaces[key] = Keyspace(self._node, name, codec)
+        return space
+
+    def keyspaces(self) -> list[str]:
+        """The names of the keyspaces that hold or held data, sorted."""
+        return sorted({DEFAULT_KEYSPACE, *self._node.engine.view.keyspaces})
+
+    def snapshot(self) -> Snapshot:
+        """The whole store at one position; close it, or use it in a ``with`` block.
+
+        It keeps old pages of LMDB alive; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        """
+        return Snapshot(self._node, BYTES, DEFAULT_KEYSPACE, self._node.engine.snapshot())
+
+    # -- positions ---------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position:
+        """What reads show now."""
+        return self._node.engine.committed_position
+
+    def wait_for(self, position: Position, timeout_s: float = 5.0) -> None:
+        """Return once reads here show ``position``: read your writes, on any node.
+
+        :class:`StaleRead` after ``timeout_s``; :class:`RolledBack` when the position is not part of this
+        history any more.
+        """
+        self._node.wait_for(position, timeout_s)
+
+    def resolve(self, position: Position) -> Outcome:
+        """What became of a write whose outcome was unknown: committed, pending or rolled back."""
+        return self._node.resolve(position)
+
+    # -- the life of the store ---------------------------------------------------------------------
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Return once LMDB holds everything that is committed now. ``TimeoutError`` after ``timeout_s``."""
+        if self._node.engine.closed:
+            raise ClosedError("the store is closed")
+        if not self._node.engine.flush(timeout_s):
+            raise TimeoutError(f"the flush was not done within {timeout_s:g} s")
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Flush, end all threads, give the directory back. Idempotent, keeps to its deadline.
+
+        Nothing acknowledged is lost, whether or not the deadline suffices for the flush.
+        """
+        self._node.close(timeout_s)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._node.engine.closed
+
+    # -- the cluster -------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """``"host:port"`` where this node can be reached; empty when it does not listen."""
+        return self._node.address
+
+    def status(self) -> Status:
+        """Where this node and its followers stand, as one frozen value."""
+        return self._node.status()
+
+    def reconfigure(
+        self,
+        *,
+        acks: Acks | None = None,
+        ack_timeout_s: float | None = None,
+        timeout_s: float = 10.0,
+    ) -> Position:
+        """Change the commit rule, on the primary: a record that holds once committed under both rules.
+
+        Returns its position. ``ValueError`` for a rule that does not exist; refusals as of ``put``.
+        """
+
+        def change(now: Configuration) -> Configuration:
+            new = now if acks is None else replace(now, acks=acks)
+            return new if ack_timeout_s is None else replace(new, ack_timeout_s=ack_timeout_s)
+
+        change(Configuration())  # raises for what no configuration can say
+        return self._node.reconfigure(change, timeout_s)
+
+    def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+        """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
+
+        def change(now: Configuration) -> Configuration:
+            voter = now.named(name)
+            if voter is None or voter.store_id == self._node.engine.home.store_id:
+                raise ValueError(f"{name!r} is not a voter that could be removed")
+            return now.without_voter(voter.store_id)
+
+        return self._node.reconfigure(change, timeout_s)
