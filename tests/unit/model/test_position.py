@@ -100,7 +100,7 @@ def test_a_table_answers_like_its_history(fork: tuple[History, History], at: int
     assert table.last_epoch == (history[-1] if history else 0)
     assert table.cut(at) == table_of(history[:at])
     for epoch in range(22):
-        held = 0 < at and history[at - 1] == epoch
+        held = at > 0 and history[at - 1] == epoch
         assert table.holds(Position(epoch, at), len(history)) == held
     assert not table.holds(Position(table.last_epoch, len(history) + 1), len(history))
 
