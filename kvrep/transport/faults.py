@@ -78,7 +78,7 @@ def _unpack(data: bytes) -> Any:
     if len(data) > FAULT_BYTES_MAX:
         raise ValueError("too long")
     return msgpack.unpackb(
-        data, raw=False, use_list=False, max_ext_len=64, ext_hook=_position, strict_map_key=True
+        data, raw=False, use_list=False, max_ext_len=64, ext_hook=_position, strict_map_key=False
     )
 
 

@@ -242,9 +242,10 @@ class MemoryServer:
         name = f"kvrep-{self._name}-reader-{next(self._stream_numbers)}"
         reader = Thread(target=self._read, args=(stream, session), name=name, daemon=True)
         with self._lock:
+            # Started under the lock, because stop() joins what it finds there.
+            reader.start()
             self._streams[stream] = reader
             stopped = self._stopped
-        reader.start()
         self._workers.submit(self._send, stream, session)
         if stopped:
             stream.stop(self._address)

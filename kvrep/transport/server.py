@@ -322,6 +322,7 @@ class _ServerStream:
         self._lock = Lock()  # guards the next one
         self._released = False
         self._error: Exception | None = None  # set once, before the other thread is woken
+        self._ended = False  # by this side, with or without an error
         self._gone = False  # the follower went away: there is nobody to tell
         self._start_reader()
 
@@ -332,8 +333,9 @@ class _ServerStream:
         try:
             server._track(self._context)
             with server._lock:
+                # Started under the lock, because stop() joins what it finds there.
+                self._reader.start()
                 server._readers.add(self._reader)
-            self._reader.start()
         except Exception as error:
             # The promise is one on_closed per session, and no reader will keep it.
             self._closed(error)
@@ -352,6 +354,7 @@ class _ServerStream:
                 return encode_from_primary(message)
         except Exception as error:
             self._error = self._error or error
+        self._ended = True
         # Before the status is sent, so that a follower that comes again at once finds room.
         self._release()
         if self._error is not None and not self._gone:
@@ -360,27 +363,29 @@ class _ServerStream:
 
     def _read(self) -> None:
         on_message = self._session.on_message
-        error: Exception | None = None
         try:
             for data in self._requests:
                 on_message(decode_from_follower(data))
-        except grpc.RpcError as lost:
-            self._gone = True
-            error = self._error or self._lost(lost)
-        except Exception as failed:
-            error = self._error = self._error or failed
-            if not isinstance(failed, Error):
-                self._server._faults.unexpected("the stream's reader", failed)
+        except grpc.RpcError:
+            pass
+        except Exception as error:
+            if not isinstance(error, Error):
+                self._server._faults.unexpected("the stream's reader", error)
+            self._error = self._error or error
+            self._closed(self._error)
+            return
+        # gRPC ends the iteration or raises, as chance will have it, when the follower is gone. Followers
+        # never end their half alone, so if this side did not end the stream, the follower did.
+        if self._ended:
+            self._closed(self._error)
         else:
-            error = self._error
-        self._closed(error)
+            self._gone = True
+            self._closed(self._lost())
 
-    def _lost(self, cause: Exception) -> Error:
+    def _lost(self) -> Error:
         if self._server._stopped:
             return ClosedError("the server was stopped")
-        lost = PeerUnavailable(f"the follower at {self._peer} is gone", address=self._peer)
-        lost.__cause__ = cause
-        return lost
+        return PeerUnavailable(f"the follower at {self._peer} is gone", address=self._peer)
 
     def _closed(self, error: Exception | None) -> None:
         try:
