@@ -172,6 +172,9 @@ class Segment:
     part: int = 0
     parts: int = 1
     compressed: bool = False
+    more: bool = False
+    """Whether the log goes on behind it: more follows at once, as credit allows, so a follower that catches
+    up may sync several segments together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +200,8 @@ class Heartbeat:
     slots: tuple[SlotState, ...] = ()
     path: tuple[str, ...] = ()
     """The names of the nodes between the primary and this follower, for cascades and loop detection."""
+    behind_bytes: int = 0
+    """Bytes of log that this follower has not confirmed yet."""
 
 
 FromFollower = Hello | Promise | Ack | Credit

@@ -79,9 +79,9 @@ class Progress:
         self.state = state
 
     def join(self, at: Position, credit_bytes: int, epoch: int, now: float) -> None:
-        """The join is verified: the follower holds our log through ``at``, durably."""
+        """The join is verified at ``at``, so records follow there. What counts is only what it acks now."""
         self.enter(State.STREAMING)
-        self.sent = self.written = self.synced = at.offset
+        self.sent = at.offset
         self.credit_bytes = credit_bytes
         self.promised_epoch = epoch
         self.last_heard = now

@@ -37,7 +37,7 @@ from kvrep.replication.messages import (
 from kvrep.replication.progress import Progress, State
 from kvrep.replication.promotion import Promotion
 from kvrep.replication.receiver import AckNow, Append, Commit, Cut, Grant, Join, MakePromise, Receiver, Stop
-from kvrep.replication.sender import Dead, SendHeartbeat, SendSegment, Sender
+from kvrep.replication.sender import Dead, Sender, SendHeartbeat, SendSegment
 
 LINEAGE = b"lineage"
 SEGMENT = 120
@@ -186,8 +186,7 @@ class Cluster:
 
     def promote(self, node: Node, reachable: list[Node]) -> None:
         """One attempt, with the promises of whoever is reachable."""
-        base, *later = node.configurations(self.base)
-        in_force = [base] + later
+        in_force = node.configurations(self.base)
         known = max(i for i, (offset, _) in enumerate(in_force) if offset <= node.committed)
         highest = max(n.promised for n in [node, *reachable])
         epoch = epoch_after(max(highest, node.last.epoch), node.number)
@@ -232,7 +231,7 @@ class Cluster:
 
     def start(self, node: Node, epoch: int) -> None:
         for offset, frame in self.ledger.items():
-            assert offset <= node.end and node.frames[offset - 1] == frame, f"committed {offset} is lost"
+            assert node.frames[offset - 1 : offset] == [frame], f"committed {offset} is lost"
         in_log = node.configurations(self.base)
         pending = [pair for pair in in_log if pair[0] > node.committed]
         effective = in_log[-2] if pending else in_log[-1]
@@ -280,6 +279,7 @@ class Cluster:
                 self.end_primary(primary)
             elif node.number in primary.links:
                 self.disconnect(primary, node)
+        assert node.committed <= node.durable
         node.cut(node.durable)
 
     # Streams.
@@ -552,10 +552,13 @@ class Cluster:
         return primary
 
 
-NAMES = (
-    "write write write sync sync flow flow flow all all connect break pump down up duplicate "
-    "promote crash trim tick reconfigure"
-).split()
+WEIGHTS = {
+    **dict.fromkeys(("write", "flow"), 3),
+    **dict.fromkeys(("sync", "all"), 2),
+    **dict.fromkeys(("connect", "break", "pump", "down", "up", "duplicate"), 1),
+    **dict.fromkeys(("promote", "crash", "trim", "tick", "reconfigure"), 1),
+}
+NAMES = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
 steps = st.lists(
     st.tuples(st.sampled_from(NAMES), st.integers(0, 39), st.integers(0, 63)), min_size=20, max_size=120
 )
