@@ -63,7 +63,8 @@ def _options(message_bytes_max: int) -> list[tuple[str, Any]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        # Despite its name the time one attempt to connect may take, TLS included; it delays nothing.
+        ("grpc.min_reconnect_backoff_ms", 2000),
         ("grpc.max_reconnect_backoff_ms", 5000),
         ("grpc.enable_retries", 0),
         ("grpc.max_receive_message_length", message_bytes_max),

@@ -325,8 +325,8 @@ def test_epoch_tables_that_do_not_grow() -> None:
 def test_unknown_segment_flags() -> None:
     """A flag of a later version is refused, since it may change what the records mean."""
     encoded = bytearray(wire.encode_from_primary(SEGMENT))
-    encoded[37] = 2
-    with pytest.raises(ProtocolError, match="flags 2"):
+    encoded[37] = 128
+    with pytest.raises(ProtocolError, match="flags 128"):
         wire.decode_from_primary(bytes(encoded))
 
 
