@@ -168,7 +168,7 @@ class SlotState(_message.Message):
     def __init__(self, store_id: _Optional[bytes] = ..., name: _Optional[str] = ..., acked: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("epoch", "last", "committed", "stamp_us", "time_us", "slots", "path")
+    __slots__ = ("epoch", "last", "committed", "stamp_us", "time_us", "slots", "path", "behind_bytes")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +176,7 @@ class Heartbeat(_message.Message):
     TIME_US_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_BYTES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     last: int
     committed: int
@@ -183,7 +184,8 @@ class Heartbeat(_message.Message):
     time_us: int
     slots: _containers.RepeatedCompositeFieldContainer[SlotState]
     path: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, epoch: _Optional[int] = ..., last: _Optional[int] = ..., committed: _Optional[int] = ..., stamp_us: _Optional[int] = ..., time_us: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotState, _Mapping]]] = ..., path: _Optional[_Iterable[str]] = ...) -> None: ...
+    behind_bytes: int
+    def __init__(self, epoch: _Optional[int] = ..., last: _Optional[int] = ..., committed: _Optional[int] = ..., stamp_us: _Optional[int] = ..., time_us: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotState, _Mapping]]] = ..., path: _Optional[_Iterable[str]] = ..., behind_bytes: _Optional[int] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ("snapshot_id", "offset", "store_id", "name", "lineage")

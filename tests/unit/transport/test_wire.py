@@ -60,6 +60,7 @@ def segments(draw: st.DrawFn) -> Segment:
         part=draw(st.integers(0, parts - 1)),
         parts=parts,
         compressed=draw(st.booleans()),
+        more=draw(st.booleans()),
     )
 
 
@@ -117,6 +118,7 @@ heartbeats = st.builds(
     time_us=numbers,
     slots=st.lists(st.builds(SlotState, store_id=ids, name=names, acked=numbers)).map(tuple),
     path=st.lists(names).map(tuple),
+    behind_bytes=numbers,
 )
 from_primary = (
     segments()
