@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["EPOCH_MEMBERS", "EpochTable", "Position", "epoch_after", "member_of"]
+__all__ = [
+    "EPOCH_MAX",
+    "EPOCH_MEMBERS",
+    "OFFSET_MAX",
+    "ZERO",
+    "EpochTable",
+    "Position",
+    "epoch_after",
+    "member_of",
+]
 
 EPOCH_MEMBERS = 1000
 """An epoch is ``round * EPOCH_MEMBERS + member number of its primary``.

@@ -71,6 +71,7 @@ class Sender:
     """
 
     __slots__ = (
+        "_echoed",
         "_end",
         "_heartbeat_at",
         "_interval",
@@ -107,6 +108,9 @@ class Sender:
         self._segment_at = float("-inf")
         self._end = 0
         """The end of the log when the last segment was asked for."""
+        self._echoed = False
+        """Whether any stamp was echoed yet: the first one goes back at once, for until then the follower
+        cannot say how old its copy is."""
         self._told = -1
         """The commit offset last told; nothing yet."""
 
@@ -143,7 +147,7 @@ class Sender:
         if now >= dead_at:
             return Dead(f"nothing heard from {progress.name} for {self._timeout:g} s")
         until = self._heartbeat_at + self._interval
-        if now >= until:
+        if now >= until or (self.stamp_us and not self._echoed):
             return _HEARTBEAT
         if last > progress.sent:
             if progress.credit_bytes > 0:
@@ -169,4 +173,5 @@ class Sender:
 
     def sent_heartbeat(self, now: float, committed: int) -> None:
         self._heartbeat_at = now
+        self._echoed = self.stamp_us > 0
         self._told = committed

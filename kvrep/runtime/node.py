@@ -146,7 +146,7 @@ class Node:
             raise Error(f"epoch {epoch} is below what this node has promised")
         configuration = engine.configuration
         if not configuration.voters:
-            configuration = self._first_configuration()
+            configuration = self.first_configuration()
         payload = {
             "lineage": engine.home.lineage,
             "branch": engine.branch or engine.home.lineage,
@@ -160,7 +160,8 @@ class Node:
         self.ack_timeout_s = configuration.ack_timeout_s
         return engine.start_epoch(epoch, payload)
 
-    def _first_configuration(self) -> Configuration:
+    def first_configuration(self) -> Configuration:
+        """That of a new store: its own options, itself the only voter."""
         home, options = self.engine.home, self.options
         seed = Configuration(
             acks=options.acks if options.acks is not None else 0,

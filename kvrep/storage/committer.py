@@ -38,13 +38,15 @@ LOOK_UP_S = 0.05
 class _Group:
     """Writes taken together, and how far they have come."""
 
-    __slots__ = ("frames", "length", "tail", "writes")
+    __slots__ = ("frames", "length", "special", "tail", "writes")
 
     def __init__(self, writes: list[Write]) -> None:
         self.writes = writes
         self.frames: list[bytes] | None = None
         self.length = 0
         self.tail: Tail | None = None
+        self.special = False
+        """Whether it holds a record that is not a write."""
 
     def written(self, log: Log) -> bool:
         """Whether the log holds it: asked of the log itself, whose tail moves by one assignment."""
@@ -78,6 +80,9 @@ class Committer:
         """Durable offset here -> committed offset. Replaced by the replication of a primary."""
         self.on_written: Callable[[], None] | None = None
         """Called by the leader when a group is written but not yet flushed: shipping may begin."""
+        self.on_special: Callable[[Write, int], None] = lambda write, offset: None
+        """Called by the leader for every record that is not a write, once it is in the log at that offset and
+        before it counts as durable."""
         self.on_committed: Callable[[int], None] = lambda committed: None
         self.pending: deque[Write | Record] = deque()
         """Logged and not yet committed, in log order."""
@@ -267,6 +272,8 @@ class Committer:
                 sync_now = self.sync and early is None
                 first = log.tail.offset + 1
                 log.append(group.frames, group.length, first, group.tail, self.committed, sync=sync_now)
+            if group.special:
+                self._note_special(group)
             if early is not None:
                 early()
             if self.sync and log.synced < log.tail.offset:
@@ -284,11 +291,19 @@ class Committer:
             offset += 1
             frame, running = encode(offset, epoch, now, write.kind, write.payload, running)
             write.epoch = epoch
+            if write.kind:
+                group.special = True
             frames.append(frame)
             length += len(frame)
         group.length = length
         group.tail = Tail(offset, epoch, running)
         group.frames = frames
+
+    def _note_special(self, group: _Group) -> None:
+        assert group.tail is not None
+        for offset, write in enumerate(group.writes, group.tail.offset - len(group.writes) + 1):
+            if write.kind:
+                self.on_special(write, offset)
 
     def _queue_group(self, group: _Group) -> None:
         """The group is durable: its writes now wait for their commit."""
@@ -415,6 +430,12 @@ class Committer:
             with self._order:
                 self.pending_bytes = sum(r.size for r in kept if type(r) is Write)
         return dropped
+
+    def roll_back(self, applied: int, records: Sequence[Record]) -> None:
+        """Show ``records`` (all that follow ``applied``, in order) over LMDB, and nothing else."""
+        with self._publishing:
+            self.view.rebuild(applied, records)
+            self.committed = self.view.last
 
     # -- the background leader ---------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgpack
+
 from kvrep.errors import (
     ClosedError,
     Error,
@@ -26,7 +28,7 @@ from kvrep.errors import (
     StorageFull,
     again,
 )
-from kvrep.model.codec import decode
+from kvrep.model.codec import FRAME_BYTES, decode
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable, Position
 from kvrep.model.record import Kind, Record
@@ -88,6 +90,10 @@ class Engine:
         self.flush_limit: Callable[[], int | None] = lambda: None
         self.writable: Callable[[], None] = lambda: None
         """Called before a user's write is ordered; raises what refuses it."""
+        self.on_configuration: Callable[[int, Configuration], None] = lambda offset, configuration: None
+        """Called when a configuration record is in the log, before it can be committed."""
+        self.on_tick: Callable[[], None] = lambda: None
+        """Called on the flush thread about twice a second."""
         self.marks = True
         """Whether this node, as primary, puts digest marks into the log."""
         self.recovered_bytes = 0
@@ -164,6 +170,7 @@ class Engine:
             sync=self.options.durability == "sync",
             uncommitted_bytes_max=self.options.uncommitted_bytes_max,
         )
+        self.committer.on_special = self._on_special
         self.committer.pending.extend(pending)
         self.committer.commit_through(committed)
         self.flusher = Flusher(
@@ -255,13 +262,14 @@ class Engine:
         """Order a configuration record. One at a time is the caller's business."""
         write = Write(Kind.CONFIGURATION, configuration.to_wire(), 256)
         self.committer.order(write)
-
-        def logged(done: Write) -> None:
-            if done.error is None and done.offset > self.configurations[-1][0]:
-                self.configurations.append((done.offset, configuration))
-
-        write.when_done(logged)
         return write
+
+    def _on_special(self, write: Write, offset: int) -> None:
+        """A configuration is in the log: it is in force from here on, if not yet committed."""
+        if write.kind == Kind.CONFIGURATION and offset > self.configurations[-1][0]:
+            configuration = Configuration.from_wire(write.payload)
+            self.configurations.append((offset, configuration))
+            self.on_configuration(offset, configuration)
 
     def order(self, write: Write, deadline_s: float) -> None:
         """Put a user's write in order; waits for memory, not for the disk. Raises what refuses it."""
@@ -340,18 +348,17 @@ class Engine:
             raise self.committer.fail_storage(error) from error
 
     def cut(self, to: int, *, reason: str) -> Path | None:
-        """Drop the log above ``to``, which is at or above what LMDB holds and was never shown here.
+        """Drop the log above ``to``, which is at or above what LMDB holds.
 
-        What is dropped is first saved, synced, to a rescue file, whose path is returned.
+        What is dropped is first saved, synced, to a rescue file, whose path is returned. If some of it was
+        visible here (asynchronous mode), reads go back to ``to``.
         """
-        applied = self.tree.state.applied.offset
-        if to < max(applied, self.view.last):
-            raise LogCorrupt(
-                f"cannot cut the log at {to}: LMDB holds {applied}, {self.view.last} was shown",
-                path=str(self.home.path),
-                at=to,
-            )
         committer = self.committer
+        applied = self.tree.state.applied.offset
+        if to < applied:
+            raise LogCorrupt(
+                f"cannot cut the log at {to}: LMDB holds {applied}", path=str(self.home.path), at=to
+            )
         with committer.lead:
             tail = self.tail
             if to >= tail.offset:
@@ -362,12 +369,25 @@ class Engine:
             running = committer.log.running_at(to)
             committer.log.cut(Tail(to, self.epochs.epoch_at(to), running))
             committer.drop_pending(to)
+            if self.view.last > to:
+                self._rebuild_view(applied, to)
             self.epochs = self.epochs.cut(to)
             self.configurations = [c for c in self.configurations if c[0] <= to] or self.configurations[:1]
         self.rescued.append(path)
         log.warning("%s: records %d to %d were dropped (%s) and saved to %s",
                     self.home.path, to + 1, tail.offset, reason, path)  # fmt: skip
         return path
+
+    def _rebuild_view(self, applied: int, to: int) -> None:
+        """Make the memtables again from the log, without what was cut."""
+        records: list[Record] = []
+        offset = applied + 1
+        running = self.committer.log.running_at(applied)
+        while offset <= to and (run := self.committer.log.read(offset, 1 << 20)) is not None:
+            some, running = decode(run.data, run.first, running)
+            records += some
+            offset = run.last + 1
+        self.committer.roll_back(applied, [r for r in records if r.offset <= to])
 
     def adopt_lineage(self, lineage: bytes) -> None:
         """A store without history joins one. Nothing has been logged yet."""
@@ -443,6 +463,7 @@ class Engine:
         )
 
     def _tick(self) -> None:
+        self.on_tick()
         self.view.expire_snapshots()
         self.committer.expire_place(self.options.transaction_age_max_s)
         now = time.monotonic()
@@ -463,6 +484,36 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         return self.view.capture(self.position_at, self.options.snapshot_age_max_s)
+
+    def time_at(self, offset: int) -> int:
+        """When record ``offset`` was logged, in microseconds of the primary's wall clock; 0 if not known."""
+        try:
+            run = self.committer.log.read(offset, 1)
+        except (Error, OSError):
+            return 0
+        if run is None:
+            return 0
+        body: list[Any] = msgpack.unpackb(memoryview(run.data)[FRAME_BYTES:], strict_map_key=False)
+        return int(body[2])
+
+    def recompute_digests(self) -> dict[str, Any]:
+        """Digests and counts computed anew from what LMDB holds, and as of which position, for ``verify``.
+
+        The caller has flushed; writes that come meanwhile stay out of it only if there are none.
+        """
+        while True:
+            state = self.tree.state
+            digests = {name: self.tree.digest(name) for name in self.tree.keyspaces}
+            if self.tree.state is state:
+                break
+        return {
+            "position": str(self.position_at(state.applied.offset)),
+            "digests": {name: value.to_bytes(16, "big") for name, (value, _) in digests.items()},
+            "counts": {name: count for name, (_, count) in digests.items()},
+            "stored": digests_out(state.digests),
+            "verified": state.verified,
+            "diverged": state.diverged,
+        }
 
     def flush(self, timeout_s: float) -> bool:
         """Have LMDB hold everything that is committed now; False when it took longer."""

@@ -104,6 +104,14 @@ class _Recent:
                 del self._runs[: self._start], self._firsts[: self._start]
                 self._start = 0
 
+    def bytes_after(self, offset: int) -> int | None:
+        """Bytes of the records above ``offset``; ``None`` when not all of them are here."""
+        with self._lock:
+            i = bisect_right(self._firsts, offset + 1, self._start) - 1
+            if i < self._start:
+                return None
+            return sum(len(run.data) for run in self._runs[i:])
+
     def read(self, first: int, bytes_max: int) -> Run | None:
         """Records from ``first`` on, if they are here: up to ``bytes_max``, but at least one."""
         with self._lock:
@@ -306,6 +314,21 @@ class Log:
             return None
         run = self._recent.read(first, bytes_max)
         return run if run is not None else self._read_files(first, bytes_max)
+
+    def bytes_after(self, offset: int) -> int:
+        """About how many bytes of log follow record ``offset`` (to within 64 KiB beyond the newest 8 MiB)."""
+        if offset >= self.tail.offset:
+            return 0
+        recent = self._recent.bytes_after(offset)
+        if recent is not None:
+            return recent
+        total = 0
+        for file in reversed(self._files):
+            if file.header.first <= offset + 1:
+                with self._files_lock:
+                    return total + max(0, file.end - self._index(file).place(offset + 1))
+            total += file.end
+        return total
 
     def running_at(self, offset: int) -> int:
         """The running checksum through record ``offset``; :class:`LogTrimmed` when it is no longer known."""

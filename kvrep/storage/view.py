@@ -163,9 +163,15 @@ class View:
             self.tables = tuple(t for t in self.tables if id(t) not in gone)
             self.frozen_bytes -= sum(t.memory_bytes for t in tables)
 
-    def drop_above(self, offset: int) -> None:
-        """Only for a cut of the log: nothing above ``offset`` has ever been published."""
-        assert self.last <= offset
+    def rebuild(self, applied: int, records: Sequence[Any]) -> None:
+        """Replace all tables by ``records``, which follow what LMDB holds. Snapshots keep what they have."""
+        fresh = View(self.tree, keyspaces_max=self._keyspaces_max, clock=self.clock)
+        fresh._names, fresh._prefixes = self._names, self._prefixes
+        fresh.last = applied
+        if records:
+            fresh.publish(records)
+        with self._lock:
+            self.tables, self.last, self.frozen_bytes = fresh.tables, fresh.last, fresh.frozen_bytes
 
     # -- reading -----------------------------------------------------------------------------------
 

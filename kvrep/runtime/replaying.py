@@ -1,0 +1,396 @@
+"""The follower's side of replication: stay connected, store what comes, tell how far it got."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvrep.errors import Error, NotPrimary, ProtocolError, StorageFailed, UpgradeRequired
+from kvrep.model.position import Position
+from kvrep.replication.messages import Credit, FromPrimary, Heartbeat, Hello, NeedBootstrap, Promise, Segment
+from kvrep.replication.receiver import (
+    AckNow,
+    Action,
+    Append,
+    Commit,
+    Cut,
+    Grant,
+    Join,
+    MakePromise,
+    Receiver,
+    Stop,
+)
+from kvrep.runtime.compression import decompressor, have_zstd
+from kvrep.status import SourceStatus
+from kvrep.transport.interface import StreamEnded
+
+if TYPE_CHECKING:
+    from kvrep.runtime.node import Node
+    from kvrep.transport.interface import Connection, Stream
+
+__all__ = ["Replaying"]
+
+log = logging.getLogger("kvrep.replication")
+
+BACKOFF_MIN_S = 0.05
+SYNC_BYTES = 16 << 20
+"""A follower that catches up syncs its log at least this often."""
+
+
+class _Reconnect(Exception):
+    """The stream is over and a new one is to be opened at once."""
+
+
+class Replaying:
+    """Two threads: one that receives and stores, one that watches the clock for it."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.engine = node.engine
+        self.options = node.options
+        self.primary_address: str | None = None
+        """Where the primary was last seen; ``None`` before the first join."""
+        self.bootstrap_bytes = 0
+        self.bootstrap_bytes_total = 0
+        self._sources = list(node.options.sources)
+        self._next_source = 0
+        self._state = "connecting"
+        self._problem = ""
+        self._primary_name = ""
+        self._behind_bytes = 0
+        # Protects the receiver: the receiving thread changes it, the clock and status ask it.
+        self._lock = threading.Lock()
+        self._receiver: Receiver | None = None
+        self._fresh_us = 0
+        self._stream: Stream | None = None
+        self._connection: Connection | None = None
+        self._decompress: Callable[[bytes], bytes] | None = None
+        self._unsynced_bytes = 0
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        label = self.node.label
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvrep-replay-{label}", daemon=True),
+            threading.Thread(target=self._watch, name=f"kvrep-watch-{label}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the stream and both threads."""
+        deadline = time.monotonic() + timeout_s
+        self._stop.set()
+        stream = self._stream
+        if stream is not None:
+            stream.cancel()
+        connection = self._connection
+        if connection is not None:
+            connection.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.1, deadline - time.monotonic()))
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    # -- the receiving thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            address = self._sources[self._next_source % len(self._sources)]
+            try:
+                joined = self._one_stream(address)
+            except StorageFailed as error:
+                self._give_up(error)
+                return
+            except UpgradeRequired as error:
+                self._give_up(error)
+                return
+            except _Reconnect:
+                failures = 0
+                continue
+            except Error as error:
+                joined = False
+                self._say("waiting", str(error))
+            except Exception as error:
+                joined = False
+                log.exception("%s: replication from %s failed", self.node.label, address)
+                self._say("waiting", repr(error))
+            if joined:
+                failures = 0
+            else:
+                self._next_source += 1
+            failures += 1
+            self._pause(failures)
+
+    def _pause(self, failures: int) -> None:
+        """Back off with jitter: retry for ever, never in step with others."""
+        limit = min(self.options.reconnect_backoff_max_s, BACKOFF_MIN_S * 2 ** min(failures, 10))
+        self._stop.wait(random.uniform(limit / 2, limit))  # noqa: S311 - jitter, not a secret
+
+    def _give_up(self, error: Error) -> None:
+        self._say("refused", str(error))
+        log.error("%s: replication stops: %s", self.node.label, error)
+
+    def _say(self, state: str, problem: str = "") -> None:
+        if problem and problem != self._problem:
+            log.info("%s: %s", self.node.label, problem)
+        self._state, self._problem = state, problem
+
+    def _one_stream(self, address: str) -> bool:
+        """Open a stream and follow it to its end; whether the join was verified."""
+        assert self.node.transport is not None
+        connection = self.node.transport.connect(address, name=self.node.label)
+        self._connection = connection
+        try:
+            if self._stop.is_set():
+                return False
+            stream = connection.open_stream()
+            self._stream = stream
+            return self._follow(connection, stream)
+        finally:
+            self._stream = None
+            self._forget_receiver()
+            connection.close()
+            self._connection = None
+
+    def _forget_receiver(self) -> None:
+        with self._lock:
+            if self._receiver is not None:
+                self._fresh_us = self._receiver.fresh_us(self.engine.view.last)
+            self._receiver = None
+            self._unsynced_bytes = 0
+
+    def _follow(self, connection: Connection, stream: Stream) -> bool:
+        hello = self._hello()
+        receiver = Receiver(
+            hello,
+            heartbeat_timeout_s=self.options.heartbeat_timeout_s,
+            record_bytes_max=self.options.record_bytes_max + (1 << 20),
+            fresh_us=self._fresh_us,
+            now=time.monotonic(),
+        )
+        with self._lock:
+            self._receiver = receiver
+        self._say("joining", self._problem)
+        stream.send(hello)
+        try:
+            while True:
+                message = stream.receive()
+                self._on_message(receiver, stream, connection, message)
+        except StreamEnded as ended:
+            self._after_end(ended, receiver)
+        return receiver.epoch != 0
+
+    def _after_end(self, ended: StreamEnded, receiver: Receiver) -> None:
+        if self._stop.is_set():
+            return
+        error = ended.error
+        if receiver.expired(time.monotonic()):
+            text = f"the primary was silent for {self.options.heartbeat_timeout_s:g} s"
+        else:
+            text = str(error) if error is not None else "the primary ended the stream"
+        self._say("waiting", text)
+
+    def _hello(self) -> Hello:
+        """What this node is and holds. Everything it says is synced first: an offset said counts as an ack."""
+        engine = self.engine
+        engine.sync()
+        tail, home = engine.tail, engine.home
+        return Hello(
+            store_id=home.store_id,
+            name=home.name,
+            lineage=home.lineage,
+            branch=engine.branch,
+            features=("zstd",) if have_zstd() else (),
+            voter=self.options.voter,
+            address=self.node.address,
+            promised_epoch=home.promised_epoch,
+            last=Position(tail.epoch, tail.offset),
+            running=tail.running,
+            applied=engine.tree.state.applied.offset,
+            committed=engine.committer.committed,
+            epochs=engine.epochs,
+            credit_bytes=self.options.credit_bytes,
+        )
+
+    def _on_message(
+        self, receiver: Receiver, stream: Stream, connection: Connection, message: FromPrimary
+    ) -> None:
+        more = False
+        if type(message) is Segment:
+            more = message.more
+            if message.compressed:
+                message = self._inflate(message)
+        elif type(message) is Heartbeat:
+            self._behind_bytes = message.behind_bytes
+        with self._lock:
+            actions = receiver.on_message(message, time.monotonic())
+        self._do(receiver, stream, connection, actions, more)
+        if self._unsynced_bytes and not more:
+            self._sync(receiver, stream, connection)
+
+    def _inflate(self, segment: Segment) -> Segment:
+        from dataclasses import replace
+
+        if self._decompress is None:
+            self._decompress = decompressor(self.options.record_bytes_max + (1 << 20))
+        return replace(segment, data=self._decompress(segment.data), compressed=False)
+
+    def _do(
+        self,
+        receiver: Receiver,
+        stream: Stream,
+        connection: Connection,
+        actions: list[Action],
+        more: bool,
+    ) -> None:
+        """Carry out what the receiver decided, in order."""
+        ack = False
+        for action in actions:
+            match action:
+                case Append():
+                    self._append(receiver, stream, connection, action, more)
+                case Commit(offset):
+                    self.engine.committer.commit_through(offset)
+                case AckNow():
+                    ack = True
+                case Grant(granted):
+                    stream.send(Credit(bytes_granted=granted))
+                case Join(welcome):
+                    self.engine.adopt_lineage(welcome.lineage)
+                    self.primary_address = self._connection_address()
+                    self._primary_name = welcome.name
+                    self._say("streaming")
+                case MakePromise(epoch, reply):
+                    self._promise(stream, epoch, reply)
+                case Cut():
+                    self._cut(action)
+                case NeedBootstrap():
+                    self._bootstrap(connection, action)
+                case Stop(refused):
+                    self._stop_with(refused.reason, refused.message, refused.primary_address, refused.final)
+        if ack:
+            with self._lock:
+                message = receiver.ack(_now_us(), min(self.engine.view.last, receiver.last.offset))
+            stream.send(message)
+
+    def _connection_address(self) -> str:
+        connection = self._connection
+        return connection.address if connection is not None else ""
+
+    def _append(
+        self, receiver: Receiver, stream: Stream, connection: Connection, action: Append, more: bool
+    ) -> None:
+        sync_now = not more and not self._unsynced_bytes
+        self.engine.append(action.first, action.data, sync=sync_now)
+        if sync_now:
+            self._appended(receiver, stream, connection)
+            return
+        self._unsynced_bytes += len(action.data)
+        if self._unsynced_bytes >= SYNC_BYTES // 4:
+            self._sync(receiver, stream, connection)
+
+    def _sync(self, receiver: Receiver, stream: Stream, connection: Connection) -> None:
+        self._unsynced_bytes = 0
+        self.engine.sync()
+        self._appended(receiver, stream, connection)
+
+    def _appended(self, receiver: Receiver, stream: Stream, connection: Connection) -> None:
+        tail = self.engine.tail
+        with self._lock:
+            actions = receiver.appended(Position(tail.epoch, tail.offset))
+        self._do(receiver, stream, connection, actions, False)
+
+    def _promise(self, stream: Stream, epoch: int, reply: bool) -> None:
+        """Durably promise, then answer with what the log holds at that moment."""
+        engine = self.engine
+        with engine.committer.lead:
+            engine.home.promise(epoch, b"")
+            tail = engine.tail
+            answer = Promise(
+                epoch=engine.home.promised_epoch,
+                last=Position(tail.epoch, tail.offset),
+                committed=engine.committer.committed,
+                epochs=engine.epochs,
+            )
+        if reply:
+            stream.send(answer)
+
+    def _cut(self, action: Cut) -> None:
+        reason = f"epoch {action.epoch} does not contain them"
+        self.engine.cut(action.to.offset, reason=reason)
+        raise _Reconnect
+
+    def _bootstrap(self, connection: Connection, action: NeedBootstrap) -> None:
+        from kvrep.runtime.bootstrapping import bootstrap
+
+        self._say("bootstrapping", f"the primary's log starts at {action.first} ({action.reason})")
+        bootstrap(self, connection)
+        self._say("joining")
+        raise _Reconnect
+
+    def _stop_with(self, reason: str, message: str, primary_address: str, final: bool) -> None:
+        if primary_address and primary_address not in self._sources:
+            self._sources.append(primary_address)
+            self._next_source = len(self._sources) - 2
+        if final:
+            self._say("refused", message)
+        raise NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None) if (
+            reason == "not-primary"
+        ) else ProtocolError(message)
+
+    # -- the clock ---------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Notice silence; probe how fresh this copy is."""
+        interval = min(self.options.heartbeat_timeout_s / 8, 0.25)
+        while not self._stop.wait(interval):
+            stream = self._stream
+            with self._lock:
+                receiver = self._receiver
+                silent = receiver is not None and receiver.expired(time.monotonic())
+            if silent and stream is not None and self._state != "bootstrapping":
+                stream.cancel()
+
+    # -- what others ask ---------------------------------------------------------------------------
+
+    def staleness_s(self) -> float:
+        """How old this copy is at most; infinite when it is not known."""
+        with self._lock:
+            receiver = self._receiver
+            if receiver is not None:
+                return receiver.staleness_s(_now_us(), self.engine.view.last)
+            return (_now_us() - self._fresh_us) / 1e6 if self._fresh_us else float("inf")
+
+    def status(self) -> SourceStatus:
+        receiver = self._receiver
+        visible = self.engine.view.last
+        last = receiver.primary_last if receiver is not None else visible
+        connection = self._connection
+        return SourceStatus(
+            address=connection.address if connection is not None else self._sources[0],
+            connected=receiver is not None and receiver.epoch != 0,
+            name=self._primary_name,
+            state=self._state,
+            problem=self._problem,
+            lag_records=max(0, last - visible),
+            lag_bytes=self._behind_bytes if last > visible else 0,
+            staleness_s=self.staleness_s(),
+            bootstrap_bytes=self.bootstrap_bytes,
+            bootstrap_bytes_total=self.bootstrap_bytes_total,
+        )
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000
+
+

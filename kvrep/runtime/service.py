@@ -1,0 +1,200 @@
+"""What a node answers to its peers and to clients in other processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvrep.errors import ClosedError, NotPrimary, ProtocolError
+from kvrep.model.position import Position
+from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
+from kvrep.replication.messages import FromFollower, FromPrimary, Refused
+from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
+from kvrep.runtime.signal import Signal
+from kvrep.storage.write import Write
+from kvrep.transport.interface import Session, SnapshotItem, SnapshotRequest
+
+if TYPE_CHECKING:
+    from kvrep.runtime.node import Node
+
+__all__ = ["NodeService"]
+
+SCAN_BYTES = 1 << 18
+TIMEOUT_S_MAX = 3600.0
+
+
+class NodeService:
+    """See :class:`kvrep.transport.interface.Service`. Holds no state of its own."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._methods: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
+            "status": self._status,
+            "get": self._get,
+            "write": self._write,
+            "resolve": self._resolve,
+            "wait": self._wait,
+            "digests": self._digests,
+        }
+
+    def open_session(self, peer: str) -> Session:
+        shipping = self._node.shipping
+        if shipping is None:
+            address = self._node.primary_address
+            return _Refusing(
+                Refused(
+                    reason="not-primary",
+                    message=f"{self._node.label} is a follower" + (f" of {address}" if address else ""),
+                    primary_address=address,
+                    epoch=self._node.engine.epochs.last_epoch,
+                )
+            )
+        return shipping.open_session(peer)
+
+    def snapshot(self, request: SnapshotRequest) -> Iterator[SnapshotItem]:
+        from kvrep.runtime.spooling import serve_snapshot
+
+        if self._node.shipping is None:
+            raise NotPrimary("snapshots come from the primary", primary_address=self._node.primary_address,
+                             epoch=None)  # fmt: skip
+        return serve_snapshot(self._node, request)
+
+    def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = self._methods.get(method)
+        if answer is None:
+            raise ProtocolError(f"{method!r} is not something this node answers", hint="upgrade it")
+        if self._node.engine.closed:
+            raise ClosedError("the store is closed")
+        return answer(request)
+
+    # -- unary -------------------------------------------------------------------------------------
+
+    def _status(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        del request
+        return {"status": self._node.status().to_json(), "time": time.time()}
+
+    def _get(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        name, prefix = self._space(request)
+        key = check_key(request.get("key"))
+        at_least = _position(request.get("at_least"))
+        self._node.freshen(at_least, request.get("max_staleness_s"), _timeout(request))
+        return {"value": self._node.engine.view.get(name, prefix, key), "position": str(self._position())}
+
+    def _write(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``ops``: a list of [keyspace, key, value or None]; atomic."""
+        options = self._node.options
+        ops: list[Op] = []
+        size = 0
+        for item in request.get("ops", ()):
+            name, key, value = item
+            self._node.engine.view.admit(check_name(name))
+            key = check_key(key)
+            if value is not None:
+                value = check_value(value, options.value_bytes_max)
+            ops.append((name, key, value))
+            size += len(key) + len(value or b"") + 16
+        if not ops:
+            raise ProtocolError("a write without operations")
+        self._node.check_record_size(size)
+        write = Write(Kind.WRITE, write_payload(ops), size)
+        position = self._node.commit(write, _timeout(request), request.get("acks"), request.get("level"))
+        return {"position": str(position)}
+
+    def _resolve(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        position = _position(request.get("position"))
+        if position is None:
+            raise ProtocolError("resolve needs a position")
+        return {"outcome": self._node.resolve(position).value}
+
+    def _wait(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        position = _position(request.get("position"))
+        if position is None:
+            raise ProtocolError("wait needs a position")
+        self._node.wait_for(position, _timeout(request) or 5.0)
+        return {"position": str(self._position())}
+
+    def _digests(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Flush, recompute the digests from LMDB, and say as of which position they hold."""
+        engine = self._node.engine
+        engine.flush(_timeout(request) or 60.0)
+        return engine.recompute_digests()
+
+    def _space(self, request: Mapping[str, Any]) -> tuple[str, bytes]:
+        name = check_name(request.get("keyspace", DEFAULT_KEYSPACE))
+        return name, self._node.engine.view.admit(name)
+
+    def _position(self) -> Position:
+        return self._node.engine.committed_position
+
+    # -- streams -----------------------------------------------------------------------------------
+
+    def scan(self, request: Mapping[str, Any]) -> Iterator[list[tuple[bytes, bytes]]]:
+        name, _ = self._space(request)
+        self._node.freshen(_position(request.get("at_least")), request.get("max_staleness_s"), 5.0)
+        prefix = bytes(request.get("prefix") or b"")
+        low = max(prefix, bytes(request.get("start") or b""))
+        high = prefix_stop(prefix)
+        stop = request.get("stop")
+        if stop is not None and (high is None or stop < high):
+            high = bytes(stop)
+        limit = request.get("limit")
+        return self._chunks(name, low, high, bool(request.get("reverse")), limit)
+
+    def _chunks(
+        self, name: str, low: bytes, high: bytes | None, reverse: bool, limit: int | None
+    ) -> Iterator[list[tuple[bytes, bytes]]]:
+        if (high is not None and low >= high) or limit == 0:
+            return
+        snapshot = self._node.engine.snapshot()
+        try:
+            chunk: list[tuple[bytes, bytes]] = []
+            size = 0
+            for count, (key, value) in enumerate(snapshot.scan(name, low, high, reverse=reverse), 1):
+                chunk.append((key, value))
+                size += len(key) + len(value) + 16
+                if size >= SCAN_BYTES or count == limit:
+                    yield chunk
+                    chunk, size = [], 0
+                if count == limit:
+                    return
+            if chunk:
+                yield chunk
+        finally:
+            snapshot.release()
+
+
+class _Refusing:
+    """A session that has one thing to say."""
+
+    def __init__(self, refused: Refused) -> None:
+        self._refused: Refused | None = refused
+        self._greeted = Signal()
+
+    def on_message(self, message: FromFollower) -> None:
+        del message
+        self._greeted.set()
+
+    def next_message(self) -> FromPrimary | None:
+        self._greeted.wait(5.0)
+        refused, self._refused = self._refused, None
+        self._greeted.set()
+        return refused
+
+    def on_closed(self, error: Exception | None) -> None:
+        del error
+        self._greeted.set()
+
+
+def _position(text: Any) -> Position | None:
+    if text is None:
+        return None
+    try:
+        return Position.parse(str(text))
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None
+
+
+def _timeout(request: Mapping[str, Any]) -> float | None:
+    value = request.get("timeout_s")
+    return None if value is None else min(max(0.0, float(value)), TIMEOUT_S_MAX)

@@ -1,0 +1,346 @@
+"""One follower's stream on the primary: messages in, messages out, decisions by the replication core."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from kvrep.errors import Fenced, LogTrimmed, ProtocolError
+from kvrep.model.configuration import Configuration
+from kvrep.replication.join import Continue, LogView, Superseded, check_running, plan_join, refusal
+from kvrep.replication.messages import (
+    Ack,
+    Credit,
+    Fence,
+    FromFollower,
+    FromPrimary,
+    Heartbeat,
+    Hello,
+    NeedBootstrap,
+    Promise,
+    Refused,
+    Segment,
+    Truncate,
+    Welcome,
+)
+from kvrep.replication.progress import Progress, State
+from kvrep.replication.sender import Dead, Sender, SendHeartbeat, SendSegment
+from kvrep.runtime.compression import compressor
+from kvrep.runtime.signal import Signal
+from kvrep.storage.log import Run
+
+if TYPE_CHECKING:
+    from kvrep.runtime.shipping import Shipping
+
+__all__ = ["FollowerSession"]
+
+COMPRESS_BYTES_MIN = 512
+
+
+class FollowerSession:
+    """See :class:`kvrep.transport.interface.Session` for the threads.
+
+    The reader thread takes Hello, Promise, Ack and Credit; the sender thread asks the :class:`Sender` what
+    to ship. ``_lock`` protects what both touch.
+    """
+
+    def __init__(self, shipping: Shipping, peer: str) -> None:
+        self.peer = peer
+        self.hello: Hello | None = None
+        self.progress: Progress | None = None
+        self._shipping = shipping
+        self._engine = shipping.engine
+        self._options = shipping.options
+        self._sender: Sender | None = None
+        self._compress = None
+        self._outbox: deque[FromPrimary] = deque()
+        self._signal = Signal()
+        # Protects progress and sender: the reader reports, the sender thread asks.
+        self._lock = threading.Lock()
+        self._ended = False
+        self._last_message = False
+        self._slots_told_s = 0.0
+        self._opened_s = time.monotonic()
+
+    # -- what others ask ---------------------------------------------------------------------------
+
+    @property
+    def streaming(self) -> bool:
+        return self._sender is not None and not self._ended
+
+    @property
+    def store_id(self) -> bytes:
+        return self.hello.store_id if self.hello is not None else b""
+
+    def wake(self) -> None:
+        """The log, the commit or an ack moved."""
+        self._signal.set()
+
+    def end(self, refused: Refused | None = None) -> None:
+        """End the stream, with a last word. Any thread."""
+        if refused is not None and not self._last_message:
+            self._outbox.append(refused)
+        self._last_message = True
+        self._signal.set()
+
+    def fence(self, epoch: int) -> None:
+        """Ask for a promise."""
+        if self.progress is not None and self.progress.state is State.JOINING:
+            self.progress.enter(State.FENCING)
+            self._outbox.append(Fence(epoch=epoch))
+            self._signal.set()
+
+    def resume(self) -> None:
+        """The epoch has begun: answer the Hello that has been waiting."""
+        if self.hello is None or self.progress is None or self._sender is not None or self._last_message:
+            return
+        if self.progress.state is State.FENCING:
+            self.progress.enter(State.JOINING)
+        self._join(self.hello)
+
+    # -- the reader --------------------------------------------------------------------------------
+
+    def on_message(self, message: FromFollower) -> None:
+        if type(message) is Ack:
+            self._on_ack(message)
+        elif type(message) is Credit:
+            self._on_credit(message)
+        elif type(message) is Hello:
+            self._on_hello(message)
+        elif type(message) is Promise:
+            self._shipping.on_promise(self, message)
+        else:
+            raise ProtocolError(f"{type(message).__name__} is not for a primary")
+
+    def _on_ack(self, ack: Ack) -> None:
+        sender = self._sender
+        if sender is None:
+            raise ProtocolError("an ack before the join")
+        try:
+            with self._lock:
+                moved = sender.on_ack(ack, time.monotonic())
+        except Fenced as error:
+            self._shipping.superseded(error.epoch)
+            raise
+        if moved:
+            self._shipping.on_ack(self, ack)
+        self._signal.set()
+
+    def _on_credit(self, credit: Credit) -> None:
+        if self._sender is None:
+            raise ProtocolError("credit before the join")
+        with self._lock:
+            self._sender.on_credit(credit.bytes_granted, time.monotonic())
+        self._signal.set()
+
+    def _on_hello(self, hello: Hello) -> None:
+        if self._sender is not None:
+            raise ProtocolError("a Hello in a stream that has joined")
+        self.hello = hello
+        self.progress = Progress(
+            store_id=hello.store_id,
+            name=hello.name,
+            address=hello.address,
+            voter=hello.voter,
+            last_heard=time.monotonic(),
+        )
+        refused = refusal(hello, self._view()) or self._shipping.admit(self)
+        if refused is not None:
+            self.end(refused)
+            return
+        if self._shipping.collecting:
+            self._shipping.greeted(self)
+        else:
+            self._join(hello)
+
+    def _view(self) -> LogView:
+        engine, shipping = self._engine, self._shipping
+        log = engine.committer.log
+        return LogView(
+            store_id=engine.home.store_id,
+            name=engine.home.name,
+            lineage=engine.home.lineage,
+            branch=engine.branch,
+            epoch=shipping.epoch,
+            fenced=shipping.fenced,
+            first=log.first,
+            last=log.tail.offset,
+            epochs=engine.epochs,
+            primary_address=shipping.node.primary_address,
+        )
+
+    def _join(self, hello: Hello) -> None:
+        view = self._view()
+        plan = plan_join(hello, view)
+        if isinstance(plan, Continue):
+            plan = self._check_running(plan, hello, view)
+        if isinstance(plan, Superseded):
+            self._shipping.superseded(plan.epoch)
+            self.end(Refused(reason="superseded", message=f"epoch {plan.epoch} is newer", epoch=plan.epoch))
+        elif isinstance(plan, Continue):
+            self._welcome(plan, hello)
+        else:
+            if isinstance(plan, NeedBootstrap):
+                self._shipping.reserve(self)
+            self._outbox.append(plan)
+            self._last_message = not isinstance(plan, Truncate) or True
+            self._signal.set()
+
+    def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:
+        try:
+            running = self._engine.committer.log.running_at(plan.at.offset)
+        except LogTrimmed:
+            return NeedBootstrap(first=view.first, reason="trimmed")
+        return check_running(plan, hello, running, view)
+
+    def _welcome(self, plan: Continue, hello: Hello) -> None:
+        engine, options = self._engine, self._options
+        assert self.progress is not None
+        features: tuple[str, ...] = ()
+        if options.compression == "zstd" and "zstd" in hello.features:
+            features, self._compress = ("zstd",), compressor()
+        now = time.monotonic()
+        epoch = self._shipping.epoch
+        self.progress.join(plan.at, hello.credit_bytes, epoch, now)
+        self._outbox.append(
+            Welcome(
+                lineage=engine.home.lineage,
+                branch=engine.branch,
+                store_id=engine.home.store_id,
+                name=engine.home.name,
+                epoch=epoch,
+                protocol=plan.protocol,
+                features=features,
+                heartbeat_interval_ms=round(options.heartbeat_interval_s * 1000),
+                last=plan.at,
+            )
+        )
+        self._shipping.joined(self, plan.at.offset)
+        self._sender = Sender(
+            self.progress,
+            epoch=epoch,
+            segment_bytes_max=options.segment_bytes_max,
+            heartbeat_interval_s=options.heartbeat_interval_s,
+            heartbeat_timeout_s=options.heartbeat_timeout_s,
+            linger_s=0.0 if engine.configuration.synchronous else 0.001,
+            now=now,
+        )
+        self._signal.set()
+
+    def on_closed(self, error: Exception | None) -> None:
+        self._ended = True
+        if self.progress is not None and self.progress.state is not State.GONE:
+            self.progress.enter(State.GONE)
+        self._shipping.left(self, error)
+        self._signal.set()
+
+    # -- the sender --------------------------------------------------------------------------------
+
+    def next_message(self) -> FromPrimary | None:
+        while not self._ended:
+            if self._outbox:
+                return self._outbox.popleft()
+            if self._last_message:
+                return None
+            if self._sender is None:
+                patience = self._opened_s + self._options.heartbeat_timeout_s - time.monotonic()
+                if patience <= 0 and self.hello is None:
+                    return None  # connected and said nothing
+                self._signal.wait(patience if self.hello is None else 60.0)
+                continue
+            message = self._step(self._sender)
+            if message is not None:
+                return message
+        return None
+
+    def _step(self, sender: Sender) -> FromPrimary | None:
+        """What the sender wants next; ``None`` after a wait."""
+        engine = self._engine
+        now = time.monotonic()
+        with self._lock:
+            stamp = sender.stamp_us
+            committed = engine.committer.committed
+            last = self._shipping.shippable()
+            step = sender.next(now, last, committed)
+        if type(step) is SendSegment:
+            return self._segment(sender, step, committed)
+        if type(step) is SendHeartbeat:
+            return self._heartbeat(sender, now, last, committed, stamp)
+        if type(step) is Dead:
+            raise ProtocolError(step.reason)
+        self._signal.wait(step.until - now)
+        return None
+
+    def _segment(self, sender: Sender, step: SendSegment, committed: int) -> FromPrimary:
+        try:
+            run = self._engine.committer.log.read(step.after + 1, step.bytes_max)
+        except LogTrimmed as error:
+            self._shipping.reserve(self)
+            self._last_message = True
+            return NeedBootstrap(first=error.first, reason="trimmed")
+        assert run is not None
+        with self._lock:
+            sender.sent_segment(run.first, run.last, len(run.data), time.monotonic(), committed)
+        bytes_max = self._options.segment_bytes_max
+        if run.first == run.last and len(run.data) > bytes_max:
+            self._outbox.extend(self._parts(run, sender.epoch, committed, bytes_max))
+            return self._outbox.popleft()
+        return self._pack(run, run.data, sender.epoch, committed, 0, 1, run.last < self._engine.tail.offset)
+
+    def _parts(self, run: Run, epoch: int, committed: int, size: int) -> list[Segment]:
+        pieces = [run.data[i : i + size] for i in range(0, len(run.data), size)]
+        more = run.last < self._engine.tail.offset
+        return [
+            self._pack(run, piece, epoch, committed, i, len(pieces), more or i < len(pieces) - 1)
+            for i, piece in enumerate(pieces)
+        ]
+
+    def _pack(
+        self, run: Run, data: bytes, epoch: int, committed: int, part: int, parts: int, more: bool
+    ) -> Segment:
+        compressed = False
+        if self._compress is not None and len(data) >= COMPRESS_BYTES_MIN:
+            smaller = self._compress(data)
+            if len(smaller) < len(data):
+                data, compressed = smaller, True
+        return Segment(
+            epoch=epoch,
+            first=run.first,
+            last=run.last,
+            data=data,
+            committed=committed,
+            part=part,
+            parts=parts,
+            compressed=compressed,
+            more=more,
+        )
+
+    def _heartbeat(self, sender: Sender, now: float, last: int, committed: int, stamp: int) -> Heartbeat:
+        progress = self.progress
+        assert progress is not None
+        with self._lock:
+            sender.sent_heartbeat(now, committed)
+        slots = ()
+        if now - self._slots_told_s >= self._options.heartbeat_interval_s / 2:
+            self._slots_told_s = now
+            slots = self._shipping.slot_states()
+        return Heartbeat(
+            epoch=sender.epoch,
+            last=last,
+            committed=committed,
+            stamp_us=stamp,
+            time_us=time.time_ns() // 1000,
+            slots=slots,
+            path=self._shipping.path(),
+            behind_bytes=self._engine.committer.log.bytes_after(progress.sent) + progress.in_flight_bytes,
+        )
+
+
+def wants_vote(session: FollowerSession, configuration: Configuration) -> bool:
+    """Whether this follower is to become a voter: named, direct, willing, and not one yet."""
+    hello = session.hello
+    return (
+        hello is not None and bool(hello.name) and hello.voter and configuration.voter(hello.store_id) is None
+    )

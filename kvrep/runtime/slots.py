@@ -1,0 +1,107 @@
+"""What the primary remembers of its followers, over their absences and its own restarts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from kvrep.storage.home import write_atomically
+
+__all__ = ["Slot", "Slots"]
+
+log = logging.getLogger("kvrep.replication")
+
+SAVE_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One follower: how far it has confirmed, so that the log it still needs is kept."""
+
+    store_id: str
+    name: str
+    address: str
+    voter: bool
+    acked: int
+    seen_s: float
+    """Wall clock of the last sign of life, for people."""
+
+
+class Slots:
+    """The slots of one store, kept in a small file that is renewed every few seconds at the most.
+
+    Losing the newest few seconds of it only keeps more log than needed: ``acked`` never goes back there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Protects the map and the file.
+        self._lock = threading.Lock()
+        self._slots: dict[bytes, Slot] = {}
+        self._saved_s = 0.0
+        self._dirty = False
+        try:
+            for raw in json.loads(path.read_bytes()):
+                slot = Slot(**raw)
+                self._slots[bytes.fromhex(slot.store_id)] = slot
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s cannot be read (%s); followers are learned anew", path, error)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def get(self, store_id: bytes) -> Slot | None:
+        return self._slots.get(store_id)
+
+    def all(self) -> list[tuple[bytes, Slot]]:
+        with self._lock:
+            return sorted(self._slots.items())
+
+    def note(self, store_id: bytes, *, name: str, address: str, voter: bool, acked: int) -> None:
+        """Remember a follower that has joined."""
+        with self._lock:
+            self._slots[store_id] = Slot(store_id.hex(), name, address, voter, acked, time.time())
+            self._dirty = True
+
+    def acked(self, store_id: bytes, offset: int) -> None:
+        """A follower confirmed through ``offset``."""
+        with self._lock:
+            slot = self._slots.get(store_id)
+            if slot is not None and offset > slot.acked:
+                self._slots[store_id] = replace(slot, acked=offset, seen_s=time.time())
+                self._dirty = True
+
+    def drop(self, store_id: bytes) -> Slot | None:
+        """Forget a follower; its log is no longer kept."""
+        with self._lock:
+            self._dirty = True
+            return self._slots.pop(store_id, None)
+
+    def keep_from(self) -> int | None:
+        """The first offset that some follower still needs; ``None`` without followers."""
+        with self._lock:
+            return min((slot.acked + 1 for slot in self._slots.values()), default=None)
+
+    def slowest(self) -> bytes | None:
+        with self._lock:
+            return min(self._slots, key=lambda i: self._slots[i].acked, default=None)
+
+    def save(self, *, now: bool = False) -> None:
+        """Write the file if something changed and the last time is some seconds ago, or ``now``."""
+        with self._lock:
+            if not self._dirty or (not now and time.monotonic() - self._saved_s < SAVE_INTERVAL_S):
+                return
+            self._dirty = False
+            self._saved_s = time.monotonic()
+            data = json.dumps([asdict(slot) for slot in self._slots.values()]).encode()
+            try:
+                write_atomically(self._path, data)
+            except OSError as error:
+                self._dirty = True
+                log.warning("%s cannot be written: %s", self._path, error)
