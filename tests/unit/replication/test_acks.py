@@ -1,0 +1,200 @@
+"""Which offset is committed, as scripts.
+
+A script has one event per line; ``= n`` says what is committed after it. Stores are a (this node), b, c …
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrep.model.configuration import Acks, Configuration, Voter
+from kvrep.replication.acks import CommitTracker
+
+
+def group(names: str, acks: Acks = "majority") -> Configuration:
+    """Voters by letter; a capital letter is a witness."""
+    voters = tuple(
+        Voter(store_id=n.lower().encode(), name=n, member=ord(n.lower()) - 96, witness=n.isupper())
+        for n in names
+    )
+    return Configuration(acks=acks, voters=voters, next_member=27)
+
+
+def play(tracker: CommitTracker, script: str) -> None:
+    """``a 5``: a is durable through 5; ``-b``: b left; ``propose 7 abc 1``; each with ``= committed``."""
+    for line in script.strip().splitlines():
+        event, _, expected = line.partition("=")
+        words = event.split()
+        if words[0] == "propose":
+            rule: Acks = int(words[3]) if words[3].isdecimal() else words[3]  # type: ignore[assignment]
+            tracker.propose(int(words[1]), group(words[2], rule))
+        elif words[0].startswith("-"):
+            tracker.left(words[0][1:].encode())
+        elif words[0] == "a":
+            assert tracker.local_durable(int(words[1])) == tracker.committed
+        else:
+            assert tracker.acked(words[0].encode(), int(words[1])) == tracker.committed
+        assert tracker.committed == int(expected), line
+
+
+@pytest.mark.parametrize(
+    ("names", "acks", "script"),
+    [
+        ("a", 0, "a 5 = 5"),
+        ("abc", 0, "a 5 = 5\n b 9 = 5\n a 7 = 7"),
+        ("", 0, "a 5 = 5"),
+        ("bc", 0, "a 5 = 0\n b 3 = 3\n b 9 = 5"),
+        ("ab", 1, "a 5 = 0\n b 3 = 3\n b 5 = 5\n b 9 = 5\n a 9 = 9"),
+        ("a", 1, "a 5 = 5"),
+        ("abc", 1, "b 3 = 0\n c 4 = 0\n a 2 = 2\n a 9 = 4"),
+        ("abc", "majority", "a 5 = 0\n c 5 = 5\n b 9 = 5\n a 8 = 8"),
+        ("abc", "all", "a 5 = 0\n c 5 = 0\n b 4 = 4\n b 5 = 5"),
+        ("abc", 2, "a 5 = 0\n c 5 = 0\n b 4 = 4"),
+        ("abcde", "majority", "a 9 = 0\n b 7 = 0\n c 5 = 5\n d 8 = 7"),
+        ("abC", "majority", "a 9 = 0\n c 9 = 0\n b 4 = 4"),
+        ("ab", "majority", "a 9 = 0\n x 9 = 0\n y 9 = 0\n b 4 = 4"),
+        ("abc", "majority", "a 9 = 0\n b 4 = 4\n -b = 4\n c 3 = 4\n b 2 = 4\n c 6 = 6"),
+        ("abc", "majority", "a 9 = 0\n b 9 = 9\n a 3 = 9\n b 3 = 9"),
+    ],
+)
+def test_the_rule(names: str, acks: Acks, script: str) -> None:
+    """W synced copies on data voters, ours always among those that must be durable; never back."""
+    play(CommitTracker(group(names, acks), b"a", epoch_start=1, committed=0), script)
+
+
+def test_older_records_commit_through_one_of_this_epoch() -> None:
+    """Nothing commits until the epoch start has its copies (Raft, section 5.4.2)."""
+    tracker = CommitTracker(group("abc"), b"a", epoch_start=8, committed=3)
+    play(tracker, "a 8 = 3\n b 7 = 3\n c 7 = 3\n c 8 = 8\n a 9 = 8\n b 9 = 9")
+
+
+def test_figure_8_of_the_raft_paper() -> None:
+    """A record of an older epoch on a majority is not committed: a rival with a newer epoch may erase it."""
+    # S1 is primary again in epoch 4 and has brought its record 2 of epoch 2 to S3. S5 holds epoch 3.
+    s1 = CommitTracker(group("abcde"), b"a", epoch_start=3, committed=1)
+    play(s1, "a 3 = 1\n b 2 = 1\n c 2 = 1")
+    # Only with its own record on a majority can S5 no longer win, and 2 is committed with it.
+    play(s1, "b 3 = 1\n c 3 = 3")
+
+
+@pytest.mark.parametrize(
+    ("before", "acks", "script"),
+    [
+        # One more voter: until 5 is committed under both, b alone is not enough, c alone neither.
+        ("ab", "all", "propose 5 abc all = 0\n a 9 = 0\n b 9 = 4\n c 4 = 4\n c 5 = 5\n c 7 = 7"),
+        # One voter less: c is needed for what came before, and for the change itself.
+        ("abc", "all", "propose 5 ab all = 0\n a 9 = 0\n b 9 = 0\n c 3 = 3\n c 5 = 9"),
+        # A weaker rule takes effect only once the stronger one has accepted it.
+        ("ab", 1, "propose 5 ab 0 = 0\n a 9 = 0\n b 4 = 4\n b 5 = 9"),
+        # A stronger rule counts from its own record on.
+        ("ab", 0, "a 4 = 4\n propose 5 ab 1 = 4\n a 9 = 4\n b 7 = 7"),
+        # Other voters altogether.
+        ("ab", 1, "propose 5 cd 1 = 0\n a 9 = 0\n c 9 = 0\n d 9 = 0\n b 6 = 9"),
+    ],
+)
+def test_a_new_configuration_needs_both_rules(before: str, acks: Acks, script: str) -> None:
+    """From its offset on both rules hold until it is committed; then only the new one."""
+    tracker = CommitTracker(group(before, acks), b"a", epoch_start=1, committed=0)
+    play(tracker, script)
+    assert tracker.proposed is None
+
+
+def test_configurations_come_one_at_a_time() -> None:
+    """A second proposal, or one at a committed offset, is refused; the effective one is told throughout."""
+    old, new = group("ab", 1), group("abc", 1)
+    tracker = CommitTracker(old, b"a", epoch_start=1, committed=0)
+    play(tracker, "a 4 = 0\n b 4 = 4")
+    with pytest.raises(ValueError, match="committed already"):
+        tracker.propose(4, new)
+    tracker.propose(5, new)
+    with pytest.raises(ValueError, match="not committed yet"):
+        tracker.propose(6, new)
+    assert (tracker.configuration, tracker.proposed) == (old, (5, new))
+    play(tracker, "a 5 = 4\n c 5 = 4\n b 5 = 5")
+    assert (tracker.configuration, tracker.proposed) == (new, None)
+    tracker.propose(6, old)
+
+
+def test_a_new_primary_goes_on_with_a_proposal_it_found() -> None:
+    """A configuration that the log holds but nobody is known to have committed needs both rules still."""
+    tracker = CommitTracker(
+        group("ab", 1), b"a", epoch_start=8, committed=3, proposed=(5, group("abc", "all"))
+    )
+    play(tracker, "a 8 = 3\n b 8 = 3\n c 7 = 3\n c 8 = 8")
+    assert tracker.configuration.acks == "all"
+
+
+@pytest.mark.parametrize(
+    ("names", "acks", "connected", "reachable", "missing"),
+    [
+        ("a", 0, "", 1, 0),
+        ("abc", 0, "", 1, 0),
+        ("", 0, "", 1, 0),
+        ("", 1, "b", 1, 1),
+        ("a", 1, "", 1, 1),
+        ("a", 1, "b", 1, 1),
+        ("ab", 1, "", 1, 1),
+        ("ab", 1, "b", 2, 0),
+        ("abc", "majority", "bc", 3, 0),
+        ("abc", "majority", "x", 1, 1),
+        ("abcde", "all", "bc", 3, 2),
+        ("abC", "majority", "c", 1, 1),
+        ("bc", 1, "b", 1, 1),
+    ],
+)
+def test_the_door(names: str, acks: Acks, connected: str, reachable: int, missing: int) -> None:
+    """A user's write is refused before it is logged when the copies it wants cannot be made."""
+    tracker = CommitTracker(group(names, acks), b"a", epoch_start=1, committed=0)
+    stores = {c.encode() for c in connected}
+    assert (tracker.reachable(stores), tracker.missing(stores)) == (reachable, missing)
+    assert tracker.writable(stores) == (missing == 0)
+
+
+def test_a_proposal_counts_at_the_door() -> None:
+    """Writes behind a proposed configuration need both rules."""
+    tracker = CommitTracker(group("ab", 0), b"a", epoch_start=1, committed=0)
+    tracker.propose(2, group("ab", 1))
+    assert tracker.missing(set()) == 1
+    assert tracker.writable({b"b"})
+
+
+def test_copies_at_each_level() -> None:
+    """Writes that ask for more count data voters at written, synced or visible, this node included."""
+    tracker = CommitTracker(group("abcD", 1), b"a", epoch_start=1, committed=0)
+    tracker.local_durable(9)
+    tracker.acked(b"b", synced=6, written=8, visible=3)
+    tracker.acked(b"x", synced=9, written=9, visible=9)
+    tracker.acked(b"d", synced=9, written=9, visible=9)
+    counts = {
+        level: [tracker.copies_at(o, level) for o in (3, 6, 8, 9, 10)]
+        for level in ("written", "synced", "visible")
+    }
+    assert counts == {"written": [2, 2, 2, 1, 0], "synced": [2, 2, 1, 1, 0], "visible": [2, 1, 0, 0, 0]}
+    tracker.left(b"b")
+    assert tracker.copies_at(3, "written") == 1
+
+
+events = st.lists(st.tuples(st.sampled_from("abcdex"), st.integers(0, 30)), max_size=40)
+
+
+@given(st.integers(1, 5), st.sampled_from([0, 1, 2, "majority", "all"]), st.integers(1, 5), events)
+def test_the_rule_against_its_words(size: int, acks: Acks, start: int, script: list[tuple[str, int]]) -> None:
+    """For any order of events, committed is the largest offset that the words of the rule allow."""
+    configuration = group("abcde"[:size], acks)
+    tracker = CommitTracker(configuration, b"a", epoch_start=start, committed=0)
+    synced: dict[str, int] = {}
+    for name, offset in script:
+        synced[name] = max(synced.get(name, 0), offset)
+        if name == "a":
+            tracker.local_durable(synced[name])
+        else:
+            tracker.acked(name.encode(), synced[name])
+        allowed = [
+            o
+            for o in range(start, 31)
+            if synced.get("a", 0) >= o
+            and sum(synced.get(v.name, 0) >= o for v in configuration.voters) >= configuration.copies
+        ]
+        assert tracker.committed == max(allowed, default=0)

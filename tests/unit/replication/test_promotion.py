@@ -1,0 +1,181 @@
+"""Becoming primary: enough promises, the best log, the next epoch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvrep.model.configuration import Acks, Configuration, Voter
+from kvrep.model.position import ZERO, EpochTable, Position
+from kvrep.replication.messages import Promise
+from kvrep.replication.promotion import Promotion
+
+
+def group(names: str, acks: Acks = "majority") -> Configuration:
+    """Voters by letter; a capital letter is a witness."""
+    voters = tuple(
+        Voter(store_id=n.lower().encode(), name=n, member=ord(n.lower()) - 96, witness=n.isupper())
+        for n in names
+    )
+    return Configuration(acks=acks, voters=voters, next_member=27)
+
+
+def promise(last: int, *table: tuple[int, int], epoch: int = 3001) -> Promise:
+    epochs = EpochTable(table)
+    return Promise(epoch=epoch, last=Position(epochs.last_epoch, last), committed=0, epochs=epochs)
+
+
+E1, E2 = (1001, 1), (2002, 10)
+OWN = promise(12, E1, E2)
+
+
+@pytest.mark.parametrize(
+    ("names", "acks", "answers", "enough", "missing"),
+    [
+        ("a", 0, "", True, ""),
+        ("ab", 0, "", False, "b"),
+        ("ab", 0, "b", True, ""),
+        ("ab", 1, "", True, "b"),
+        ("abc", "majority", "", False, "bc"),
+        ("abc", "majority", "c", True, "b"),
+        ("abc", "all", "", True, "bc"),
+        ("abc", 1, "b", True, "c"),
+        ("abc", 0, "b", False, "c"),
+        ("abcde", 1, "bc", False, "de"),
+        ("abcde", 1, "bcd", True, "e"),
+        ("abC", "majority", "", True, "b"),
+        ("abC", 0, "c", False, "b"),
+        ("bc", "majority", "", False, "bc"),
+        ("bc", "majority", "b", True, "c"),
+        ("abc", "majority", "xyz", False, "bc"),
+    ],
+)
+def test_the_fence(names: str, acks: Acks, answers: str, enough: bool, missing: str) -> None:
+    """F data voters, this one included if it is one; witnesses and strangers never count."""
+    promotion = Promotion(group(names, acks), b"a", 3001, OWN)
+    for name in answers:
+        promotion.on_promise(name.encode(), OWN)
+    assert (promotion.enough, promotion.ready) == (enough, enough)
+    assert promotion.missing == tuple(missing)
+    assert promotion.needed == group(names, acks).fence
+
+
+def test_asking_beforehand_promises_nothing() -> None:
+    """An answer with a lower epoch says that the voter is there, but does not count."""
+    promotion = Promotion(group("abc"), b"a", 3001, OWN)
+    assert not promotion.would_be_enough
+    promotion.on_promise(b"b", replace(OWN, epoch=2002))
+    assert promotion.would_be_enough
+    assert not promotion.enough
+    promotion.on_promise(b"b", OWN)
+    assert promotion.enough
+
+
+def test_a_late_answer_does_not_undo_a_promise() -> None:
+    """Promises only grow, so an answer below the last one is an old one."""
+    promotion = Promotion(group("abc"), b"a", 3001, OWN)
+    promotion.on_promise(b"b", OWN)
+    promotion.on_promise(b"b", replace(OWN, epoch=2002))
+    assert promotion.enough
+
+
+def test_a_promise_outlives_the_connection() -> None:
+    """A voter that promised stays bound; one that only answered does not count any more."""
+    promotion = Promotion(group("abcde"), b"a", 3001, OWN)
+    promotion.on_promise(b"b", OWN)
+    promotion.on_promise(b"c", replace(OWN, epoch=2002))
+    assert promotion.would_be_enough
+    for name in (b"b", b"c", b"d"):
+        promotion.left(name)
+    assert promotion.missing == ("c", "d", "e")
+    assert not promotion.would_be_enough
+
+
+def test_nobody_promises_for_us() -> None:
+    """Our own promise is the one we were made with."""
+    promotion = Promotion(group("a"), b"a", 3001, OWN)
+    promotion.on_promise(b"a", replace(OWN, epoch=9001))
+    assert promotion.ready
+
+
+@pytest.mark.parametrize("answer", [replace(OWN, epoch=4002), promise(20, E1, (4002, 10))])
+def test_a_higher_epoch_ends_the_attempt(answer: Promise) -> None:
+    """Somebody promised, or wrote in, a higher epoch: the next attempt goes above it."""
+    promotion = Promotion(group("abc"), b"a", 3001, OWN)
+    promotion.on_promise(b"b", OWN)
+    assert promotion.ready
+    promotion.on_promise(b"c", answer)
+    assert promotion.superseded
+    assert not promotion.ready
+    assert promotion.highest_seen == 4002
+    assert promotion.next_epoch(1) == 5001
+
+
+def test_the_next_epoch_is_above_our_own() -> None:
+    """Another attempt of the same member never repeats an epoch."""
+    promotion = Promotion(group("abc"), b"a", 3001, OWN)
+    assert promotion.next_epoch(1) == 4001
+
+
+def test_the_best_log_is_taken_over_first() -> None:
+    """Voters ahead are told best first, by epoch and then offset; the fetch starts where both logs part."""
+    promotion = Promotion(group("abcde"), b"a", 5001, replace(OWN, epoch=5001))
+    promotion.on_promise(b"b", promise(15, E1, E2, epoch=5001))
+    promotion.on_promise(b"c", promise(11, E1, (3003, 8), epoch=5001))
+    promotion.on_promise(b"d", promise(99, E1, epoch=5001))
+    promotion.on_promise(b"e", promise(99, E1, E2, epoch=2002))
+    assert [v.name for v in promotion.ahead] == ["c", "b"]
+    assert promotion.enough
+    assert not promotion.ready
+    fetch = promotion.fetch
+    assert fetch is not None
+    assert (fetch.voter.name, fetch.after, fetch.to) == ("c", Position(1001, 7), Position(3003, 11))
+    promotion.fetched(promise(11, E1, (3003, 8), epoch=5001))
+    assert promotion.fetch is None
+    assert promotion.ready
+
+
+def test_an_empty_log_fetches_everything() -> None:
+    """Where nothing is shared the fetch starts at zero."""
+    promotion = Promotion(group("ab"), b"a", 3001, promise(0))
+    promotion.on_promise(b"b", OWN)
+    fetch = promotion.fetch
+    assert fetch is not None
+    assert (fetch.after, fetch.to) == (ZERO, OWN.last)
+
+
+def test_strangers_and_witnesses_are_not_fetched_from() -> None:
+    """Only data voters that promised hold what counts."""
+    promotion = Promotion(group("abC"), b"a", 3001, OWN)
+    for name in (b"c", b"x"):
+        promotion.on_promise(name, promise(99, E1, E2))
+    assert promotion.ahead == ()
+    assert promotion.ready
+
+
+def test_every_configuration_that_may_be_in_force_is_fenced() -> None:
+    """A proposed configuration counts from the start, one that a fetch brought from then on."""
+    old, new = group("ab", 1), group("abcde", "majority")
+    proposed = Promotion(old, b"a", 3001, OWN, proposed=(new,))
+    assert (proposed.needed, proposed.enough, proposed.missing) == (3, False, ("b", "c", "d", "e"))
+    promotion = Promotion(old, b"a", 3001, OWN)
+    assert promotion.enough
+    promotion.learned(new)
+    promotion.learned(new)
+    assert not promotion.enough
+    for name in (b"c", b"d"):
+        promotion.on_promise(name, OWN)
+    assert promotion.enough
+
+
+@pytest.mark.parametrize(
+    ("names", "answers", "majority"),
+    [("a", "", True), ("ab", "", False), ("abC", "c", True), ("abC", "", False), ("abcd", "b", False)],
+)
+def test_the_majority_counts_witnesses(names: str, answers: str, majority: bool) -> None:
+    """Automatic promotions need most of all voters besides the fence."""
+    promotion = Promotion(group(names), b"a", 3001, OWN)
+    for name in answers:
+        promotion.on_promise(name.encode(), OWN)
+    assert promotion.majority == majority
