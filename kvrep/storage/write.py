@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from kvrep.model.position import Position
 
-__all__ = ["Write"]
+__all__ = ["Inbox", "Write", "complete_all"]
+
+# Protects the callbacks of all writes; held for a few instructions, and only where there are callbacks.
+_callbacks_lock = threading.Lock()
+
+
+class Inbox(Protocol):
+    """Where an event loop learns of the writes it waits for: one delivery for many of them."""
+
+    def deliver(self, writes: Sequence[Write]) -> None:
+        """``writes`` are done. Any thread; must be quick and must not raise."""
 
 
 class Write:
@@ -18,7 +28,9 @@ class Write:
     or a callback is attached only when somebody waits: it costs more than the write itself.
     """
 
-    __slots__ = ("_callbacks", "_waiter", "done", "epoch", "error", "kind", "lead", "offset", "payload", "size")
+    __slots__ = (
+        "_callbacks", "_waiter", "done", "epoch", "error", "inbox", "kind", "lead", "offset", "payload", "size",
+    )  # fmt: skip
 
     def __init__(self, kind: int, payload: Any, size: int) -> None:
         self.kind = kind
@@ -31,6 +43,8 @@ class Write:
         self.done = False
         self.lead = False
         """Set when the waiting thread is asked to write the next group."""
+        self.inbox: Inbox | None = None
+        """Told when done. To be set before the write is put in order."""
         self._waiter: threading.Lock | None = None
         self._callbacks: list[Callable[[Write], None]] | None = None
 
@@ -62,25 +76,44 @@ class Write:
 
     def complete(self, error: BaseException | None = None) -> None:
         """Tell the outcome. Once; later calls change nothing."""
-        if self.done:
-            return
-        self.error = error
-        self.done = True
-        self.wake()
-        callbacks, self._callbacks = self._callbacks, None
-        if callbacks:
-            for callback in callbacks:
-                callback(self)
+        complete_all((self,), error)
 
     def when_done(self, callback: Callable[[Write], None]) -> None:
         """Call ``callback(write)`` once done, on the thread that completes it, or now if it is done.
 
-        The callback must be quick and must not raise.
+        The callback must be quick and must not raise. Any thread.
         """
-        callbacks = self._callbacks
-        if callbacks is None:
-            callbacks = self._callbacks = []
-        callbacks.append(callback)
-        if self.done and self._callbacks is callbacks:
-            self._callbacks = None
+        with _callbacks_lock:
+            if self._callbacks is None:
+                self._callbacks = []
+            self._callbacks.append(callback)
+        if self.done:  # looked at last: whoever completes the write looks at the callbacks last
+            self._call_back()
+
+    def _call_back(self) -> None:
+        with _callbacks_lock:
+            callbacks, self._callbacks = self._callbacks, None
+        for callback in callbacks or ():
             callback(self)
+
+
+def complete_all(writes: Iterable[Write], error: BaseException | None = None) -> None:
+    """Tell the outcome of writes that end together; each inbox among theirs gets one delivery."""
+    mail: dict[Inbox, list[Write]] = {}
+    for write in writes:
+        if write.done:
+            continue
+        write.error = error
+        write.done = True
+        if write._waiter is not None:
+            write.wake()
+        if write._callbacks is not None:
+            write._call_back()
+        inbox = write.inbox
+        if inbox is not None:
+            if inbox in mail:
+                mail[inbox].append(write)
+            else:
+                mail[inbox] = [write]
+    for inbox, theirs in mail.items():
+        inbox.deliver(theirs)
