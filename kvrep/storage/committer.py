@@ -26,7 +26,7 @@ from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
-from kvrep.storage.write import Write
+from kvrep.storage.write import Write, complete_all
 
 __all__ = ["Committer"]
 
@@ -339,8 +339,7 @@ class Committer:
         self._group = None
         with self._order:
             self._queued_bytes -= sum(w.size for w in group.writes)
-        for write in group.writes:
-            write.complete(error)
+        complete_all(group.writes, error)
 
     def fail_storage(self, error: BaseException) -> StorageFailed:
         """The disk failed for good: nothing is written any more in this process."""
@@ -361,8 +360,7 @@ class Committer:
             self._queued_bytes -= sum(w.size for w in waiting)
             grants = [grant for _, grant in self._queue]
             self._queue.clear()
-        for write in waiting:
-            write.complete(error)
+        complete_all(waiting, error)
         for grant in grants:
             grant()
 
@@ -406,9 +404,7 @@ class Committer:
                     size += record.size
             with self._order:
                 self.pending_bytes -= size
-        for record in done:
-            if type(record) is Write:
-                record.complete()
+        complete_all(record for record in done if type(record) is Write)
         self.on_committed(self.committed)
 
     def append_records(self, records: Sequence[Record], data: bytes, tail: Tail, *, sync: bool) -> None:
