@@ -27,8 +27,46 @@ from typing import TYPE_CHECKING, Any
 from kvrep import codecs as codecs
 from kvrep import errors as errors
 from kvrep.codecs import Codec as Codec
-from kvrep.errors import *  # noqa: F403 - its __all__ is a part of ours
-from kvrep.errors import __all__ as _errors
+from kvrep.errors import AckTimeout as AckTimeout
+from kvrep.errors import AuthenticationFailed as AuthenticationFailed
+from kvrep.errors import ClosedError as ClosedError
+from kvrep.errors import ConfigurationMismatch as ConfigurationMismatch
+from kvrep.errors import CorruptionError as CorruptionError
+from kvrep.errors import DigestMismatch as DigestMismatch
+from kvrep.errors import Diverged as Diverged
+from kvrep.errors import Error as Error
+from kvrep.errors import Fenced as Fenced
+from kvrep.errors import ForkedError as ForkedError
+from kvrep.errors import InvalidInput as InvalidInput
+from kvrep.errors import InvalidKey as InvalidKey
+from kvrep.errors import InvalidKeyspace as InvalidKeyspace
+from kvrep.errors import KeyTooLong as KeyTooLong
+from kvrep.errors import LineageMismatch as LineageMismatch
+from kvrep.errors import LogCorrupt as LogCorrupt
+from kvrep.errors import LogTrimmed as LogTrimmed
+from kvrep.errors import NotAStore as NotAStore
+from kvrep.errors import NotEnoughFollowers as NotEnoughFollowers
+from kvrep.errors import NotPrimary as NotPrimary
+from kvrep.errors import OpenError as OpenError
+from kvrep.errors import Overloaded as Overloaded
+from kvrep.errors import PeerUnavailable as PeerUnavailable
+from kvrep.errors import PermissionDenied as PermissionDenied
+from kvrep.errors import ProtocolError as ProtocolError
+from kvrep.errors import ReadError as ReadError
+from kvrep.errors import RefusedError as RefusedError
+from kvrep.errors import ReplicationError as ReplicationError
+from kvrep.errors import RolledBack as RolledBack
+from kvrep.errors import SnapshotExpired as SnapshotExpired
+from kvrep.errors import StaleRead as StaleRead
+from kvrep.errors import StorageFailed as StorageFailed
+from kvrep.errors import StorageFull as StorageFull
+from kvrep.errors import StoreInUse as StoreInUse
+from kvrep.errors import TooOld as TooOld
+from kvrep.errors import TransactionExpired as TransactionExpired
+from kvrep.errors import UnknownOutcome as UnknownOutcome
+from kvrep.errors import UnsafePromotion as UnsafePromotion
+from kvrep.errors import UpgradeRequired as UpgradeRequired
+from kvrep.errors import ValueTooLarge as ValueTooLarge
 from kvrep.keyspace import Batch as Batch
 from kvrep.keyspace import Keyspace as Keyspace
 from kvrep.keyspace import Snapshot as Snapshot
@@ -47,35 +85,72 @@ from kvrep.store import Store as Store
 from kvrep.store import open as open
 
 if TYPE_CHECKING:
-    from kvrep import aio as aio
+    from kvrep import aio
     from kvrep.transport.security import TLS as TLS
 
-__all__ = sorted(
-    [
-        *_errors,
-        "TLS",
-        "Batch",
-        "Codec",
-        "Configuration",
-        "FollowerStatus",
-        "Keyspace",
-        "Options",
-        "Outcome",
-        "Position",
-        "Role",
-        "Snapshot",
-        "SourceStatus",
-        "Status",
-        "Store",
-        "Transaction",
-        "Voter",
-        "WriteFuture",
-        "aio",
-        "codecs",
-        "errors",
-        "open",
-    ]
-)
+__all__ = [
+    "TLS",
+    "AckTimeout",
+    "AuthenticationFailed",
+    "Batch",
+    "ClosedError",
+    "Codec",
+    "Configuration",
+    "ConfigurationMismatch",
+    "CorruptionError",
+    "DigestMismatch",
+    "Diverged",
+    "Error",
+    "Fenced",
+    "FollowerStatus",
+    "ForkedError",
+    "InvalidInput",
+    "InvalidKey",
+    "InvalidKeyspace",
+    "KeyTooLong",
+    "Keyspace",
+    "LineageMismatch",
+    "LogCorrupt",
+    "LogTrimmed",
+    "NotAStore",
+    "NotEnoughFollowers",
+    "NotPrimary",
+    "OpenError",
+    "Options",
+    "Outcome",
+    "Overloaded",
+    "PeerUnavailable",
+    "PermissionDenied",
+    "Position",
+    "ProtocolError",
+    "ReadError",
+    "RefusedError",
+    "ReplicationError",
+    "Role",
+    "RolledBack",
+    "Snapshot",
+    "SnapshotExpired",
+    "SourceStatus",
+    "StaleRead",
+    "Status",
+    "StorageFailed",
+    "StorageFull",
+    "Store",
+    "StoreInUse",
+    "TooOld",
+    "Transaction",
+    "TransactionExpired",
+    "UnknownOutcome",
+    "UnsafePromotion",
+    "UpgradeRequired",
+    "ValueTooLarge",
+    "Voter",
+    "WriteFuture",
+    "aio",
+    "codecs",
+    "errors",
+    "open",
+]
 
 _LAZY = {"aio": "kvrep.aio", "TLS": "kvrep.transport.security"}
 

@@ -152,7 +152,7 @@ class StoreInUse(OpenError):
     """The store is already open."""
 
     hint = "one process opens a store at a time; share the Store object, or follow it from another path"
-    _names = ("path", "pid", "host")
+    _names: ClassVar[tuple[str, ...]] = ("path", "pid", "host")
     path: str
     pid: int | None
     host: str | None
@@ -161,7 +161,7 @@ class StoreInUse(OpenError):
 class ConfigurationMismatch(OpenError):
     """An option contradicts what the store says of itself, or is not understood."""
 
-    _names = ("option", "given", "stored")
+    _names: ClassVar[tuple[str, ...]] = ("option", "given", "stored")
     option: str
     given: Any
     stored: Any
@@ -171,7 +171,7 @@ class UpgradeRequired(OpenError):
     """This was written or sent by a newer kvrep."""
 
     hint = "upgrade this node first"
-    _names = ("found", "supported")
+    _names: ClassVar[tuple[str, ...]] = ("found", "supported")
     found: Any
     supported: Any
 
@@ -179,7 +179,7 @@ class UpgradeRequired(OpenError):
 class NotAStore(OpenError):
     """The directory is not a kvrep store, or a part of the store is missing."""
 
-    _names = ("path",)
+    _names: ClassVar[tuple[str, ...]] = ("path",)
     path: str
 
 
@@ -191,7 +191,7 @@ class NotPrimary(RefusedError):
     """This node does not take writes."""
 
     hint = "write to the primary"
-    _names = ("primary_address", "epoch")
+    _names: ClassVar[tuple[str, ...]] = ("primary_address", "epoch")
     primary_address: str | None
     epoch: int | None
 
@@ -200,7 +200,7 @@ class NotEnoughFollowers(RefusedError):
     """Fewer voters are connected than the ack rule needs."""
 
     hint = "start the missing followers, or change the rule with reconfigure(acks=…)"
-    _names = ("needed", "connected")
+    _names: ClassVar[tuple[str, ...]] = ("needed", "connected")
     needed: int
     connected: int
 
@@ -209,7 +209,7 @@ class Fenced(RefusedError):
     """A newer epoch exists; this node may not write any more."""
 
     hint = "write to the new primary"
-    _names = ("epoch", "primary_address")
+    _names: ClassVar[tuple[str, ...]] = ("epoch", "primary_address")
     epoch: int
     primary_address: str | None
 
@@ -229,7 +229,7 @@ class Overloaded(RefusedError):
 class UnsafePromotion(RefusedError):
     """Too few voters answered to promote without risking acknowledged writes."""
 
-    _names = ("missing", "needed", "answered")
+    _names: ClassVar[tuple[str, ...]] = ("missing", "needed", "answered")
     missing: tuple[str, ...]
     needed: int
     answered: int
@@ -265,14 +265,14 @@ class UnknownOutcome(Error):
     """The write may or may not survive."""
 
     hint = "Store.resolve(position) tells later whether it was committed or rolled back"
-    _names = ("position",)
+    _names: ClassVar[tuple[str, ...]] = ("position",)
     position: Any
 
 
 class AckTimeout(UnknownOutcome):
     """The write is logged here, and was not confirmed by enough followers in time."""
 
-    _names = ("position", "reached", "needed")
+    _names: ClassVar[tuple[str, ...]] = ("position", "reached", "needed")
     reached: int
     needed: int
 
@@ -291,7 +291,7 @@ class LogCorrupt(CorruptionError):
     """The log is damaged where it was proven to be whole; nothing was cut."""
 
     hint = "restore this node from another one: move the directory away and let it bootstrap"
-    _names = ("path", "at")
+    _names: ClassVar[tuple[str, ...]] = ("path", "at")
     path: str
     at: int
 
@@ -300,7 +300,7 @@ class DigestMismatch(CorruptionError):
     """This copy's state differs from what it must be."""
 
     hint = "let this node bootstrap again from a healthy one"
-    _names = ("keyspace", "position")
+    _names: ClassVar[tuple[str, ...]] = ("keyspace", "position")
     keyspace: str
     position: Any
 
@@ -313,7 +313,7 @@ class StaleRead(ReadError):
     """The asked position or freshness was not reached in time."""
 
     hint = "allow more time or staleness, or read from the primary"
-    _names = ("position", "wanted", "staleness_s")
+    _names: ClassVar[tuple[str, ...]] = ("position", "wanted", "staleness_s")
     position: Any
     wanted: Any
     staleness_s: float | None
@@ -323,21 +323,21 @@ class SnapshotExpired(ReadError):
     """The snapshot was held longer than snapshot_age_max_s."""
 
     hint = "take a new snapshot; raise snapshot_age_max_s only if disk growth is acceptable"
-    _names = ("position",)
+    _names: ClassVar[tuple[str, ...]] = ("position",)
     position: Any
 
 
 class RolledBack(ReadError):
     """The position is not part of this store's history."""
 
-    _names = ("position",)
+    _names: ClassVar[tuple[str, ...]] = ("position",)
     position: Any
 
 
 class TooOld(ReadError):
     """The position lies below what this node still knows."""
 
-    _names = ("position",)
+    _names: ClassVar[tuple[str, ...]] = ("position",)
     position: Any
 
 
@@ -349,14 +349,14 @@ class LogTrimmed(ReplicationError):
     """The asked records have been trimmed from the log."""
 
     hint = "bootstrap from a snapshot"
-    _names = ("first",)
+    _names: ClassVar[tuple[str, ...]] = ("first",)
     first: int
 
 
 class Diverged(ReplicationError):
     """The two histories differ."""
 
-    _names = ("at",)
+    _names: ClassVar[tuple[str, ...]] = ("at",)
     at: int
 
 
@@ -364,7 +364,7 @@ class LineageMismatch(ReplicationError):
     """The other node holds another store."""
 
     hint = "check the address; to replace this store, move its directory away and start it empty"
-    _names = ("ours", "theirs")
+    _names: ClassVar[tuple[str, ...]] = ("ours", "theirs")
     ours: str
     theirs: str
 
@@ -376,7 +376,7 @@ class ProtocolError(ReplicationError):
 class PeerUnavailable(ReplicationError):
     """A node did not answer."""
 
-    _names = ("address",)
+    _names: ClassVar[tuple[str, ...]] = ("address",)
     address: str
 
 

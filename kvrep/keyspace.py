@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    MutableMapping,
+    ValuesView,
+)
 from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
@@ -50,7 +59,7 @@ class WriteFuture:
         """Like :meth:`result`, but gives the error instead of raising it."""
         try:
             self.result(timeout)
-        except Exception as error:  # noqa: BLE001 - it is what was asked for
+        except Exception as error:
             return error
         return None
 
@@ -245,7 +254,8 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
     def compare_and_set(
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
     ) -> Position | None:
-        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key on both sides.
+        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key, on both
+        sides.
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
@@ -336,7 +346,9 @@ def bounds(prefix: bytes, start: bytes | None, stop: bytes | None) -> tuple[byte
     return low, high
 
 
-def decoded(pairs: Iterator[tuple[bytes, bytes]], decode: Callable[[bytes], Any] | None) -> Iterator[tuple[bytes, Any]]:
+def decoded(
+    pairs: Iterator[tuple[bytes, bytes]], decode: Callable[[bytes], Any] | None
+) -> Iterator[tuple[bytes, Any]]:
     return pairs if decode is None else ((key, decode(value)) for key, value in pairs)
 
 
@@ -558,8 +570,11 @@ class Transaction(Generic[V]):
         elif self._barrier is not None:
             self._node.await_record(self._barrier, self._timeout_s)
 
-    def end(self, *, commit: bool) -> Write | None:
-        """Give the place back; with ``commit`` and something written, order the record and return it."""
+    def end(self, *, commit: bool, order: Callable[[Write], None] | None = None) -> Write | None:
+        """Give the place back; with ``commit`` and something written, order the record and return it.
+
+        ``order`` puts a record in order that never took the place (default: as a put does, which may wait).
+        """
         if not self._open:
             return None
         self._open = False
@@ -574,7 +589,10 @@ class Transaction(Generic[V]):
         ops: list[Op] = [(name, key, value) for (name, key), value in self._writes.items()]
         write = Write(Kind.WRITE, write_payload(ops), self._size)
         if not self._placed:
-            self._node.engine.order(write, self._node.deadline(self._timeout_s))
+            if order is not None:
+                order(write)
+            else:
+                self._node.engine.order(write, self._node.deadline(self._timeout_s))
             return write
         if not committer.leave_place(self, write):
             raise self._expired()

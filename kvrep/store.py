@@ -23,7 +23,7 @@ __all__ = ["Store", "open"]
 V = TypeVar("V")
 
 
-def open(path: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Store:  # noqa: A001 - kvrep.open
+def open(path: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Store:
     """Open the store at ``path`` (created if missing) and return it.
 
     The options are the fields of :class:`kvrep.Options`. Raises an :class:`OpenError` with a hint;

@@ -12,8 +12,8 @@ Messages in, actions out. The shell does the actions in order, and stops the str
     NeedBootstrap fetch a snapshot
     Stop          the stream is over; says why
 
-**Staleness** needs no synchronised clocks. An Ack carries a stamp s of the follower's own clock. The
-primary reads its commit offset c after it received that Ack, and sends both back in one heartbeat. Hence
+**Staleness** needs no synchronised clocks. An Ack carries a stamp s of the follower's own clock: the moment
+of its newest probe. The primary reads its commit offset c after it received that Ack, and sends both back in one heartbeat. Hence
 everything visible on that primary at the moment s is <= c: once c is visible here, this copy lacks nothing
 that was visible there at s, and is at most ``now - s`` old, both of the same clock. (It says nothing about
 a newer primary that this one does not know of; only fencing does.)
@@ -307,10 +307,13 @@ class Receiver:
         """This node promised ``epoch`` elsewhere. If it is above this stream's, the stream is over."""
         self.promised_epoch = max(self.promised_epoch, epoch)
 
-    def ack(self, now_us: int, visible: int) -> Ack:
+    def probe(self, now_us: int) -> None:
+        """The next acks carry this moment: the primary echoes a new stamp at once."""
+        self._stamp_us = max(self._stamp_us, now_us)
+
+    def ack(self, visible: int) -> Ack:
         """The Ack to send now. After a higher promise it tells the primary so, and counts for nothing."""
         assert visible <= self.last.offset, (visible, self.last)
-        self._stamp_us = max(self._stamp_us, now_us)
         offset = self.last.offset
         return Ack(
             written=offset,

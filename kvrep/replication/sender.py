@@ -71,7 +71,7 @@ class Sender:
     """
 
     __slots__ = (
-        "_echoed",
+        "_echo",
         "_end",
         "_heartbeat_at",
         "_interval",
@@ -108,9 +108,8 @@ class Sender:
         self._segment_at = float("-inf")
         self._end = 0
         """The end of the log when the last segment was asked for."""
-        self._echoed = False
-        """Whether any stamp was echoed yet: the first one goes back at once, for until then the follower
-        cannot say how old its copy is."""
+        self._echo = False
+        """Whether a stamp is to be echoed: the follower wants to know how old its copy is."""
         self._told = -1
         """The commit offset last told; nothing yet."""
 
@@ -124,7 +123,9 @@ class Sender:
             self._wrong_promise(ack)
         progress = self.progress
         progress.last_heard = now
-        self.stamp_us = max(self.stamp_us, ack.stamp_us)
+        if ack.stamp_us > self.stamp_us:
+            self.stamp_us = ack.stamp_us
+            self._echo = True
         return progress.confirm(ack)
 
     def _wrong_promise(self, ack: Ack) -> NoReturn:
@@ -147,7 +148,7 @@ class Sender:
         if now >= dead_at:
             return Dead(f"nothing heard from {progress.name} for {self._timeout:g} s")
         until = self._heartbeat_at + self._interval
-        if now >= until or (self.stamp_us and not self._echoed):
+        if now >= until or self._echo:
             return _HEARTBEAT
         if last > progress.sent:
             if progress.credit_bytes > 0:
@@ -173,5 +174,5 @@ class Sender:
 
     def sent_heartbeat(self, now: float, committed: int) -> None:
         self._heartbeat_at = now
-        self._echoed = self.stamp_us > 0
+        self._echo = False
         self._told = committed

@@ -58,6 +58,8 @@ class Node:
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
         self._waiting = 0
+        self.on_moved: Callable[[], None] = _nothing
+        """For those who wait without a thread: called after every commit and at close, on any thread."""
         # Serializes role changes, reconfigurations and close.
         self._role_lock = threading.RLock()
         self._closed = False
@@ -172,7 +174,8 @@ class Node:
     def _listen(self) -> None:
         from kvrep.runtime.service import NodeService
 
-        assert self.transport is not None and self.options.listen is not None
+        assert self.transport is not None
+        assert self.options.listen is not None
         server = self.transport.serve(
             NodeService(self),
             self.options.listen,
@@ -206,6 +209,7 @@ class Node:
             self.engine.committer.refuse(ClosedError("the store is closed"))
             with self._moved:
                 self._moved.notify_all()
+            self.on_moved()
             for part in (self.shipping, self.replaying, self._server):
                 if part is not None:
                     part.stop(max(0.5, deadline - time.monotonic()))
@@ -245,9 +249,7 @@ class Node:
     def submit(self, write: Write) -> Write:
         """Order a write for the background leader."""
         self.engine.order(write, self.deadline(None))
-        committer = self.engine.committer
-        if not committer.lead.locked():
-            committer.kick()
+        self.engine.committer.kick()  # always: who holds the lead lock need not look for new writes
         return write
 
     def _raise_outcome(self, write: Write) -> None:
@@ -289,7 +291,8 @@ class Node:
         if type(record) is Write:
             self.finish(record, timeout_s)
             return
-        self.wait_for(Position(record.epoch, record.offset), timeout_s or self.ack_timeout_s)
+        seconds = self.ack_timeout_s if timeout_s is None else timeout_s
+        self.wait_for(Position(record.epoch, record.offset), seconds)
 
     def check_record_size(self, size: int) -> None:
         if size > self.options.record_bytes_max:
@@ -318,6 +321,7 @@ class Node:
         if self._waiting:
             with self._moved:
                 self._moved.notify_all()
+        self.on_moved()
         if self.shipping is not None:
             self.shipping.on_committed(committed)
 
@@ -326,9 +330,10 @@ class Node:
 
         :class:`RolledBack` when this history cannot contain it any more.
         """
-        if not isinstance(position, tuple) or len(position) != 2:
-            raise TypeError(f"expected a Position, not {type(position).__name__}")
-        epoch, offset = position
+        try:
+            epoch, offset = position
+        except (TypeError, ValueError):
+            raise TypeError(f"expected a Position, not {type(position).__name__}") from None
         deadline = time.monotonic() + timeout_s
         if self.engine.view.last < offset:
             with self._moved:
@@ -339,19 +344,26 @@ class Node:
                             raise ClosedError("the store is closed")
                         left = deadline - time.monotonic()
                         if left <= 0:
-                            raise StaleRead(
-                                f"position {epoch}:{offset} is not here after {timeout_s:g} s;"
-                                f" this node shows {self.engine.committed_position}",
-                                position=self.engine.committed_position,
-                                wanted=Position(epoch, offset),
-                            )
+                            raise self.stale(Position(epoch, offset), timeout_s)
                         self._moved.wait(min(left, 0.25))
                 finally:
                     self._waiting -= 1
+        self.check_history(Position(epoch, offset))
+
+    def stale(self, wanted: Position, timeout_s: float) -> StaleRead:
+        """The error of a wait that ended without its position."""
+        shown = self.engine.committed_position
+        return StaleRead(
+            f"position {wanted} is not here after {timeout_s:g} s; this node shows {shown}",
+            position=shown,
+            wanted=wanted,
+        )
+
+    def check_history(self, position: Position) -> None:
+        """:class:`RolledBack` unless ``position``, which this node has reached, is part of its history."""
+        epoch, offset = position
         if offset and self.engine.epochs.epoch_at(offset) != epoch:
-            raise RolledBack(
-                f"record {offset} of epoch {epoch} is not in this history", position=Position(epoch, offset)
-            )
+            raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
 
     def freshen(
         self, at_least: Position | None, max_staleness_s: float | None, timeout_s: float | None
@@ -360,13 +372,32 @@ class Node:
         if at_least is not None:
             self.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
         if max_staleness_s is not None and self.replaying is not None:
-            staleness = self.replaying.staleness_s()
-            if staleness > max_staleness_s:
-                raise StaleRead(
-                    f"this copy may be {staleness:.3f} s old, {max_staleness_s:g} s are allowed",
-                    staleness_s=staleness,
-                    position=self.engine.committed_position,
-                )
+            self._need_fresh(self.replaying, max_staleness_s, 1.0 if timeout_s is None else timeout_s)
+
+    def _need_fresh(self, replaying: Replaying, max_staleness_s: float, timeout_s: float) -> None:
+        """Wait for an answer of the primary if this copy may be too old; ``StaleRead`` without one."""
+        staleness = replaying.staleness_s()
+        if staleness <= max_staleness_s:
+            return
+        if replaying.connected:
+            deadline = time.monotonic() + timeout_s
+            replaying.probe()
+            with self._moved:
+                self._waiting += 1
+                try:
+                    while (staleness := replaying.staleness_s()) > max_staleness_s:
+                        left = deadline - time.monotonic()
+                        if left <= 0 or not replaying.connected:
+                            break
+                        self._moved.wait(min(left, 0.02))
+                finally:
+                    self._waiting -= 1
+        if staleness > max_staleness_s:
+            raise StaleRead(
+                f"this copy may be {staleness:.3f} s old, {max_staleness_s:g} s are allowed",
+                staleness_s=staleness,
+                position=self.engine.committed_position,
+            )
 
     def resolve(self, position: Position) -> Outcome:
         """What became of a write; never a guess."""
@@ -474,7 +505,7 @@ def _grpc(options: Options) -> Transport:
 def _reachable(bound: str) -> str:
     """A bound address as others can use it: a wildcard becomes this host's name."""
     host, _, port = bound.rpartition(":")
-    if host in ("0.0.0.0", "[::]"):  # noqa: S104 - compared, not bound
+    if host in ("0.0.0.0", "[::]"):
         import socket
 
         return f"{socket.gethostname()}:{port}"

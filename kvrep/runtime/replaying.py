@@ -134,7 +134,7 @@ class Replaying:
     def _pause(self, failures: int) -> None:
         """Back off with jitter: retry for ever, never in step with others."""
         limit = min(self.options.reconnect_backoff_max_s, BACKOFF_MIN_S * 2 ** min(failures, 10))
-        self._stop.wait(random.uniform(limit / 2, limit))  # noqa: S311 - jitter, not a secret
+        self._stop.wait(random.uniform(limit / 2, limit))
 
     def _give_up(self, error: Error) -> None:
         self._say("refused", str(error))
@@ -201,7 +201,7 @@ class Replaying:
         self._say("waiting", text)
 
     def _hello(self) -> Hello:
-        """What this node is and holds. Everything it says is synced first: an offset said counts as an ack."""
+        """What this node is and holds, all of it synced first: a join counts as an ack of it."""
         engine = self.engine
         engine.sync()
         tail, home = engine.tail, engine.home
@@ -266,6 +266,8 @@ class Replaying:
                 case Grant(granted):
                     stream.send(Credit(bytes_granted=granted))
                 case Join(welcome):
+                    with self._lock:
+                        receiver.probe(_now_us())
                     self.engine.adopt_lineage(welcome.lineage)
                     self.primary_address = self._connection_address()
                     self._primary_name = welcome.name
@@ -279,9 +281,25 @@ class Replaying:
                 case Stop(refused):
                     self._stop_with(refused.reason, refused.message, refused.primary_address, refused.final)
         if ack:
-            with self._lock:
-                message = receiver.ack(_now_us(), min(self.engine.view.last, receiver.last.offset))
-            stream.send(message)
+            self._send_ack(receiver, stream)
+
+    def _send_ack(self, receiver: Receiver, stream: Stream, *, probe: bool = False) -> None:
+        # Sent under the lock: acks must leave in the order in which they were made.
+        with self._lock:
+            if probe:
+                receiver.probe(_now_us())
+            stream.send(receiver.ack(min(self.engine.view.last, receiver.last.offset)))
+
+    def probe(self) -> None:
+        """Ask the primary to tell at once how fresh this copy is; nothing happens without a stream."""
+        with self._lock:
+            receiver, stream = self._receiver, self._stream
+        if receiver is None or stream is None or not receiver.epoch:
+            return
+        try:
+            self._send_ack(receiver, stream, probe=True)
+        except Error as error:
+            log.debug("%s: no probe: %s", self.node.label, error)
 
     def _connection_address(self) -> str:
         connection = self._connection
@@ -344,16 +362,19 @@ class Replaying:
             self._next_source = len(self._sources) - 2
         if final:
             self._say("refused", message)
-        raise NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None) if (
-            reason == "not-primary"
-        ) else ProtocolError(message)
+        raise (
+            NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None)
+            if (reason == "not-primary")
+            else ProtocolError(message)
+        )
 
     # -- the clock ---------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Notice silence; probe how fresh this copy is."""
-        interval = min(self.options.heartbeat_timeout_s / 8, 0.25)
+        interval = min(self.options.heartbeat_timeout_s / 8, self.options.heartbeat_interval_s / 2)
         while not self._stop.wait(interval):
+            self.probe()
             stream = self._stream
             with self._lock:
                 receiver = self._receiver
@@ -370,6 +391,12 @@ class Replaying:
             if receiver is not None:
                 return receiver.staleness_s(_now_us(), self.engine.view.last)
             return (_now_us() - self._fresh_us) / 1e6 if self._fresh_us else float("inf")
+
+    @property
+    def connected(self) -> bool:
+        """Whether a stream has joined and has not ended."""
+        receiver = self._receiver
+        return receiver is not None and receiver.epoch != 0
 
     def status(self) -> SourceStatus:
         receiver = self._receiver
@@ -392,5 +419,3 @@ class Replaying:
 
 def _now_us() -> int:
     return time.monotonic_ns() // 1000
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrep.errors import Fenced, LogTrimmed, ProtocolError
@@ -22,11 +23,11 @@ from kvrep.replication.messages import (
     Promise,
     Refused,
     Segment,
-    Truncate,
+    SlotState,
     Welcome,
 )
 from kvrep.replication.progress import Progress, State
-from kvrep.replication.sender import Dead, Sender, SendHeartbeat, SendSegment
+from kvrep.replication.sender import Dead, Sender, SendHeartbeat, SendSegment, Wait
 from kvrep.runtime.compression import compressor
 from kvrep.runtime.signal import Signal
 from kvrep.storage.log import Run
@@ -54,7 +55,7 @@ class FollowerSession:
         self._engine = shipping.engine
         self._options = shipping.options
         self._sender: Sender | None = None
-        self._compress = None
+        self._compress: Callable[[bytes], bytes] | None = None
         self._outbox: deque[FromPrimary] = deque()
         self._signal = Signal()
         # Protects progress and sender: the reader reports, the sender thread asks.
@@ -185,7 +186,7 @@ class FollowerSession:
             if isinstance(plan, NeedBootstrap):
                 self._shipping.reserve(self)
             self._outbox.append(plan)
-            self._last_message = not isinstance(plan, Truncate) or True
+            self._last_message = True  # after a Truncate or a bootstrap the follower opens a new stream
             self._signal.set()
 
     def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:
@@ -264,13 +265,15 @@ class FollowerSession:
             committed = engine.committer.committed
             last = self._shipping.shippable()
             step = sender.next(now, last, committed)
-        if type(step) is SendSegment:
-            return self._segment(sender, step, committed)
-        if type(step) is SendHeartbeat:
-            return self._heartbeat(sender, now, last, committed, stamp)
-        if type(step) is Dead:
-            raise ProtocolError(step.reason)
-        self._signal.wait(step.until - now)
+        match step:
+            case SendSegment():
+                return self._segment(sender, step, committed)
+            case SendHeartbeat():
+                return self._heartbeat(sender, now, last, committed, stamp)
+            case Dead(reason):
+                raise ProtocolError(reason)
+            case Wait(until):
+                self._signal.wait(until - now)
         return None
 
     def _segment(self, sender: Sender, step: SendSegment, committed: int) -> FromPrimary:
@@ -322,7 +325,7 @@ class FollowerSession:
         assert progress is not None
         with self._lock:
             sender.sent_heartbeat(now, committed)
-        slots = ()
+        slots: tuple[SlotState, ...] = ()
         if now - self._slots_told_s >= self._options.heartbeat_interval_s / 2:
             self._slots_told_s = now
             slots = self._shipping.slot_states()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrep.errors import (
@@ -162,7 +161,8 @@ class Shipping:
                 # A primary commits nothing that is not durable here, so what its own followers have beyond
                 # it was never acknowledged. What another primary wrote may have been.
                 self._problem = (
-                    f"{strangers[0].name} holds records of another primary that this node lacks; follow it instead"
+                    f"{strangers[0].name} holds records of another primary that this node lacks;"
+                    " follow it instead"
                 )
                 return
             fenced = tuple(promotion._promised())
@@ -196,7 +196,7 @@ class Shipping:
         for session in sessions:
             session.resume()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
-        write.when_done(lambda done: self._begun(done))
+        write.when_done(self._begun)
 
     def _begun(self, write: Write) -> None:
         if write.error is not None:
@@ -388,7 +388,9 @@ class Shipping:
 
     def slot_states(self) -> tuple[SlotState, ...]:
         return tuple(
-            SlotState(store_id=i, name=slot.name, acked=slot.acked) for i, slot in self.slots.all() if slot.name
+            SlotState(store_id=i, name=slot.name, acked=slot.acked)
+            for i, slot in self.slots.all()
+            if slot.name
         )
 
     def path(self) -> tuple[str, ...]:
@@ -454,8 +456,8 @@ class Shipping:
                     left = deadline_s - time.monotonic()
                     if left <= 0:
                         raise AckTimeout(
-                            f"the write at {position} is committed; {reached} of the {needed} copies asked for"
-                            f" are {level}",
+                            f"the write at {position} is committed;"
+                            f" {reached} of the {needed} copies asked for are {level}",
                             position=position,
                             reached=reached,
                             needed=needed,
@@ -483,17 +485,27 @@ class Shipping:
                 lag = self._lag(slot.acked)
                 found.append(
                     FollowerStatus(
-                        name=slot.name, store_id=slot.store_id, address=slot.address, state="gone",
-                        voter=self.engine.configuration.voter(store_id) is not None, connected=False,
-                        sent=slot.acked, written=slot.acked, synced=slot.acked, visible=0,
-                        lag_records=lag[0], lag_bytes=lag[1], lag_s=lag[2],
-                    )  # fmt: skip
+                        name=slot.name,
+                        store_id=slot.store_id,
+                        address=slot.address,
+                        state="gone",
+                        voter=self.engine.configuration.voter(store_id) is not None,
+                        connected=False,
+                        sent=slot.acked,
+                        written=slot.acked,
+                        synced=slot.acked,
+                        visible=0,
+                        lag_records=lag[0],
+                        lag_bytes=lag[1],
+                        lag_s=lag[2],
+                    )
                 )
         return tuple(sorted(found, key=lambda f: (f.name, f.store_id)))
 
     def _status(self, store_id: bytes, session: FollowerSession) -> FollowerStatus:
         progress, hello = session.progress, session.hello
-        assert progress is not None and hello is not None
+        assert progress is not None
+        assert hello is not None
         lag = self._lag(progress.synced)
         return FollowerStatus(
             name=hello.name,
@@ -532,5 +544,3 @@ class Shipping:
             session.end(Refused(reason="closing", message=f"{self.node.label} is closing"))
         self.engine.committer.on_written = None
         self.slots.save(now=True)
-
-

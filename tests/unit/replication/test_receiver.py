@@ -88,7 +88,8 @@ def test_a_welcome_is_joined_and_acked() -> None:
     """The first ack tells the primary what counts from now on."""
     stream = receiver()
     assert stream.on_message(WELCOME, 0.0) == [Join(WELCOME), ACK]
-    told = stream.ack(now_us=7, visible=6)
+    stream.probe(7)
+    told = stream.ack(visible=6)
     assert (told.written, told.synced, told.visible, told.promised_epoch, told.stamp_us) == (
         10,
         10,
@@ -205,7 +206,7 @@ def test_records_are_appended_in_order() -> None:
     assert (stream.received, stream.last, stream.committed) == (13, at(10), 6)
     assert stream.appended(at(12)) == [Commit(12), ACK]
     assert stream.appended(at(13)) == [Commit(13), ACK]
-    assert stream.ack(1, visible=13).synced == 13
+    assert stream.ack(visible=13).synced == 13
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_a_higher_promise_ends_the_stream() -> None:
     (action,) = stream.appended(at(11))
     assert isinstance(action, Stop)
     assert stream.committed == 6
-    told = stream.ack(1, visible=6)
+    told = stream.ack(visible=6)
     assert (told.synced, told.promised_epoch) == (10, 2002)
 
 
@@ -377,11 +378,13 @@ def test_staleness_counts_from_the_stamp_that_is_caught_up_with() -> None:
     """A heartbeat counts once its commit offset is visible here, from when its stamp was sent."""
     stream = joined()
     assert stream.staleness_s(1_000_000, visible=6) == float("inf")
-    stream.ack(2_000_000, visible=6)
+    stream.probe(2_000_000)
+    stream.ack(visible=6)
     stream.on_message(beat(committed=8, stamp_us=2_000_000), 0.0)
     assert stream.staleness_s(3_000_000, visible=7) == float("inf")
     assert stream.staleness_s(3_000_000, visible=8) == 1.0
-    stream.ack(4_000_000, visible=8)
+    stream.probe(4_000_000)
+    stream.ack(visible=8)
     stream.on_message(beat(committed=9, stamp_us=4_000_000), 0.0)
     assert stream.staleness_s(5_000_000, visible=8) == 3.0
     assert stream.staleness_s(5_000_000, visible=9) == 1.0
@@ -403,7 +406,8 @@ def test_heartbeats_that_wait_are_bounded() -> None:
     """When visibility falls behind, the oldest heartbeats are kept, and the newest."""
     stream = joined()
     for i in range(1, 10 * ECHOES_MAX):
-        stream.ack(i, visible=6)
+        stream.probe(i)
+        stream.ack(visible=6)
         stream.on_message(beat(committed=10 + i, stamp_us=i), 0.0)
     assert stream.fresh_us(visible=11) == 1
     assert stream.fresh_us(visible=10**6) == 10 * ECHOES_MAX - 1
@@ -423,7 +427,8 @@ def test_staleness_is_a_true_bound(script: list[tuple[str, int]], skew: int) -> 
     for name, n in script:
         true_us += n * 1000
         if name == "ack":
-            acks.append(stream.ack(true_us + skew, visible).stamp_us)
+            stream.probe(true_us + skew)
+            acks.append(stream.ack(visible).stamp_us)
         elif name == "hear" and acks:
             heard_stamp = max(heard_stamp, acks.pop(0))
         elif name == "commit":

@@ -433,10 +433,12 @@ class Cluster:
             case Grant(size):
                 link.up.append(Credit(bytes_granted=size))
             case AckNow():
-                link.up.append(receiver.ack(int(self.now * 1e6), node.committed))
+                receiver.probe(int(self.now * 1e6))
+                link.up.append(receiver.ack(node.committed))
             case Stop():
                 if receiver.epoch and receiver.promised_epoch > receiver.epoch:
-                    link.up.append(receiver.ack(int(self.now * 1e6), node.committed))
+                    receiver.probe(int(self.now * 1e6))
+                    link.up.append(receiver.ack(node.committed))
                 else:
                     self.disconnect(primary, node)
             case Join():
