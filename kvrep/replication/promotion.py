@@ -25,6 +25,8 @@ class Fetch:
     voter: Voter
     after: Position
     to: Position
+    below_committed: bool
+    """We know records above ``after`` as committed. No full fence leads here; do not go on without force."""
 
 
 class Promotion:
@@ -140,7 +142,12 @@ class Promotion:
         voter = self.ahead[0]
         theirs, own = self._answers[voter.store_id], self.own
         after = own.epochs.common(own.last.offset, theirs.epochs, theirs.last.offset)
-        return Fetch(voter=voter, after=Position(own.epochs.epoch_at(after), after), to=theirs.last)
+        return Fetch(
+            voter=voter,
+            after=Position(own.epochs.epoch_at(after), after),
+            to=theirs.last,
+            below_committed=after < own.committed,
+        )
 
     @property
     def highest_seen(self) -> int:

@@ -6,7 +6,6 @@ import pytest
 
 from kvrep.replication.messages import PROTOCOL, PROTOCOL_MIN, Refused
 
-
 FINAL = ("lineage", "protocol", "self", "bad-hello", "auth")
 PASSING = ("not-primary", "superseded", "starting", "full", "closing", "unfenced")
 

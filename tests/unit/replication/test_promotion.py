@@ -131,6 +131,7 @@ def test_the_best_log_is_taken_over_first() -> None:
     fetch = promotion.fetch
     assert fetch is not None
     assert (fetch.voter.name, fetch.after, fetch.to) == ("c", Position(1001, 7), Position(3003, 11))
+    assert not fetch.below_committed
     promotion.fetched(promise(11, E1, (3003, 8), epoch=5001))
     assert promotion.fetch is None
     assert promotion.ready
@@ -143,6 +144,15 @@ def test_an_empty_log_fetches_everything() -> None:
     fetch = promotion.fetch
     assert fetch is not None
     assert (fetch.after, fetch.to) == (ZERO, OWN.last)
+
+
+def test_a_fetch_says_when_it_would_drop_what_is_committed() -> None:
+    """A log that parts from ours below our commit offset is not taken over silently."""
+    promotion = Promotion(group("ab"), b"a", 3001, replace(OWN, committed=10))
+    promotion.on_promise(b"b", promise(20, E1, (2003, 10)))
+    fetch = promotion.fetch
+    assert fetch is not None
+    assert (fetch.after, fetch.below_committed) == (Position(1001, 9), True)
 
 
 def test_strangers_and_witnesses_are_not_fetched_from() -> None:
