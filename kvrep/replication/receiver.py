@@ -13,10 +13,10 @@ Messages in, actions out. The shell does the actions in order, and stops the str
     Stop          the stream is over; says why
 
 **Staleness** needs no synchronised clocks. An Ack carries a stamp s of the follower's own clock: the moment
-of its newest probe. The primary reads its commit offset c after it received that Ack, and sends both back in one heartbeat. Hence
-everything visible on that primary at the moment s is <= c: once c is visible here, this copy lacks nothing
-that was visible there at s, and is at most ``now - s`` old, both of the same clock. (It says nothing about
-a newer primary that this one does not know of; only fencing does.)
+of its newest probe. The primary reads its commit offset c after it received that Ack, and sends both back in
+one heartbeat. Hence everything visible on that primary at the moment s is <= c: once c is visible here, this
+copy lacks nothing that was visible there at s, and is at most ``now - s`` old, both of the same clock. (It
+says nothing about a newer primary that this one does not know of; only fencing does.)
 """
 
 from __future__ import annotations
