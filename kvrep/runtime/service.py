@@ -36,6 +36,7 @@ class NodeService:
             "resolve": self._resolve,
             "wait": self._wait,
             "digests": self._digests,
+            "keyspaces": self._keyspaces,
         }
 
     def open_session(self, peer: str) -> Session:
@@ -119,6 +120,11 @@ class NodeService:
         engine = self._node.engine
         engine.flush(_timeout(request) or 60.0)
         return engine.recompute_digests()
+
+    def _keyspaces(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The names of the keyspaces that hold or held data, sorted; the default one always."""
+        del request
+        return {"keyspaces": sorted({DEFAULT_KEYSPACE, *self._node.engine.view.keyspaces})}
 
     def _space(self, request: Mapping[str, Any]) -> tuple[str, bytes]:
         name = check_name(request.get("keyspace", DEFAULT_KEYSPACE))

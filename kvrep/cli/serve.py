@@ -1,0 +1,134 @@
+"""``kvrep serve``: a primary or a follower as a process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from kvrep.cli.arguments import add_options, add_security, options_of, tls_of, token_of
+from kvrep.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from kvrep.store import Store
+
+__all__ = ["configure", "run"]
+
+_EPILOG = """\
+examples:
+  a primary whose writes wait for one follower, and two followers:
+    kvrep serve ./a --name a --listen 127.0.0.1:7400 --acks 1
+    kvrep serve ./b --name b --listen 127.0.0.1:7401 --follow 127.0.0.1:7400
+    kvrep serve ./c --name c --listen 127.0.0.1:7402 --follow 127.0.0.1:7400
+  on several machines: listen everywhere, say the name others can reach, encrypt, and share a secret:
+    kvrep serve /var/lib/kvrep --name a --listen 0.0.0.0:7400 --advertise host-a:7400 \\
+        --tls-cert node.pem --tls-key node.key --tls-ca ca.pem --token-file secret
+  a copy for reading that has no vote:
+    kvrep serve ./d --listen 127.0.0.1:7403 --follow 127.0.0.1:7400 --no-vote
+
+When it is ready it prints one line with its address (with --json: one JSON object); the log goes to
+stderr. SIGTERM and Ctrl-C close the store, within --close-timeout-s; a second signal ends at once,
+which loses nothing that was acknowledged."""
+
+
+def configure(parser: argparse.ArgumentParser, name: str) -> None:
+    del name
+    parser.epilog = _EPILOG
+    parser.add_argument("path", metavar="PATH", help="directory of the store (created if missing)")
+    parser.add_argument("--name", help="this node's name; a follower needs one to have a vote")
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", default="127.0.0.1:7400",
+        help="where to listen (default 127.0.0.1:7400; port 0 picks a free one)",
+    )  # fmt: skip
+    parser.add_argument("--advertise", metavar="HOST:PORT", help="the address to tell others, if different")
+    parser.add_argument(
+        "--follow", metavar="HOST:PORT", action="append",
+        help="be a follower of this primary (repeat it to name several to try)",
+    )  # fmt: skip
+    parser.add_argument("--no-vote", action="store_true", help="never count for commits and promotions")
+    parser.add_argument("--no-create", action="store_true", help="fail if there is no store at PATH")
+    parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="what goes to stderr (default info)",
+    )  # fmt: skip
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end when standard input ends, too")
+    add_options(parser)
+    add_security(parser)
+
+
+class _Stop:
+    """Which signal ended the process, if any; the second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.event = threading.Event()
+
+    def on_signal(self, number: int, frame: object) -> None:
+        del frame
+        if self.event.is_set():
+            os._exit(128 + number)
+        self.signal = number
+        self.event.set()
+
+
+def run(args: argparse.Namespace) -> int:
+    import kvrep
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=args.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with kvrep.open(args.path, **_options(args)) as store:
+            _say_ready(store, as_json=args.json)
+            if args.until_stdin_closes:
+                threading.Thread(target=_watch_stdin, args=(stop,), name="kvrep-stdin", daemon=True).start()
+            stop.event.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return Exit.INTERRUPTED if stop.signal == signal.SIGINT else Exit.OK
+
+
+def _options(args: argparse.Namespace) -> Any:
+    return {
+        "name": args.name,
+        "listen": args.listen,
+        "advertise": args.advertise,
+        "follow": tuple(args.follow) if args.follow else None,
+        "voter": not args.no_vote,
+        "create": not args.no_create,
+        "tls": tls_of(args),
+        "token": token_of(args),
+        **options_of(args),
+    }
+
+
+def _say_ready(store: Store, *, as_json: bool) -> None:
+    status = store.status()
+    if as_json:
+        ready = {
+            "address": store.address, "role": str(status.role), "name": status.name,
+            "path": status.path, "pid": os.getpid(),
+        }  # fmt: skip
+        line = json.dumps(ready)
+    else:
+        name = f" {status.name}" if status.name else ""
+        line = f"ready: {status.role}{name} at {store.address}"
+    print(line, flush=True)
+
+
+def _watch_stdin(stop: _Stop) -> None:
+    """Whoever started this process holds our standard input open; its end is the end of that process."""
+    while os.read(0, 4096):
+        pass
+    stop.event.set()
