@@ -682,6 +682,15 @@ class Snapshot:
             return self._name, self._codec.decode
         return keyspace._keyspace, keyspace._codec.decode
 
+    @property
+    def closed(self) -> bool:
+        return self._pinned.released
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step of a read is under way, for which the next read would wait."""
+        return self._pinned.busy
+
     def close(self) -> None:
         """Let go of the position. Idempotent."""
         self._pinned.release()

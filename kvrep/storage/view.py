@@ -265,6 +265,11 @@ class Snapshot:
     def released(self) -> bool:
         return self._txn is None
 
+    @property
+    def busy(self) -> bool:
+        """Whether another thread is in the middle of a step."""
+        return self._lock.locked()
+
     def _need(self) -> Any:
         txn = self._txn
         if txn is None:
