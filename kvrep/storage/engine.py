@@ -249,12 +249,12 @@ class Engine:
         committer = self.committer
         write = Write(Kind.EPOCH, dict(payload), 256)
         with committer.lead:  # no group is being encoded meanwhile
+            committer.order(write)  # first: nobody orders anything before ``epoch`` is set
             committer.epoch = epoch
             offset = self.tail.offset + 1
             self.epochs = self.epochs.with_epoch(epoch, offset)
             self.branch = payload["branch"]
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
-        committer.order(write)
         committer.kick()
         return write
 
