@@ -1,0 +1,179 @@
+"""The data of the demo, and the writers that send it to the primary."""
+
+from __future__ import annotations
+
+import os
+import random
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kvrep.cli.target import Op, RemoteTarget
+from kvrep.errors import Error, RefusedError, UnknownOutcome
+from kvrep.model.position import Position
+
+__all__ = ["KEYSPACE", "Batch", "Load", "Unknown", "batches_of", "find_files"]
+
+KEYSPACE = "files"
+SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
+FILE_BYTES_MAX = 16_000_000
+BATCH_BYTES_MAX = 1_000_000
+REFUSED_PAUSE_S = 0.05
+
+
+class File(NamedTuple):
+    """A file to load: its key is its path below the root."""
+
+    key: bytes
+    path: Path
+    size: int
+
+
+class Batch(NamedTuple):
+    """Files that are written together: all of them, or none."""
+
+    files: tuple[File, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def ops(self) -> list[Op]:
+        return [(KEYSPACE, file.key, file.path.read_bytes()) for file in self.files]
+
+
+class Unknown(NamedTuple):
+    """A write without an answer. The position is known if the primary could still say it."""
+
+    batch: Batch
+    position: Position | None
+
+
+def find_files(root: Path | None, limit: int | None) -> list[File]:
+    """The files below ``root`` (default: the standard library), in an order that mixes large and small."""
+    top = root or Path(sysconfig.get_path("stdlib"))
+    files = sorted(_walk(top))
+    random.Random(7400).shuffle(files)  # noqa: S311 - the same order in every run is the point
+    return files if limit is None else files[:limit]
+
+
+def _walk(top: Path) -> Iterator[File]:
+    for folder, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        for name in names:
+            path = Path(folder, name)
+            key = os.fsencode(path.relative_to(top))
+            if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK) and len(key) <= 511:
+                size = path.stat().st_size
+                if size <= FILE_BYTES_MAX:
+                    yield File(key, path, size)
+
+
+def batches_of(files: list[File], count: int) -> Iterator[Batch]:
+    """``count`` files a batch, fewer where they are large."""
+    batch: list[File] = []
+    for file in files:
+        if batch and (len(batch) >= max(1, count) or Batch(tuple(batch)).size + file.size > BATCH_BYTES_MAX):
+            yield Batch(tuple(batch))
+            batch = []
+        batch.append(file)
+    if batch:
+        yield Batch(tuple(batch))
+
+
+class Load:
+    """Several writers, each with a connection of its own, that empty one queue of batches.
+
+    They stop when the queue is empty, when the primary stops answering, or when :meth:`stop` is called. What
+    became of every batch is in exactly one of ``waiting``, ``acknowledged`` and ``unknown`` then.
+    """
+
+    def __init__(self, batches: deque[Batch], on_acknowledged: Callable[[Load], None] = lambda load: None) -> None:
+        self.waiting = batches
+        self.acknowledged: list[Batch] = []
+        self.unknown: list[Unknown] = []
+        self.latencies_s: list[float] = []
+        self.first_answer_s = 0.0
+        """When the first write was acknowledged (``time.monotonic``)."""
+        self.problem: Exception | None = None
+        self._on_acknowledged = on_acknowledged
+        # Protects the lists above.
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, address: str, connections: int) -> None:
+        for number in range(max(1, connections)):
+            thread = threading.Thread(target=self._write_all, args=(address,), name=f"writer-{number}")
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def running(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def stop(self) -> None:
+        """Take no more batches; those under way end first. Waits for the writers."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _write_all(self, address: str) -> None:
+        try:
+            with RemoteTarget(address) as primary:
+                while (batch := self._take()) is not None:
+                    self._write(primary, batch)
+        except Exception as error:  # a writer must never end unnoticed
+            self.problem = error
+            self._stop.set()
+
+    def _take(self) -> Batch | None:
+        with self._lock:
+            return self.waiting.popleft() if self.waiting and not self._stop.is_set() else None
+
+    def _write(self, primary: RemoteTarget, batch: Batch) -> None:
+        """One write has three outcomes, and each is kept apart."""
+        try:
+            ops = batch.ops()
+            began_s = time.monotonic()
+            primary.write(ops)
+        except UnknownOutcome as error:
+            self._note_unknown(Unknown(batch, error.position))
+        except RefusedError:
+            # Nothing was written: for instance no follower is connected at the moment. Try again.
+            with self._lock:
+                self.waiting.appendleft(batch)
+            self._stop.wait(REFUSED_PAUSE_S)
+        except (Error, OSError):
+            with self._lock:
+                self.waiting.appendleft(batch)
+            raise
+        else:
+            self._note_acknowledged(batch, began_s, time.monotonic())
+
+    def _note_unknown(self, unknown: Unknown) -> None:
+        with self._lock:
+            self.unknown.append(unknown)
+        if unknown.position is None:
+            self._stop.set()  # no answer at all: the primary is gone
+
+    def _note_acknowledged(self, batch: Batch, began_s: float, ended_s: float) -> None:
+        with self._lock:
+            self.acknowledged.append(batch)
+            self.latencies_s.append(ended_s - began_s)
+            self.first_answer_s = self.first_answer_s or ended_s
+        self._on_acknowledged(self)
+
+    @property
+    def files(self) -> int:
+        """Files in acknowledged batches."""
+        return sum(len(batch.files) for batch in list(self.acknowledged))
+
+    @property
+    def size(self) -> int:
+        """Bytes in acknowledged batches."""
+        return sum(batch.size for batch in list(self.acknowledged))
