@@ -231,6 +231,7 @@ class Node:
         deadline = time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
         if acks is not None or level is not None:
             self._check_more(acks, level)
+        write.awaited = True
         self.engine.order(write, deadline)
         self.engine.committer.finish(write, deadline)
         if write.error is not None or not write.done:

@@ -1,8 +1,9 @@
 """Group commit: callers that arrive together share one write and one flush of the log.
 
 A caller puts its write in order under a lock that never covers I/O. Whoever finds no leader leads: it takes
-what is in order, writes it as one group, wakes the next leader first and then its own group. A background
-thread leads for those who cannot (pipelined writes, asyncio).
+what is in order, writes it as one group, names its *heir*, wakes it and then its own group. As long as an
+heir is named, the others leave the lead to it: they would only queue up at the lead lock, in groups of one
+or two writes. A background thread leads for those who cannot (pipelined writes, asyncio).
 
 A transaction holds the *place*: from its first read to its append nothing else is put in order; writes that
 arrive meanwhile stand behind it.
@@ -101,6 +102,8 @@ class Committer:
         # Held by whoever writes to the log.
         self.lead = threading.Lock()
         self._group: _Group | None = None
+        # The write whose thread was asked to lead next. Set under _order; cleared by whoever leads.
+        self._heir: Write | None = None
         # Held while committed records are published; orders them.
         self._publishing = threading.Lock()
         self._kick = threading.Event()
@@ -203,37 +206,62 @@ class Committer:
     def finish(self, write: Write, deadline_s: float) -> None:
         """Lead or wait until ``write`` is done or ``time.monotonic()`` passes ``deadline_s``."""
         while not write.done:
-            if not write.offset and (write.lead or not self.lead.locked()):
-                write.lead = False
-                with self.lead:
-                    if not write.offset and not write.done:
-                        self._write_group()
-                self._after_group()
+            if not write.offset and (write.lead or self._lead_is_free()):
+                self._lead(write)
                 if write.done:
                     return
             left = deadline_s - time.monotonic()
             if left <= 0:
-                return
-            write.park(min(left, LOOK_UP_S))
+                break
+            # From here on, who hands over finds us; who did before has left the lead free.
+            write.attach()
+            if not write.offset and self._lead_is_free():
+                continue
+            if not write.park(min(left, LOOK_UP_S)):
+                self._heir = None  # if one was asked, it did not come
             if not write.done and 0 < write.offset <= self.committed:
                 write.complete()
+        if write.lead:  # asked to lead, but the outcome or the deadline came first
+            write.lead = False
+            self._heir = None
+            self.hand_over()
 
-    def _after_group(self) -> None:
-        """The lead lock is free again: hand over, then publish what may be published."""
-        self._hand_over()
+    def _lead_is_free(self) -> bool:
+        return self._heir is None and not self.lead.locked()
+
+    def _lead(self, write: Write) -> None:
+        """Write the group that ``write`` is in, name the next leader, and publish what may be published."""
+        with self.lead:
+            write.lead = False
+            self._heir = None
+            if not write.offset and not write.done:
+                self._write_group()
+            heir = self._name_heir() if self._ordered else None
+        if heir is not None:
+            heir.wake()
+        else:
+            self.hand_over()
         self.advance()
 
-    def _hand_over(self) -> None:
-        """Ask a waiting thread, or else the background thread, to write the next group."""
-        if not self._ordered or self.lead.locked():
-            return
+    def _name_heir(self) -> Write | None:
+        """Choose a write whose thread sleeps; that thread is to lead next."""
         with self._order:
-            nxt = next((w for w in self._ordered[:16] if w.has_waiter), None)
-        if nxt is None:
-            self.kick()
-        else:
-            nxt.lead = True
-            nxt.wake()
+            for write in self._ordered[:16]:
+                if write.has_waiter:
+                    write.lead = True
+                    self._heir = write
+                    return write
+        return None
+
+    def hand_over(self) -> None:
+        """After the lead lock was held: have somebody write what was put in order meanwhile."""
+        if not self._ordered or self.lead.locked() or self._heir is not None:
+            return
+        heir = self._name_heir()
+        if heir is not None:
+            heir.wake()
+        elif not all(write.awaited for write in self._ordered[:16]):
+            self.kick()  # the others' threads are on their way and find the lead free
 
     def _take(self) -> _Group | None:
         group = self._group
@@ -432,6 +460,16 @@ class Committer:
         with self._publishing:
             self.view.rebuild(applied, records)
             self.committed = self.view.last
+
+    def replace(self, log: Log, view: View, committed: int) -> list[Write | Record]:
+        """Go on with another copy and its log; returns what was pending in the old one. ``lead`` is held."""
+        with self._publishing:
+            dropped = list(self.pending)
+            self.pending = deque()
+            with self._order:
+                self.pending_bytes = 0
+            self.log, self.view, self.committed = log, view, committed
+        return dropped
 
     # -- the background leader ---------------------------------------------------------------------
 
