@@ -294,10 +294,10 @@ class Tree:
             except BaseException:
                 txn.abort()
                 raise
-        self._handles.update(created)
         self.state = state
         self.generation += 1
         self.refresh()
+        self._handles.update(created)  # last: a read transaction from before the commit does not know them
         return state
 
     def _apply(

@@ -288,7 +288,7 @@ class Snapshot:
                 value = table.entries.get(prefixed, _MISSING)
                 if value is not _MISSING:
                     return value
-            handle = self._tree.handle(keyspace)
+            handle = self._handle(keyspace)
             value = None if handle is None else txn.get(key, None, handle)
             return value  # noqa: RET504 - mypy needs the name
 
