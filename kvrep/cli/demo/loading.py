@@ -20,7 +20,7 @@ __all__ = ["KEYSPACE", "Batch", "Load", "Unknown", "batches_of", "find_files"]
 
 KEYSPACE = "files"
 SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
-FILE_BYTES_MAX = 16_000_000
+FILE_BYTES_MAX = 64 << 20
 BATCH_BYTES_MAX = 1_000_000
 REFUSED_PAUSE_S = 0.05
 
