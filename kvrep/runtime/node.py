@@ -340,9 +340,11 @@ class Node:
             with self._moved:
                 self._waiting += 1
                 try:
-                    while self.engine.view.last < offset:
+                    while (shown := self.engine.view.last) < offset:
                         if self._closed:
                             raise ClosedError("the store is closed")
+                        if self.engine.epochs.epoch_at(shown) > epoch:
+                            break  # a newer epoch is committed below it: it can never come
                         left = deadline - time.monotonic()
                         if left <= 0:
                             raise self.stale(Position(epoch, offset), timeout_s)
@@ -363,7 +365,8 @@ class Node:
     def check_history(self, position: Position) -> None:
         """:class:`RolledBack` unless ``position``, which this node has reached, is part of its history."""
         epoch, offset = position
-        if offset and self.engine.epochs.epoch_at(offset) != epoch:
+        shown = self.engine.view.last
+        if offset and self.engine.epochs.epoch_at(min(offset, shown)) != epoch:
             raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
 
     def freshen(
@@ -404,22 +407,23 @@ class Node:
         """What became of a write; never a guess."""
         epoch, offset = position
         engine = self.engine
-        if offset > engine.tail.offset and epoch >= engine.epochs.last_epoch:
-            return Outcome.PENDING
-        if not engine.epochs.holds(Position(epoch, offset), engine.tail.offset):
-            return Outcome.ROLLED_BACK
-        return Outcome.COMMITTED if offset <= engine.view.last else Outcome.PENDING
+        shown = engine.view.last
+        if offset <= shown:
+            same = engine.epochs.epoch_at(offset) == epoch
+            return Outcome.COMMITTED if same else Outcome.ROLLED_BACK
+        # What is logged here and not committed says nothing: it can be cut itself.
+        return Outcome.ROLLED_BACK if engine.epochs.epoch_at(shown) > epoch else Outcome.PENDING
 
     # -- configuration -----------------------------------------------------------------------------
 
     def reconfigure(self, change: Callable[[Configuration], Configuration], timeout_s: float) -> Position:
         """Log a changed configuration and wait until it is committed under the old and the new rule."""
         deadline = time.monotonic() + timeout_s
-        with self._role_lock:
-            self.engine.writable_as_primary()
-            if self.shipping is not None:
-                write = self.shipping.propose(change(self.engine.configuration), deadline)
-            else:
+        if self.shipping is not None:
+            write = self.shipping.propose(change, deadline)
+        else:
+            with self._role_lock:
+                self.engine.writable_as_primary()
                 write = self.engine.configure(change(self.engine.configuration))
         self.engine.committer.finish(write, deadline)
         if write.error is not None or not write.done:
