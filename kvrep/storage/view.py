@@ -319,7 +319,9 @@ class Snapshot:
         self, keyspace: str, start: bytes, stop: bytes | None, *, reverse: bool, release: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:
         """Pairs with ``start <= key < stop`` in key order; with ``release`` the snapshot ends with the scan."""
-        return chain.from_iterable(self._chunks(keyspace, start, stop, reverse, release))
+        chunks = self._chunks(keyspace, start, stop, reverse, release)
+        next(chunks)  # from here on dropping it releases the snapshot; a generator never begun would not
+        return chain.from_iterable(chunks)
 
     def _chunks(
         self, keyspace: str, start: bytes, stop: bytes | None, reverse: bool, release: bool
@@ -329,6 +331,7 @@ class Snapshot:
         high = _after(prefix) if stop is None else prefix + stop
         merge = _Reverse if reverse else _Forward
         try:
+            yield []
             with self._lock:
                 txn = self._need()
                 handle = self._handle(keyspace)
