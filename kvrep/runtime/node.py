@@ -30,6 +30,7 @@ from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
+    from kvrep.runtime.bootstrapping import Verification
     from kvrep.runtime.replaying import Replaying
     from kvrep.runtime.shipping import Shipping
     from kvrep.transport.interface import Server, Transport
@@ -54,6 +55,7 @@ class Node:
         self.replaying: Replaying | None = None
         self.ack_timeout_s = engine.configuration.ack_timeout_s
         self._server: Server | None = None
+        self._verification: Verification | None = None
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
@@ -102,6 +104,8 @@ class Node:
 
     def _start(self, follower: bool) -> None:
         self.engine.committer.on_committed = self._on_committed
+        if not follower:
+            self.engine.home.drop_unfinished()
         if follower:
             from kvrep.runtime.replaying import Replaying
 
@@ -119,6 +123,17 @@ class Node:
             self.shipping.start()
         if self.replaying is not None:
             self.replaying.start()
+        if self.engine.unverified:
+            self.verify_copy()
+
+    def verify_copy(self) -> None:
+        """Have the copy that this node received compared with its digests, in the background."""
+        from kvrep.runtime.bootstrapping import Verification
+
+        before = self._verification
+        if before is not None:
+            before.stop(5.0)
+        self._verification = Verification(self.engine, self.label)
 
     def _start_alone(self) -> None:
         """No follower has ever been: the epoch begins with the first write, and all that is logged holds."""
@@ -213,6 +228,8 @@ class Node:
             for part in (self.shipping, self.replaying, self._server):
                 if part is not None:
                     part.stop(max(0.5, deadline - time.monotonic()))
+            if self._verification is not None:
+                self._verification.stop(max(0.5, deadline - time.monotonic()))
             self.engine.close(max(0.5, deadline - time.monotonic()))
 
     # -- writing -----------------------------------------------------------------------------------
@@ -462,7 +479,7 @@ class Node:
             primary_address=self.primary_address,
             followers=self.shipping.followers() if self.shipping is not None else (),
             source=self.replaying.status() if self.replaying is not None else None,
-            verified_through=state.verified,
+            verified_through=0 if engine.unverified else state.verified,
             diverged_at=state.diverged,
             memtable_bytes=engine.view.memory_bytes,
             log_bytes=committer.log.size,

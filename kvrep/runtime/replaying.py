@@ -363,6 +363,11 @@ class Replaying:
             if not engine.home.promise(epoch, b"") and not reply:
                 raise ProtocolError(f"epoch {epoch} is below {engine.home.promised_epoch}, promised before")
             tail = engine.tail
+            if reply and tail.offset < engine.home.vote_floor:
+                raise ProtocolError(
+                    f"this node has confirmed records up to {engine.home.vote_floor} and got a copy without them:"
+                    f" it does not vote before it has them again"
+                )
             answer = Promise(
                 epoch=engine.home.promised_epoch,
                 last=Position(tail.epoch, tail.offset),
@@ -381,7 +386,7 @@ class Replaying:
         from kvrep.runtime.bootstrapping import bootstrap
 
         self._say("bootstrapping", f"the primary's log starts at {action.first} ({action.reason})")
-        bootstrap(self, connection)
+        bootstrap(self, connection, action)
         self._say("joining")
         raise _Reconnect
 

@@ -24,6 +24,7 @@ from kvrep.replication.messages import Ack, Promise, Refused, SlotState
 from kvrep.replication.promotion import Promotion
 from kvrep.runtime.session import FollowerSession, wants_vote
 from kvrep.runtime.slots import Slots
+from kvrep.runtime.spooling import Spools
 from kvrep.status import FollowerStatus
 from kvrep.storage.write import Write
 
@@ -52,6 +53,7 @@ class Shipping:
         self.fenced = False
         """Whether that epoch was made by a full fence."""
         self.slots = Slots(self.engine.home.path / "SLOTS")
+        self.spools = Spools(self)
         # Protects everything below. Taken inside the committer's ``lead`` and before its ``_order``, never
         # the other way round; no session is called while it is held.
         self._lock = threading.Lock()
@@ -467,7 +469,8 @@ class Shipping:
         """A follower needs a snapshot: from now on the log is kept for it."""
         hello = session.hello
         if hello is not None:
-            applied = self.engine.tree.state.applied.offset
+            kept = self.spools.position_for(hello.store_id)
+            applied = self.engine.tree.state.applied.offset if kept is None else kept
             self.slots.note(
                 hello.store_id, name=hello.name, address=hello.address, voter=hello.voter, acked=applied
             )
@@ -484,6 +487,7 @@ class Shipping:
             self.slots.note(
                 hello.store_id, name=hello.name, address=hello.address, voter=hello.voter, acked=at
             )
+        self.spools.joined(hello.store_id)
         self.engine.committer.on_written = self.on_written
 
     def on_ack(self, session: FollowerSession, ack: Ack) -> None:
@@ -569,6 +573,7 @@ class Shipping:
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
         self._renew(now)
         self.slots.expire(connected)
+        self.spools.tick()
         self.slots.save()
 
     # -- writes that ask for more ------------------------------------------------------------------
@@ -643,7 +648,7 @@ class Shipping:
                         name=slot.name,
                         store_id=slot.store_id,
                         address=slot.address,
-                        state="gone",
+                        state="bootstrapping" if self.spools.serving(store_id) else "gone",
                         voter=self.engine.configuration.voter(store_id) is not None,
                         connected=False,
                         sent=slot.acked,
@@ -690,8 +695,7 @@ class Shipping:
         return records, engine_log.bytes_after(acked), seconds
 
     def stop(self, timeout_s: float) -> None:
-        """End all streams and save the slots."""
-        del timeout_s
+        """End all streams and copies, save the slots."""
         with self._lock:
             self._stopped = True
             sessions = list(self._sessions.values())
@@ -700,4 +704,5 @@ class Shipping:
         for session in sessions:
             session.end(Refused(reason="closing", message=f"{self.node.label} is closing"))
         self.engine.committer.on_written = None
+        self.spools.close(timeout_s)
         self.slots.save(now=True)

@@ -25,6 +25,7 @@ from kvrep.errors import (
     LogCorrupt,
     Overloaded,
     ProtocolError,
+    RolledBack,
     StorageFull,
     again,
 )
@@ -34,12 +35,14 @@ from kvrep.model.position import EpochTable, Position
 from kvrep.model.record import Kind, Record
 from kvrep.options import Options
 from kvrep.storage.committer import Committer
+from kvrep.storage.copying import PinnedState
 from kvrep.storage.digest import Hasher
 from kvrep.storage.flusher import Flusher
-from kvrep.storage.home import Home
+from kvrep.storage.home import COPY, Home
 from kvrep.storage.log import Run, Tail
+from kvrep.storage.log_file import fsync_directory
 from kvrep.storage.memtable import Table
-from kvrep.storage.recovery import recover
+from kvrep.storage.recovery import fresh, recover
 from kvrep.storage.rescue import save_records
 from kvrep.storage.tree import State, Tree, digests_in, digests_out
 from kvrep.storage.view import Snapshot, View
@@ -98,6 +101,8 @@ class Engine:
         """Whether this node, as primary, puts digest marks into the log."""
         self.recovered_bytes = 0
         self.rescued: list[Path] = []
+        self.unverified = (home.generation / COPY).exists()
+        """Whether this is a received copy whose digest has not been recomputed yet."""
         self._marked = tree.state.mark
         self._closed = False
         self._synced_s = time.monotonic()
@@ -408,6 +413,73 @@ class Engine:
             state = self.tree.state
             write = Write(Kind.DIGEST, [state.mark, digests_out(state.mark_digests)], 64)
             try:
+    def pinned(self) -> PinnedState:
+        """What LMDB holds now beside what its state record says of it."""
+        with self.flusher.hold:
+            return PinnedState(self.tree)
+
+    def verified(self, pinned: PinnedState, differing: list[str]) -> None:
+        """A received copy was compared with its digests."""
+        at = pinned.state.applied.offset
+        with self.flusher.hold:
+            if not pinned.of(self.tree):
+                return  # the next copy is live already
+            state = self.tree.state
+            self.unverified = False
+            if not differing:
+                state.verified = max(state.verified, at)
+                (self.home.generation / COPY).unlink(missing_ok=True)
+            elif not state.diverged:
+                state.diverged = at
+        if differing:
+            log.error("%s: keyspaces %s of the copy received at record %d differ from their digests",
+                      self.home.path, ", ".join(differing), at)  # fmt: skip
+
+    def replace_copy(self, generation: Path, tree: Tree, lineage: bytes) -> None:
+        """Make a received copy (``tree``, in ``generation``) the live one, in place: who holds this engine,
+        a keyspace or a snapshot goes on. Reads see the old copy until the new one is live.
+
+        Raises ``OSError`` or :class:`ClosedError` and then has changed nothing, or :class:`StorageFailed` when
+        it is not known which copy the next open will find.
+        """
+        directory = generation / "log"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        for path in (directory, generation / "data", generation):
+            fsync_directory(path)
+        committer, flusher, state = self.committer, self.flusher, tree.state
+        fresh_log = fresh(directory, lineage, file_bytes=self.options.log_file_bytes, tail=state.applied)
+        with self._close_lock:
+            if self._closed:
+                raise ClosedError("the store is closed")
+            with flusher.hold, committer.lead:
+                self._switch(generation, lineage)
+                old_tree, old_log = self.tree, committer.log
+                state.verified = state.diverged = 0
+                self.unverified = True
+                view = self.view.succeed(tree)
+                self.tree = tree
+                self.epochs, self.branch = state.epochs, state.branch
+                self.configurations = [(state.configured_at, state.configuration)]
+                dropped = committer.replace(fresh_log, view, state.applied.offset)
+                flusher.replace(view, tree)
+                self.view = view
+            old_log.abandon()
+            old_tree.retire()
+            self.home.drop_old()
+        for record in dropped:
+            if type(record) is Write:
+                record.complete(RolledBack("another history took the place of this write",
+                                           position=Position(record.epoch, record.offset)))  # fmt: skip
+        committer.on_committed(committer.committed)
+
+    def _switch(self, generation: Path, lineage: bytes) -> None:
+        try:
+            self.home.switch(generation.name, lineage)
+        except OSError as error:
+            if self.home.switched_to(generation.name):
+                raise self.committer.fail_storage(error) from error
+            raise
+
                 committer.order(write)
             except Error:
                 return

@@ -9,6 +9,8 @@
     gen-000001/data   LMDB          gen-000001/log   the log
     rescue/    records that had to be dropped
     spool/     copies under way to a follower
+    gen-000002/COPY    what has arrived of a copy that is being received; in a live generation: the copy's
+                       digest has not been verified yet
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ import msgpack
 from kvrep.errors import ConfigurationMismatch, CorruptionError, NotAStore, OpenError, StoreInUse, UpgradeRequired
 from kvrep.storage.log_file import fsync_directory
 
-__all__ = ["Home", "write_atomically"]
+__all__ = ["COPY", "Home", "write_atomically"]
 
 FORMAT = 1
+COPY = "COPY"
 _PARTS = {"LOCK", "IDENTITY", "STORE", "CURRENT", "rescue", "spool"}
 
 
@@ -207,9 +210,7 @@ class Home:
         self._current = self._json("CURRENT")
         if not self.generation.is_dir():
             raise NotAStore(f"{self.generation} is missing", path=str(self.generation))
-        for old in self.path.glob("gen-*"):
-            if old != self.generation:
-                shutil.rmtree(old, ignore_errors=True)
+        self._clean()
         if name is not None and name != self.name:
             if self.name:
                 raise ConfigurationMismatch(
@@ -220,6 +221,23 @@ class Home:
                     hint="open it under its own name, or leave the name out",
                 )
             self._identity.store({**self._identity.data, "name": name})
+
+    def _clean(self) -> None:
+        """Remove what nobody goes on with: old generations, spooled copies; a copy half received stays."""
+        for old in self.path.glob("gen-*"):
+            if old != self.generation and not (old == self.next_generation() and (old / COPY).exists()):
+                shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.spool, ignore_errors=True)
+
+    def drop_old(self) -> None:
+        """Remove the generations before the live one. What is open in them stays readable."""
+        for old in self.path.glob("gen-*"):
+            if old.name < self.generation.name:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def drop_unfinished(self) -> None:
+        """Remove a copy that is half received: this node does not follow any more."""
+        shutil.rmtree(self.next_generation(), ignore_errors=True)
 
     def _json(self, part: str) -> dict[str, Any]:
         try:
@@ -276,6 +294,15 @@ class Home:
     def spool(self) -> Path:
         return self.path / "spool"
 
+    @property
+    def vote_floor(self) -> int:
+        """The offset below which this node's log lacks what it once confirmed: till then it may not vote."""
+        return int(self._identity.data.get("vote_floor", 0))
+
+    def set_vote_floor(self, offset: int) -> None:
+        """Durable on return."""
+        self._identity.store({**self._identity.data, "vote_floor": offset})
+
     def next_generation(self) -> Path:
         """Where a bootstrap builds its copy; not live until :meth:`switch`."""
         number = int(self.generation.name.partition("-")[2]) + 1
@@ -287,6 +314,10 @@ class Home:
         current = {"generation": generation, "lineage": lineage.hex()}
         write_atomically(self.path / "CURRENT", json.dumps(current).encode())
         self._current = current
+
+    def switched_to(self, generation: str) -> bool:
+        """After a failed :meth:`switch`: whether the next open would find ``generation`` live."""
+        return bool(self._json("CURRENT").get("generation") == generation)
 
 
 def _holder(raw: bytes) -> tuple[int | None, str | None]:

@@ -141,6 +141,8 @@ class Tree:
         self._count_lock = threading.Condition()
         self._live = 0
         self._closing = False
+        self._close_at_end = False
+        """Whether whoever ends the last read closes the environment, too."""
         self._idle: list[Any] = []
 
     @classmethod
@@ -245,6 +247,9 @@ class Tree:
             self._live -= 1
             if self._closing:
                 self._count_lock.notify_all()
+            last = self._close_at_end and self._live == 0
+        if last:
+            self.env.close()
 
     def _drain(self, pool: list[Any]) -> None:
         while pool:
@@ -258,6 +263,11 @@ class Tree:
         """After a commit: reads begin anew, idle transactions end, so that they pin no old pages."""
         old, self._idle = self._idle, []
         self._drain(old)
+
+    @property
+    def meta(self) -> Any:
+        """The database of our own, which holds the state record."""
+        return self._meta
 
     def count(self, txn: Any, keyspace: str) -> int:
         handle = self._handles.get(keyspace)
@@ -321,13 +331,15 @@ class Tree:
         state.digests[keyspace] = (state.digests.get(keyspace, 0) + change) % DIGEST_MODULUS
         state.counts[keyspace] = state.counts.get(keyspace, 0) + len(puts) - len(old)
 
-    def digest(self, keyspace: str, breathe: Callable[[], None] = lambda: None) -> tuple[int, int]:
-        """(digest, count) recomputed from what LMDB holds, for ``verify``."""
+    def digest(
+        self, keyspace: str, breathe: Callable[[], None] = lambda: None, read: Any = None
+    ) -> tuple[int, int]:
+        """(digest, count) recomputed from what LMDB holds, for ``verify``; as ``read`` sees it, if given."""
         handle = self._handles.get(keyspace)
         total = count = 0
         if handle is None:
             return 0, 0
-        txn = self.begin()
+        txn = self.begin() if read is None else read
         try:
             items: list[tuple[bytes, bytes]] = []
             for item in txn.cursor(handle):
@@ -339,7 +351,8 @@ class Tree:
                     breathe()
             return (total + self.hasher.sum(items)) % DIGEST_MODULUS, count + len(items)
         finally:
-            self.end(txn)
+            if read is None:
+                self.end(txn)
 
     # -- room --------------------------------------------------------------------------------------
 
@@ -392,6 +405,19 @@ class Tree:
         if home:
             self.env.close()
         return home
+
+    def retire(self) -> None:
+        """Another copy took this one's place: begin no more reads, and close when the last one has ended."""
+        with self._count_lock:
+            self._closing = True
+            self._live += 1
+        self.refresh()
+        with self._count_lock:
+            self._live -= 1
+            self._close_at_end = True
+            last = self._live == 0
+        if last:
+            self.env.close()
 
 
 def _pages(stat: dict[str, int]) -> int:

@@ -32,7 +32,15 @@ CHUNK_MIN, CHUNK_MAX = 32, 1024
 class View:
     """The memtables of a store and the reads over them and LMDB."""
 
-    def __init__(self, tree: Tree, *, keyspaces_max: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        *,
+        keyspaces_max: int,
+        clock: Callable[[], float] = time.monotonic,
+        before: View | None = None,
+    ) -> None:
+        """``before``: the view whose place this one takes; its lock is held, and shared from now on."""
         self.tree = tree
         self.clock = clock
         self.last = tree.state.applied.offset
@@ -43,11 +51,13 @@ class View:
         """Memory of the frozen tables, entry overhead counted in."""
         self.on_rotate: Callable[[], None] = lambda: None
         """Called (under the lock, so it must only signal) when a table froze."""
-        self._lock = threading.Lock()
-        self._prefixes: dict[str, bytes] = {}
-        self._names: list[str] = []
+        self._lock: threading.Lock = threading.Lock() if before is None else before._lock
+        self._prefixes: dict[str, bytes] = {} if before is None else before._prefixes
+        self._names: list[str] = [] if before is None else before._names
         self._keyspaces_max = keyspaces_max
-        self._snapshots: set[Snapshot] = set()
+        self._snapshots: set[Snapshot] = set() if before is None else before._snapshots
+        self.successor: View | None = None
+        """The view that took this one's place; reads that came too late go on there."""
         self.closed: Error | None = None
         for name in tree.keyspaces:
             self.prefix(name)
@@ -185,19 +195,33 @@ class View:
                 value = entries.get(prefix + key, _MISSING)
                 if value is not _MISSING:
                     return value
-        return self.tree.get(keyspace, key)
+        try:
+            return self.tree.get(keyspace, key)
+        except ClosedError:
+            if self.successor is None:
+                raise
+        return self.successor.get(keyspace, prefix, key)
+
+    def succeed(self, tree: Tree) -> View:
+        """A view of another copy that takes this one's place: the same keyspace prefixes and snapshots."""
+        with self._lock:
+            self.successor = View(tree, keyspaces_max=self._keyspaces_max, clock=self.clock, before=self)
+        return self.successor
 
     def capture(self, position: Callable[[int], Position], age_max_s: float) -> Snapshot:
         """One committed position, held."""
         if self.closed is not None:
             raise again(self.closed)
         with self._lock:
-            self._rotate_for_capture()
-            tables, last = self.tables[1:], self.last
-            txn = self.tree.begin()
-            snapshot = Snapshot(self, tables, txn, position(last), self.clock() + age_max_s)
-            self._snapshots.add(snapshot)
-        return snapshot
+            successor = self.successor
+            if successor is None:
+                self._rotate_for_capture()
+                tables, last = self.tables[1:], self.last
+                txn = self.tree.begin()
+                snapshot = Snapshot(self, tables, txn, position(last), self.clock() + age_max_s)
+                self._snapshots.add(snapshot)
+                return snapshot
+        return successor.capture(position, age_max_s)
 
     def _rotate_for_capture(self) -> None:
         """Freeze what is active; small neighbours are joined so that frequent scans keep the list short."""
