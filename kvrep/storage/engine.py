@@ -99,10 +99,10 @@ class Engine:
         """Called on the flush thread about twice a second."""
         self.marks = True
         """Whether this node, as primary, puts digest marks into the log."""
-        self.recovered_bytes = 0
-        self.rescued: list[Path] = []
         self.unverified = (home.generation / COPY).exists()
         """Whether this is a received copy whose digest has not been recomputed yet."""
+        self.recovered_bytes = 0
+        self.rescued: list[Path] = []
         self._marked = tree.state.mark
         self._closed = False
         self._synced_s = time.monotonic()
@@ -404,15 +404,6 @@ class Engine:
         self.tree.hasher = Hasher(lineage)
         self.committer.log.lineage = lineage
 
-    # -- the flush's hooks -------------------------------------------------------------------------
-
-    def _before_flush(self) -> None:
-        """Sync the log through the cut; as primary, have every node cut at the same place."""
-        committer = self.committer
-        if committer.epoch and self.marks and committer.closed is None and self._writes_since_mark():
-            state = self.tree.state
-            write = Write(Kind.DIGEST, [state.mark, digests_out(state.mark_digests)], 64)
-            try:
     def pinned(self) -> PinnedState:
         """What LMDB holds now beside what its state record says of it."""
         with self.flusher.hold:
@@ -480,6 +471,15 @@ class Engine:
                 raise self.committer.fail_storage(error) from error
             raise
 
+    # -- the flush's hooks -------------------------------------------------------------------------
+
+    def _before_flush(self) -> None:
+        """Sync the log through the cut; as primary, have every node cut at the same place."""
+        committer = self.committer
+        if committer.epoch and self.marks and committer.closed is None and self._writes_since_mark():
+            state = self.tree.state
+            write = Write(Kind.DIGEST, [state.mark, digests_out(state.mark_digests)], 64)
+            try:
                 committer.order(write)
             except Error:
                 return

@@ -465,6 +465,14 @@ class Log:
                 self._indexes[file.header.sequence] = SparseIndex(complete=False)
                 return
 
+    def abandon(self) -> None:
+        """Close all files as they are: another log took this one's place. Readers find it empty."""
+        with self._files_lock:
+            files, self._files, self._current = self._files, [], None
+            for file in files:
+                file.close()
+            self._recent = _Recent()
+
     def close(self) -> None:
         """Close all files; unlink what was made ahead. No other call may be under way."""
         self.seal()
@@ -476,14 +484,6 @@ class Log:
 def _first_length(data: bytes) -> int:
     length: int = FRAME.unpack_from(data)[3]
     return FRAME_BYTES + length
-    def abandon(self) -> None:
-        """Close all files as they are: another log took this one's place. Readers find it empty."""
-        with self._files_lock:
-            files, self._files, self._current = self._files, [], None
-            for file in files:
-                file.close()
-            self._recent = _Recent()
-
 
 
 def _count_from(body: bytes, group_first: int, offset: int) -> tuple[int, int] | None:
