@@ -1,7 +1,7 @@
 """The ``kvrep`` command.
 
-One module per subcommand, each with ``configure(parser)`` and ``run(args)``. Modules import what they need
-inside ``run``, so that ``kvrep --help`` stays quick: storage and gRPC cost more than everything else together.
+One module per subcommand, each with ``configure(parser, name)`` and ``run(args)``. Modules import what they
+need inside ``run``, so that ``kvrep --help`` stays quick: storage and gRPC cost more than all the rest.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             module = importlib.import_module(f"kvrep.cli.{_MODULES.get(name, name)}")
             module.configure(sub, name)
             # Its default must not undo one that came before the subcommand.
-            sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+            sub.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+            )
             sub.set_defaults(run=module.run)
             sub.epilog = f"{sub.epilog or ''}\n\n{EXIT_HELP}".lstrip()
     return parser

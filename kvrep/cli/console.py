@@ -72,7 +72,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     widths = [max([len(h), *(len(row[i]) for row in rows)]) for i, h in enumerate(headers)]
 
     def line(cells: Sequence[str]) -> str:
-        parts = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        parts = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(parts).rstrip()
 
     return [line(headers), *(line(row) for row in rows)]
@@ -179,7 +182,7 @@ def bar(done: float, width: int = 30) -> str:
 class Progress:
     """Progress on stderr: a bar by ``rich`` on a terminal if it is installed, else a line every few seconds.
 
-    ``total`` is in the unit that :meth:`add` counts (bytes), ``None`` when not known. Use it in a ``with`` block.
+    ``total`` is in bytes, ``None`` when not known. Use it in a ``with`` block.
     """
 
     def __init__(self, what: str, total: int | None, *, quiet: bool = False, interval_s: float = 2.0) -> None:

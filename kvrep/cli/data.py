@@ -80,7 +80,7 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _configure_write(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow-primary", action=argparse.BooleanOptionalAction, default=True,
-                        help="write to the primary if TARGET is a follower that knows it (default: yes)")  # fmt: skip
+                        help="if TARGET is a follower, write to its primary (default: yes)")  # fmt: skip
     parser.add_argument("--create", action="store_true", help="make the store if there is none at the path")
 
 
@@ -160,7 +160,10 @@ def write(args: argparse.Namespace, ops: list[Op]) -> Position:
         address = error.primary_address
     finally:
         target.close()
-    print(f"kvrep {args.command}: {args.target} is a follower; writing to the primary at {address}", file=sys.stderr)
+    print(
+        f"kvrep {args.command}: {args.target} is a follower; writing to the primary at {address}",
+        file=sys.stderr,
+    )
     with connect(args, address) as primary:
         return primary.write(ops)
 
@@ -174,7 +177,12 @@ def _scan(args: argparse.Namespace) -> int:
         return None if text is None else form.decode(text)
 
     wanted = Range(
-        args.keyspace, key_of(args.prefix) or b"", key_of(args.start), key_of(args.stop), args.reverse, args.limit
+        args.keyspace,
+        key_of(args.prefix) or b"",
+        key_of(args.start),
+        key_of(args.stop),
+        args.reverse,
+        args.limit,
     )
     target = open_target(args)
     try:

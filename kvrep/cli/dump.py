@@ -79,7 +79,9 @@ def _dump(args: argparse.Namespace, target: Target, progress: Progress) -> None:
             _lines(args, target, out, progress)
 
 
-def _pairs(args: argparse.Namespace, target: Target, progress: Progress) -> Iterator[tuple[str, bytes, bytes]]:
+def _pairs(
+    args: argparse.Namespace, target: Target, progress: Progress
+) -> Iterator[tuple[str, bytes, bytes]]:
     from kvrep.cli.target import Range
 
     for keyspace in target.keyspaces() if args.all else [args.keyspace]:
@@ -133,4 +135,6 @@ def _relative(key: bytes) -> Path:
 
 
 def _impossible(key: bytes, why: str) -> UsageError:
-    return UsageError(f"the key {visible(key)} cannot be a file: {why}", hint="dump to a JSON-lines file instead")
+    return UsageError(
+        f"the key {visible(key)} cannot be a file: {why}", hint="dump to a JSON-lines file instead"
+    )

@@ -27,7 +27,9 @@ def _unhex(text: str) -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        raise UsageError(f"{_short(text)} is not hexadecimal", hint="two digits 0-9 a-f for each byte") from None
+        raise UsageError(
+            f"{_short(text)} is not hexadecimal", hint="two digits 0-9 a-f for each byte"
+        ) from None
 
 
 def _unbase64(text: str) -> bytes:
@@ -42,8 +44,10 @@ def _short(text: str) -> str:
 
 
 def visible(data: bytes) -> str:
-    """One line of text for any bytes: control characters, backslashes and bytes that are no UTF-8 as escapes."""
-    text = data.decode("utf-8", errors="backslashreplace") if b"\\" not in data else _escaped_backslashes(data)
+    """Any bytes as one line of text: control characters, backslashes and what is no UTF-8 as escapes."""
+    text = (
+        data.decode("utf-8", errors="backslashreplace") if b"\\" not in data else _escaped_backslashes(data)
+    )
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -69,8 +73,10 @@ def form_of(args: argparse.Namespace) -> Form:
     return form
 
 
-def pair_to_json(key: bytes, value: bytes, *, keyspace: str | None = None, always_base64: bool = False) -> str:
-    """One JSON line: ``key`` and ``value`` as text, or as ``key_base64`` and ``value_base64`` if they are none."""
+def pair_to_json(
+    key: bytes, value: bytes, *, keyspace: str | None = None, always_base64: bool = False
+) -> str:
+    """One JSON line: ``key`` and ``value`` as text; as ``key_base64``, ``value_base64`` where they are none."""
     fields: dict[str, str] = {} if keyspace is None else {"keyspace": keyspace}
     for name, data in (("key", key), ("value", value)):
         try:

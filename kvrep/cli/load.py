@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from kvrep.cli.arguments import add_security, add_target, add_timeout, count, is_address, seconds, size
 from kvrep.cli.console import Progress, duration, megabytes, number
@@ -54,10 +54,14 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
                         help='keyspace of lines that name none (default "default")')  # fmt: skip
     parser.add_argument("--prefix", metavar="TEXT", default="", help="put this before every key")
     parser.add_argument("--base64", action="store_true", help='"key" and "value" are base64')
-    parser.add_argument("--batch-pairs", metavar="N", type=count, default=500, help="pairs a write (default 500)")
+    parser.add_argument(
+        "--batch-pairs", metavar="N", type=count, default=500, help="pairs a write (default 500)"
+    )
     parser.add_argument("--batch-bytes", metavar="BYTES", type=size, default=1 << 20,
-                        help="bytes a write, where a pair has not more by itself (default 1 MiB)")  # fmt: skip
-    parser.add_argument("--connections", metavar="N", type=count, default=4, help="writers at once (default 4)")
+                        help="bytes a write, or one larger pair (default 1 MiB)")  # fmt: skip
+    parser.add_argument(
+        "--connections", metavar="N", type=count, default=4, help="writers at once (default 4)"
+    )
     parser.add_argument("--retry-s", metavar="SECONDS", type=seconds, default=30.0,
                         help="how long to try a write again (default 30)")  # fmt: skip
     parser.add_argument("--create", action="store_true", help="make the store if there is none at the path")
@@ -72,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     if args.create and is_address(args.target):
         raise UsageError("--create is for a path; a running node has its store")
     items, total = _source(args)
-    with _writer_targets(args) as (open_writer, shared), Progress("loaded", total, quiet=args.quiet) as progress:
+    with (
+        _writer_targets(args) as (open_writer, shared),
+        Progress("loaded", total, quiet=args.quiet) as progress,
+    ):
         writer = BulkWriter(
             open_writer,
             writers=args.connections,
@@ -109,7 +116,7 @@ def _writer_targets(args: argparse.Namespace) -> Iterator[tuple[Any, bool]]:
     first = open_target(args, write=True, create=args.create)
     try:
         if isinstance(first, LocalTarget):
-            yield (lambda address: first), True
+            yield (lambda _: first), True
             return
         address = _primary_of(first, args.target)
         secure = security(args)
@@ -166,8 +173,8 @@ def _contents(args: argparse.Namespace, top: Path, files: list[Path], prefix: by
 
 
 def _file_lines(args: argparse.Namespace, path: Path, prefix: bytes) -> Iterator[Item]:
-    opened: IO[bytes] = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[assignment]
-    with opened as lines:
+    with path.open("rb") as raw:
+        lines = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
         yield from _lines(args, lines, str(path), prefix)
 
 

@@ -75,7 +75,9 @@ class RemoteTarget:
     ) -> None:
         self.close()
 
-    def call(self, method: str, request: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
+    def call(
+        self, method: str, request: Mapping[str, Any], *, timeout_s: float | None = None
+    ) -> dict[str, Any]:
         """Any unary method of the node; see ``kvrep/runtime/service.py``."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         return self._connection.call(method, {"timeout_s": limit, **request}, limit + GRACE_S)
@@ -135,7 +137,9 @@ class LocalTarget:
     its writes need the other nodes.
     """
 
-    def __init__(self, path: str, *, write: bool = False, create: bool = False, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, path: str, *, write: bool = False, create: bool = False, timeout_s: float = 10.0
+    ) -> None:
         self.path = path
         self.timeout_s = timeout_s
         self._engine = self._open(create=create and write)
@@ -150,7 +154,9 @@ class LocalTarget:
             raise NotAStore(f"there is no store at {self.path}", path=self.path, hint="check the path")
         import os
 
-        engine = Engine.open(Path(self.path), Options(create=create), lineage=os.urandom(16) if create else b"")
+        engine = Engine.open(
+            Path(self.path), Options(create=create), lineage=os.urandom(16) if create else b""
+        )
         if not self._has_peers(engine):
             engine.committer.advance()
         return engine
@@ -197,8 +203,8 @@ class LocalTarget:
         return value
 
     def write(self, ops: list[Op]) -> Position:
-        from kvrep.runtime.checks import check_key, check_name, check_value
         from kvrep.model.record import Kind, write_payload
+        from kvrep.runtime.checks import check_key, check_name, check_value
         from kvrep.storage.write import Write
 
         size = 0
@@ -263,7 +269,7 @@ def chunked(pairs: Iterable[tuple[bytes, bytes]], limit: int | None) -> Iterator
 
 
 def open_target(args: argparse.Namespace, *, write: bool = False, create: bool = False) -> Target:
-    """The TARGET argument, opened. A running node is asked once, so that later failures mean what they say."""
+    """The TARGET argument, opened. A running node is asked once: later failures mean what they say."""
     if is_address(args.target):
         return connect(args, args.target)
     if args.token_file or args.tls_cert or args.tls_ca:

@@ -29,7 +29,7 @@ It ends with 0 only if all of that was true.
 examples:
   kvrep demo
   kvrep demo --files 200            a small one
-  kvrep demo --acks all --keep      wait for both followers; leave the stores for a look with other commands"""
+  kvrep demo --acks all --keep      wait for both followers; leave the stores for a look"""
 
 
 def configure(parser: argparse.ArgumentParser, name: str) -> None:
@@ -40,12 +40,16 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
         "--acks", type=acks, default=1, metavar="RULE",
         help='copies on followers that a write waits for: 1 (default), 2, "majority" or "all"',
     )  # fmt: skip
-    parser.add_argument("--connections", metavar="N", type=count, default=4, help="writers at once (default 4)")
+    parser.add_argument(
+        "--connections", metavar="N", type=count, default=4, help="writers at once (default 4)"
+    )
     parser.add_argument("--batch-files", metavar="N", type=count, default=8, help="files a write (default 8)")
     parser.add_argument("--data", metavar="DIR", help="files to load (default: the standard library)")
     parser.add_argument("--folder", metavar="DIR", help="where to make the temporary folder")
     parser.add_argument("--keep", action="store_true", help="leave the stores and logs there at the end")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, and no more")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object, and no more"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

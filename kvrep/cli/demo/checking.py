@@ -91,7 +91,9 @@ def _matches(value: bytes | None, file: File) -> bool:
     return value is not None and value == file.path.read_bytes()
 
 
-def compare_with_files(node: RemoteTarget, files: dict[bytes, Path], *, exact: bool, tick: Tick) -> tuple[int, list[str]]:
+def compare_with_files(
+    node: RemoteTarget, files: dict[bytes, Path], *, exact: bool, tick: Tick
+) -> tuple[int, list[str]]:
     """Read every pair of a node and compare it with its file, byte for byte.
 
     Returns how many are equal, and what is wrong: a value that differs, a file that is missing, and (if
@@ -143,4 +145,6 @@ def _compare(answers: dict[str, dict[str, Any]], position: str) -> Check:
     pairs = sum(first["counts"].values())
     if equal and stored:
         return Check("digests", True, f"equal on {len(answers)} nodes at {position}, over {pairs} pairs")
-    return Check("digests", False, f"at {position}: " + ("nodes differ" if not equal else "a stored digest is wrong"))
+    return Check(
+        "digests", False, f"at {position}: " + ("nodes differ" if not equal else "a stored digest is wrong")
+    )

@@ -57,7 +57,7 @@ def find_files(root: Path | None, limit: int | None) -> list[File]:
     """The files below ``root`` (default: the standard library), in an order that mixes large and small."""
     top = root or Path(sysconfig.get_path("stdlib"))
     files = sorted(_walk(top))
-    random.Random(7400).shuffle(files)  # noqa: S311 - the same order in every run is the point
+    random.Random(7400).shuffle(files)  # the same order in every run
     return files if limit is None else files[:limit]
 
 
@@ -92,7 +92,7 @@ class Load:
     became of every batch is in exactly one of ``waiting``, ``acknowledged`` and ``unknown`` then.
     """
 
-    def __init__(self, batches: deque[Batch], on_acknowledged: Callable[[Load], None] = lambda load: None) -> None:
+    def __init__(self, batches: deque[Batch], on_acknowledged: Callable[[Load], None] | None = None) -> None:
         self.waiting = batches
         self.acknowledged: list[Batch] = []
         self.unknown: list[Unknown] = []
@@ -166,7 +166,8 @@ class Load:
             self.acknowledged.append(batch)
             self.latencies_s.append(ended_s - began_s)
             self.first_answer_s = self.first_answer_s or ended_s
-        self._on_acknowledged(self)
+        if self._on_acknowledged is not None:
+            self._on_acknowledged(self)
 
     @property
     def files(self) -> int:

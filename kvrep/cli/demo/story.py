@@ -90,7 +90,9 @@ class Demo:
     def load_and_kill(self) -> None:
         """Load until half of the bytes are acknowledged; the writer that sees it kills the primary."""
         self.step = "loading"
-        self.say(f"loading {number(len(self.files))} files, {megabytes(self.size)}, over {self.args.connections} connections")
+        self.say(
+            f"loading {number(len(self.files))} files, {megabytes(self.size)}, over {self.args.connections} connections"
+        )
 
         def kill_at_half(load: Load) -> None:
             if not self.killed_s and load.size >= self.size / 2:
@@ -107,7 +109,9 @@ class Demo:
             + f" (SIGKILL) after {number(load.files)} acknowledged files;"
             f" {len(load.unknown)} writes were under way, {len(load.waiting)} had not begun"
         )
-        self.check("killed in mid-load", bool(load.waiting), f"{len(load.waiting)} batches were still to come")
+        self.check(
+            "killed in mid-load", bool(load.waiting), f"{len(load.waiting)} batches were still to come"
+        )
 
     def restart_and_go_on(self) -> None:
         """Start the primary again, look for every acknowledged write, settle the unknown ones, and load the rest."""
@@ -122,7 +126,9 @@ class Demo:
             position = primary.write(first.ops())
             self.measured["recovery_s"] = time.monotonic() - self.killed_s
             self.written.append(first)
-            self.say(f"primary is back on its port; first acknowledged write {duration(self.measured['recovery_s'])} after the kill")
+            self.say(
+                f"primary is back on its port; first acknowledged write {duration(self.measured['recovery_s'])} after the kill"
+            )
             self._check_acknowledged(primary, before)
             resolved = resolve(primary, before.unknown, position, self.screen.tick)
         self.written += before.acknowledged + resolved.committed
@@ -149,12 +155,16 @@ class Demo:
         files = {file.key: file.path for file in self.files}
         with ExitStack() as stack:
             nodes = {
-                node.name: stack.enter_context(RemoteTarget(node.address, timeout_s=30.0)) for node in self.nodes
+                node.name: stack.enter_context(RemoteTarget(node.address, timeout_s=30.0))
+                for node in self.nodes
             }
             self.add(equal_digests(nodes, self.screen.tick))
             for name, node in nodes.items():
                 equal, wrong = compare_with_files(node, files, exact=True, tick=self.screen.tick)
-                detail = "; ".join(wrong[:3]) or f"{number(equal)} of {number(len(files))} files equal, byte for byte"
+                detail = (
+                    "; ".join(wrong[:3])
+                    or f"{number(equal)} of {number(len(files))} files equal, byte for byte"
+                )
                 self.check(f"node {name} against the files", not wrong, detail)
         self.lag.stop()
 
@@ -219,7 +229,9 @@ class Demo:
     def add(self, check: Check) -> None:
         self.checks.append(check)
         stream = self.screen.stream
-        mark = style("ok", "green", stream=stream) if check.ok else style("FAILED", "red", "bold", stream=stream)
+        mark = (
+            style("ok", "green", stream=stream) if check.ok else style("FAILED", "red", "bold", stream=stream)
+        )
         self.say(f"{mark}: {check.name}: {check.detail}")
 
     def check(self, name: str, ok: bool, detail: str) -> None:
@@ -273,7 +285,11 @@ class Demo:
     def report(self) -> list[str]:
         """The final block."""
         r = self.result()
-        verdict = style("everything was true", "green", "bold") if r["ok"] else style("NOT everything was true", "red", "bold")
+        verdict = (
+            style("everything was true", "green", "bold")
+            if r["ok"]
+            else style("NOT everything was true", "red", "bold")
+        )
         facts = [
             ("data", f"{number(r['files'])} files, {megabytes(r['bytes'])}"),
             ("load", f"{megabytes(r['bytes_per_s'])}/s, on the disks of {_rule(r['acks'])}"),
@@ -347,12 +363,22 @@ class Lag:
         """One row a node, for a table."""
         status = self._status
         if status is None:
-            return [("a", "primary", "no answer", "", "", ""), *((n, "follower", "-", "", "", "") for n in "bc")]
+            return [
+                ("a", "primary", "no answer", "", "", ""),
+                *((n, "follower", "-", "", "", "") for n in "bc"),
+            ]
         first = ("a", "primary", "writable" if not status["not_writable"] else "not writable", "", "", "")
         return [
             first,
             *(
-                (f["name"], "follower", f["state"], number(f["lag_records"]), megabytes(f["lag_bytes"]), f"{f['lag_s']:.3f}")
+                (
+                    f["name"],
+                    "follower",
+                    f["state"],
+                    number(f["lag_records"]),
+                    megabytes(f["lag_bytes"]),
+                    f"{f['lag_s']:.3f}",
+                )
                 for f in status["followers"]
             ),
         ]
