@@ -277,7 +277,22 @@ class Core:
         return await self._run(self.threads.reads, function, *args)
 
     async def _run(self, pool: ThreadPoolExecutor, function: Callable[..., R], *args: object) -> R:
-        return await asyncio.wrap_future(self._start(pool, function, *args))
+        waits = self.here()
+        future: asyncio.Future[R] = waits.loop.create_future()
+
+        def work() -> None:
+            if future.cancelled():
+                return
+            try:
+                result = function(*args)
+            except BaseException as error:
+                waits.settle(future, None, error)
+            else:
+                waits.settle(future, result, None)
+
+        # Not asyncio.wrap_future: its two futures refer to each other, which keeps results alive.
+        self._start(pool, work)
+        return await future
 
     def _start(self, pool: ThreadPoolExecutor, function: Callable[..., R], *args: object) -> Future[R]:
         if self.node.engine.closed or self._closing is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from kvrep import keyspace as sync
 from kvrep.aio.core import Core
@@ -26,27 +27,57 @@ _MISSING: Any = object()
 async def paced(core: Core, start: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
     """The items of ``start()``, which runs with all that follows on the reading thread, a step at a time.
 
-    The loop is free during each step. What the iterator holds is let go as soon as this one ends, is dropped
-    or its task is cancelled: nothing else refers to it then.
+    The loop is free during each step. What the iterator holds is let go when this one ends, is dropped, or
+    its task is cancelled.
     """
-    items, pairs = await core.read(_begin, start, STEP_MIN)
+    steps = _Steps(start)
     size = STEP_MIN
-    while True:
-        for item in items:
-            yield item
-        if len(items) < size:
-            return
-        size = min(4 * size, STEP_MAX)
-        items = await core.read(_step, pairs, size)
+    try:
+        while True:
+            items = await core.read(steps.take, size)
+            for item in items:
+                yield item
+            if len(items) < size:
+                return
+            size = min(4 * size, STEP_MAX)
+    finally:
+        steps.end()
 
 
-def _begin(start: Callable[[], Iterator[T]], size: int) -> tuple[list[T], Iterator[T]]:
-    pairs = start()
-    return _step(pairs, size), pairs
+class _Steps(Generic[T]):
+    """An iterator that one thread steps through and another one may end, without waiting for a step."""
 
+    def __init__(self, start: Callable[[], Iterator[T]]) -> None:
+        self._start = start
+        self._items: Iterator[T] | None = None
+        self._over = False
+        # Held during a step; whoever comes last, the step or the end, lets the iterator go.
+        self._stepping = threading.Lock()
 
-def _step(pairs: Iterator[T], size: int) -> list[T]:
-    return list(islice(pairs, size))
+    def take(self, size: int) -> list[T]:
+        """The next items, fewer than ``size`` at the end. On the reading thread."""
+        try:
+            with self._stepping:
+                if self._over:
+                    return []
+                if self._items is None:
+                    self._items = self._start()
+                return list(islice(self._items, size))
+        finally:
+            if self._over:
+                self._let_go()
+
+    def end(self) -> None:
+        """Take no more steps. Never blocks."""
+        self._over = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._items = None  # nothing else refers to it: this ends it, and with it what it holds
+            finally:
+                self._stepping.release()
 
 
 class Snapshot:

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from kvrep.storage.write import Write
 
 __all__ = ["LoopWaits"]
 
+R = TypeVar("R")
 LOOK_UP_S = 0.25
 """How often those who wait are looked after: deadlines, and a leader that a Ctrl-C ended half-way."""
 
@@ -62,6 +64,10 @@ class LoopWaits:
     def tell(self, future: asyncio.Future[None]) -> None:
         """End ``future``. Any thread."""
         self._call(_end, future)
+
+    def settle(self, future: asyncio.Future[R], result: R | None, error: BaseException | None) -> None:
+        """End ``future`` with a result or an error. Any thread."""
+        self._call(_settle, future, result, error)
 
     def _call(self, callback: Callable[..., object], *args: object) -> None:
         try:
@@ -123,3 +129,12 @@ class LoopWaits:
 def _end(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
