@@ -76,7 +76,7 @@ def form_of(args: argparse.Namespace) -> Form:
 def pair_to_json(
     key: bytes, value: bytes, *, keyspace: str | None = None, always_base64: bool = False
 ) -> str:
-    """One JSON line: ``key`` and ``value`` as text; as ``key_base64``, ``value_base64`` where they are none."""
+    """One JSON line: ``key`` and ``value``, or ``key_base64`` and ``value_base64`` where they are no text."""
     fields: dict[str, str] = {} if keyspace is None else {"keyspace": keyspace}
     for name, data in (("key", key), ("value", value)):
         try:

@@ -31,7 +31,7 @@ class Applied:
 
 
 def verify_store(path: Path) -> Report:
-    """Check the store at ``path``; damage is reported, :class:`StoreInUse` and :class:`NotAStore` are raised."""
+    """Check the store at ``path``. Damage is reported; ``StoreInUse`` and ``NotAStore`` are raised."""
     report = Report(f"store {path}")
     try:
         home = Home.open(path, create=False, name=None, lineage=b"")
@@ -212,18 +212,16 @@ class _LogCheck:
 
     def _check_rest(self, file: LogFile, end: int, *, last: bool) -> None:
         """Behind the whole records is nothing, or a write that never finished; anything else is damage."""
+        rest = file.read(end, file.size() - end).rstrip(b"\0")
+        place = f"{file.path.name} at byte {end}: record {self._next} is damaged"
+        if not last:
+            if rest:
+                raise _Damage(f"{place}, and later files exist")
+            return
         for group in file.search_groups(end):
             self._proven = max(self._proven, group.synced, group.committed)
         if self._proven >= self._next:
-            raise _Damage(
-                f"{file.path.name} at byte {end}: record {self._next} is damaged or missing,"
-                f" and records through {self._proven} were durable"
-            )
-        rest = file.read(end, file.size() - end).rstrip(b"\0")
-        if rest and not last:
-            raise _Damage(
-                f"{file.path.name} at byte {end}: record {self._next} is damaged, and later files exist"
-            )
+            raise _Damage(f"{place} or missing, and records through {self._proven} were durable")
         if rest:
             self._report.notes.append(
                 f"the log ends with {number(len(rest))} bytes of a write that never finished;"

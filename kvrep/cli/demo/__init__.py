@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from kvrep.cli.arguments import acks, count
+from kvrep.cli.arguments import count, seconds
 
 __all__ = ["configure", "run"]
 
@@ -37,13 +37,22 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("--files", metavar="N", type=count, help="at most so many files (default: all)")
     parser.add_argument(
-        "--acks", type=acks, default=1, metavar="RULE",
-        help='copies on followers that a write waits for: 1 (default), 2, "majority" or "all"',
-    )  # fmt: skip
+        "--acks",
+        choices=("1", "2", "majority", "all"),
+        default="1",
+        help="copies on followers that a write waits for (default 1)",
+    )
     parser.add_argument(
         "--connections", metavar="N", type=count, default=4, help="writers at once (default 4)"
     )
     parser.add_argument("--batch-files", metavar="N", type=count, default=8, help="files a write (default 8)")
+    parser.add_argument(
+        "--seconds",
+        metavar="N",
+        type=seconds,
+        default=24.0,
+        help="the most that loading may take; what is left then is left out (default 24)",
+    )
     parser.add_argument("--data", metavar="DIR", help="files to load (default: the standard library)")
     parser.add_argument("--folder", metavar="DIR", help="where to make the temporary folder")
     parser.add_argument("--keep", action="store_true", help="leave the stores and logs there at the end")

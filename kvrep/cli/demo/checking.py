@@ -13,19 +13,10 @@ from kvrep.cli.target import Range, RemoteTarget
 from kvrep.errors import Error
 from kvrep.model.position import Position
 
-__all__ = ["Check", "Resolved", "compare_with_files", "equal_digests", "resolve", "wait_writable"]
+__all__ = ["Resolved", "compare_with_files", "equal_digests", "resolve", "wait_writable"]
 
 WAIT_S = 30.0
 Tick = Callable[[], None]
-
-
-@dataclass
-class Check:
-    """One thing that must be true."""
-
-    name: str
-    ok: bool
-    detail: str
 
 
 @dataclass
@@ -121,7 +112,7 @@ def _name(key: bytes) -> str:
     return key.decode(errors="backslashreplace")
 
 
-def equal_digests(nodes: dict[str, RemoteTarget], tick: Tick) -> Check:
+def equal_digests(nodes: dict[str, RemoteTarget], tick: Tick) -> tuple[bool, str]:
     """Have all nodes recompute their digests from LMDB at one position, and compare them."""
     deadline = time.monotonic() + WAIT_S
     answers: dict[str, dict[str, Any]] = {}
@@ -129,22 +120,22 @@ def equal_digests(nodes: dict[str, RemoteTarget], tick: Tick) -> Check:
         answers = {name: node.digests() for name, node in nodes.items()}
         positions = {answer["position"] for answer in answers.values()}
         if len(positions) == 1:
-            return _compare(answers, positions.pop())
+            return _equal_at(positions.pop(), answers)
         tick()
     where = ", ".join(f"{name} at {answer['position']}" for name, answer in answers.items())
-    return Check("digests", False, f"the nodes did not come to one position: {where}")
+    return False, f"the nodes did not come to one position: {where}"
 
 
-def _compare(answers: dict[str, dict[str, Any]], position: str) -> Check:
-    first, *others = answers.values()
-    equal = all(o["digests"] == first["digests"] and o["counts"] == first["counts"] for o in others)
-    stored = all(
-        {k: v for k, v in a["stored"].items() if any(v)} == {k: v for k, v in a["digests"].items() if any(v)}
-        for a in answers.values()
-    )
-    pairs = sum(first["counts"].values())
-    if equal and stored:
-        return Check("digests", True, f"equal on {len(answers)} nodes at {position}, over {pairs} pairs")
-    return Check(
-        "digests", False, f"at {position}: " + ("nodes differ" if not equal else "a stored digest is wrong")
-    )
+def _equal_at(position: str, answers: dict[str, dict[str, Any]]) -> tuple[bool, str]:
+    first = next(iter(answers.values()))
+    for name, answer in answers.items():
+        if _filled(answer["stored"]) != _filled(answer["digests"]):
+            return False, f"what is on the disk of {name} does not add up to its digests on record"
+        if (_filled(answer["digests"]), answer["counts"]) != (_filled(first["digests"]), first["counts"]):
+            return False, f"{name} differs at {position}"
+    return True, f"equal on {len(answers)} nodes at {position}, over {sum(first['counts'].values())} pairs"
+
+
+def _filled(digests: dict[str, bytes]) -> dict[str, bytes]:
+    """Without keyspaces that hold nothing."""
+    return {name: digest for name, digest in digests.items() if any(digest)}

@@ -16,13 +16,14 @@ from kvrep.cli.target import Op, RemoteTarget
 from kvrep.errors import Error, RefusedError, UnknownOutcome
 from kvrep.model.position import Position
 
-__all__ = ["KEYSPACE", "Batch", "Load", "Unknown", "batches_of", "find_files"]
+__all__ = ["KEYSPACE", "Batch", "File", "Load", "Unknown", "batches_of", "find_files"]
 
 KEYSPACE = "files"
 SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 FILE_BYTES_MAX = 64 << 20
 BATCH_BYTES_MAX = 1_000_000
 REFUSED_PAUSE_S = 0.05
+NO_PROGRESS_S = 20.0
 
 
 class File(NamedTuple):
@@ -76,11 +77,13 @@ def _walk(top: Path) -> Iterator[File]:
 def batches_of(files: list[File], count: int) -> Iterator[Batch]:
     """``count`` files a batch, fewer where they are large."""
     batch: list[File] = []
+    size = 0
     for file in files:
-        if batch and (len(batch) >= max(1, count) or Batch(tuple(batch)).size + file.size > BATCH_BYTES_MAX):
+        if batch and (len(batch) >= max(1, count) or size + file.size > BATCH_BYTES_MAX):
             yield Batch(tuple(batch))
-            batch = []
+            batch, size = [], 0
         batch.append(file)
+        size += file.size
     if batch:
         yield Batch(tuple(batch))
 
@@ -88,8 +91,8 @@ def batches_of(files: list[File], count: int) -> Iterator[Batch]:
 class Load:
     """Several writers, each with a connection of its own, that empty one queue of batches.
 
-    They stop when the queue is empty, when the primary stops answering, or when :meth:`stop` is called. What
-    became of every batch is in exactly one of ``waiting``, ``acknowledged`` and ``unknown`` then.
+    They end when the queue is empty, when the primary stops answering, or when they are asked to. Every batch
+    is in exactly one of ``waiting``, ``acknowledged`` and ``unknown`` then.
     """
 
     def __init__(self, batches: deque[Batch], on_acknowledged: Callable[[Load], None] | None = None) -> None:
@@ -97,11 +100,15 @@ class Load:
         self.acknowledged: list[Batch] = []
         self.unknown: list[Unknown] = []
         self.latencies_s: list[float] = []
-        self.first_answer_s = 0.0
-        """When the first write was acknowledged (``time.monotonic``)."""
+        self.files = 0
+        """Files in acknowledged batches."""
+        self.size = 0
+        """Bytes in acknowledged batches."""
         self.problem: Exception | None = None
+        """What ended the load early, other than the end of the primary."""
         self._on_acknowledged = on_acknowledged
-        # Protects the lists above.
+        self._progress_s = time.monotonic()
+        # Protects everything above.
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -116,9 +123,11 @@ class Load:
     def running(self) -> bool:
         return any(thread.is_alive() for thread in self._threads)
 
-    def stop(self) -> None:
-        """Take no more batches; those under way end first. Waits for the writers."""
+    def ask_to_end(self) -> None:
+        """Take no more batches; writes under way go on to their end."""
         self._stop.set()
+
+    def join(self) -> None:
         for thread in self._threads:
             thread.join()
 
@@ -135,8 +144,12 @@ class Load:
         with self._lock:
             return self.waiting.popleft() if self.waiting and not self._stop.is_set() else None
 
+    def _give_back(self, batch: Batch) -> None:
+        with self._lock:
+            self.waiting.appendleft(batch)
+
     def _write(self, primary: RemoteTarget, batch: Batch) -> None:
-        """One write has three outcomes, and each is kept apart."""
+        """A write has three outcomes: done, refused, unknown. They are never confused."""
         try:
             ops = batch.ops()
             began_s = time.monotonic()
@@ -144,13 +157,13 @@ class Load:
         except UnknownOutcome as error:
             self._note_unknown(Unknown(batch, error.position))
         except RefusedError:
-            # Nothing was written: for instance no follower is connected at the moment. Try again.
-            with self._lock:
-                self.waiting.appendleft(batch)
+            # Nothing was written, for instance because no follower is connected at the moment: try again.
+            self._give_back(batch)
+            if time.monotonic() - self._progress_s > NO_PROGRESS_S:
+                raise
             self._stop.wait(REFUSED_PAUSE_S)
         except (Error, OSError):
-            with self._lock:
-                self.waiting.appendleft(batch)
+            self._give_back(batch)
             raise
         else:
             self._note_acknowledged(batch, began_s, time.monotonic())
@@ -165,16 +178,8 @@ class Load:
         with self._lock:
             self.acknowledged.append(batch)
             self.latencies_s.append(ended_s - began_s)
-            self.first_answer_s = self.first_answer_s or ended_s
+            self.files += len(batch.files)
+            self.size += batch.size
+            self._progress_s = ended_s
         if self._on_acknowledged is not None:
             self._on_acknowledged(self)
-
-    @property
-    def files(self) -> int:
-        """Files in acknowledged batches."""
-        return sum(len(batch.files) for batch in list(self.acknowledged))
-
-    @property
-    def size(self) -> int:
-        """Bytes in acknowledged batches."""
-        return sum(batch.size for batch in list(self.acknowledged))

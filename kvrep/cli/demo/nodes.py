@@ -39,8 +39,14 @@ class Node:
     def pid(self) -> int:
         return self._process.pid if self._process is not None else 0
 
-    def launch(self) -> None:
-        """Start the process. :meth:`wait_ready` waits for it."""
+    def start(self) -> None:
+        """Start the process and return once it answers."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self, *flags: str) -> None:
+        """Start the process; ``flags`` are added for good. :meth:`wait_ready` waits for it."""
+        self._flags += flags
         command = [
             sys.executable, "-m", "kvrep", "serve", str(self.path), "--name", self.name,
             "--listen", self._listen, "--json", "--until-stdin-closes", *self._flags,
@@ -58,7 +64,8 @@ class Node:
         self.address = self._listen = str(json.loads(line)["address"])
 
     def _read_line(self, deadline: float) -> bytes:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         pipe, line = self._process.stdout.fileno(), b""
         while not line.endswith(b"\n"):
             readable, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))

@@ -12,376 +12,305 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, TextIO
 
+from kvrep.cli.checks import Report
 from kvrep.cli.console import Live, bar, duration, key_values, megabytes, number, style, table
-from kvrep.cli.demo.checking import Check, compare_with_files, equal_digests, resolve, wait_writable
+from kvrep.cli.demo.checking import compare_with_files, equal_digests, resolve, wait_writable
+from kvrep.cli.demo.lag import Lag
 from kvrep.cli.demo.loading import Batch, Load, batches_of, find_files
 from kvrep.cli.demo.nodes import DemoFailed, Node
 from kvrep.cli.exits import Exit
 from kvrep.cli.target import RemoteTarget
-from kvrep.errors import Error
 
 __all__ = ["Demo", "tell"]
 
 DISK_FACTOR = 8
-"""Three nodes keep log and LMDB each, and files are allocated ahead."""
+"""Three nodes keep a log and LMDB each, and log files are allocated ahead."""
+ALLOCATED_BYTES = 3 * 2 * (64 << 20)
 
 
 class Demo:
     """One run: a primary ``a``, the followers ``b`` and ``c``, and everything measured on the way."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, out: TextIO) -> None:
         self.args = args
         self.files = find_files(Path(args.data) if args.data else None, args.files)
         self.size = sum(file.size for file in self.files)
         self.batches = deque(batches_of(self.files, args.batch_files))
         self.primary = Node("a", folder, "--acks", str(args.acks))
-        self.followers = [Node(name, folder) for name in ("b", "c")]
+        self.followers = [Node("b", folder), Node("c", folder)]
         self.loads: list[Load] = []
         self.written: list[Batch] = []
         """Batches that are known to be committed: acknowledged, or found after the crash."""
-        self.checks: list[Check] = []
-        self.measured: dict[str, Any] = {}
+        self.unknown = {"writes": 0, "committed": 0, "absent": 0}
         self.killed_s = 0.0
+        self.recovery_s = 0.0
         self.load_s = 0.0
-        self.began_s = time.monotonic()
-        self.lag = Lag(self.primary)
+        self.total_s = 0.0
+        self.report = Report("kvrep demo")
+        self.lag = Lag()
         self.step = "starting"
-        quiet = Path(os.devnull).open("w") if args.json else None  # noqa: SIM115 - closed by play()
-        self.screen = Live(self._screen, self._line, stream=quiet or sys.stdout)
-        self._quiet = quiet
-
-    # -- the story ---------------------------------------------------------------------------------
+        self.began_s = time.monotonic()
+        self.screen = Live(self._block, self._line, stream=out)
+        # Taken once, by whoever kills the primary: a writer or the clock.
+        self._killer = threading.Lock()
 
     def play(self) -> bool:
-        """All of it; whether everything was true."""
+        """The story; whether everything was true."""
         try:
-            with self.screen, self.lag:
+            with self.screen:
                 self.start_nodes()
-                self.load_and_kill()
-                self.restart_and_go_on()
+                self.load_and_kill_primary()
+                self.restart_primary()
+                self.load_the_rest()
                 self.verify()
-                self.total_s = time.monotonic() - self.began_s
         finally:
-            self._end()
-        return all(check.ok for check in self.checks)
+            with _uninterrupted():
+                self.end()
+        self.total_s = time.monotonic() - self.began_s
+        return self.report.ok
+
+    # -- the acts ----------------------------------------------------------------------------------
 
     def start_nodes(self) -> None:
-        if not self.files:
-            raise DemoFailed("there are no files to load")
-        self.primary.launch()
-        self.primary.wait_ready()
+        self.primary.start()
         for follower in self.followers:
-            follower._flags += ("--follow", self.primary.address)
-            follower.launch()
+            follower.launch("--follow", self.primary.address)
         for follower in self.followers:
             follower.wait_ready()
         wait_writable(self.primary.address, self.screen.tick)
-        self.lag.start()
-        where = ", ".join(f"{node.name} {node.address}" for node in self.nodes)
-        self.say(f"three nodes: {where}")
-        self.say(f"a write returns with acks={self.args.acks}: {_rule(self.args.acks)}")
-
-    def load_and_kill(self) -> None:
-        """Load until half of the bytes are acknowledged; the writer that sees it kills the primary."""
-        self.step = "loading"
+        self.lag.start(self.primary.address)
+        where = ", ".join(f"{node.name} at {node.address}" for node in self.nodes)
+        self.say(f"three nodes, each a process with a store of its own: {where}")
         self.say(
-            f"loading {number(len(self.files))} files, {megabytes(self.size)}, over {self.args.connections} connections"
+            f"with acks={self.args.acks} a write returns when it is on the disks of {_disks(self.args.acks)}"
         )
 
-        def kill_at_half(load: Load) -> None:
-            if not self.killed_s and load.size >= self.size / 2:
-                self.killed_s = time.monotonic()
-                self.primary.kill()
+    def load_and_kill_primary(self) -> None:
+        """Load until half of the files are acknowledged; the writer that sees it kills the primary."""
+        self.step = "loading"
+        self.say(f"loading {number(len(self.files))} files, {megabytes(self.size)}")
 
-        began_s = time.monotonic()
-        load = self._load(kill_at_half)
-        self.load_s += time.monotonic() - began_s
+        def kill_at_half(load: Load) -> None:
+            if load.files >= len(self.files) / 2:
+                self._kill_primary(load)
+
+        load = self._load(kill_at_half, at_limit=self._kill_primary)
         self.lag.stop()
         self.primary.reap()
         self.say(
-            style("primary killed", "red", stream=self.screen.stream)
-            + f" (SIGKILL) after {number(load.files)} acknowledged files;"
-            f" {len(load.unknown)} writes were under way, {len(load.waiting)} had not begun"
+            f"{self._red('primary killed')} (SIGKILL) after {number(load.files)} acknowledged files;"
+            f" {len(load.unknown)} writes were under way"
         )
-        self.check(
-            "killed in mid-load", bool(load.waiting), f"{len(load.waiting)} batches were still to come"
-        )
+        self.check("killed in mid-load", bool(load.waiting), f"{len(load.waiting)} writes were still to come")
 
-    def restart_and_go_on(self) -> None:
-        """Start the primary again, look for every acknowledged write, settle the unknown ones, and load the rest."""
+    def restart_primary(self) -> None:
+        """Every acknowledged write must be there; each unknown one wholly there, or wholly absent."""
         self.step = "restarting the primary"
-        before = self.loads[-1]
-        self.primary.launch()
-        self.primary.wait_ready()
+        before = self.loads[0]
+        self.primary.start()
         wait_writable(self.primary.address, self.screen.tick)
-        self.lag.start()
+        self.lag.start(self.primary.address)
         with RemoteTarget(self.primary.address, timeout_s=30.0) as primary:
-            first = self.batches.popleft() if self.batches else before.acknowledged[-1]
-            position = primary.write(first.ops())
-            self.measured["recovery_s"] = time.monotonic() - self.killed_s
-            self.written.append(first)
-            self.say(
-                f"primary is back on its port; first acknowledged write {duration(self.measured['recovery_s'])} after the kill"
-            )
-            self._check_acknowledged(primary, before)
-            resolved = resolve(primary, before.unknown, position, self.screen.tick)
-        self.written += before.acknowledged + resolved.committed
-        self.batches.extend(resolved.absent + resolved.torn)
-        self.measured["unknown_writes"] = len(before.unknown)
-        self.measured["unknown_committed"] = len(resolved.committed)
-        self.measured["unknown_absent"] = len(resolved.absent)
-        self.check(
-            "writes of unknown outcome",
-            not resolved.torn,
-            f"{len(before.unknown)} writes: {len(resolved.committed)} were committed,"
-            f" {len(resolved.absent)} were not and are written again, {len(resolved.torn)} in part",
-        )
+            next_batch = self.batches.popleft() if self.batches else before.acknowledged[-1]
+            position = primary.write(next_batch.ops())
+            self.recovery_s = time.monotonic() - self.killed_s
+            self.say(f"primary is back; first acknowledged write {duration(self.recovery_s)} after the kill")
+            self.written += [next_batch, *before.acknowledged]
+
+            expected = {file.key: file.path for batch in before.acknowledged for file in batch.files}
+            found, wrong = compare_with_files(primary, expected, exact=False, tick=self.screen.tick)
+            detail = f"{number(found)} of {number(len(expected))} acknowledged files are there"
+            self.check("acknowledged writes survived", not wrong, "; ".join([detail, *wrong[:3]]))
+
+            self._settle(primary, before, position)
+
+    def load_the_rest(self) -> None:
+        """Go on where the acknowledged writes ended."""
         self.step = "loading the rest"
-        began_s = time.monotonic()
-        rest = self._load()
-        self.load_s += time.monotonic() - began_s
-        self._settle(rest)
+        rest = self._load(at_limit=Load.ask_to_end)
+        self.written += rest.acknowledged
+        if rest.unknown:  # nobody was killed, but a slow disk may have cost a write its answer
+            with RemoteTarget(self.primary.address, timeout_s=30.0) as primary:
+                self._settle(primary, rest, primary.write(rest.unknown[0].batch.ops()))
+        if self.batches:
+            self.report.notes.append(
+                f"the time limit of {self.args.seconds:g} s left {len(self.batches)} writes out"
+            )
+        written = {file.key for batch in self.written for file in batch.files}
+        left = {file.key for batch in self.batches for file in batch.files} - written
+        self.files = [file for file in self.files if file.key not in left]
+        missing = len({file.key for file in self.files} - written)
+        self.check("all files were written", not missing, f"{number(len(written))} files")
 
     def verify(self) -> None:
-        """Compare all three nodes with each other and with the files."""
+        """Compare the three nodes with each other, and each of them with the files."""
         self.step = "verifying"
         self.say("verifying: digests on all nodes, then every pair of every node against its file")
         files = {file.key: file.path for file in self.files}
         with ExitStack() as stack:
-            nodes = {
-                node.name: stack.enter_context(RemoteTarget(node.address, timeout_s=30.0))
-                for node in self.nodes
-            }
-            self.add(equal_digests(nodes, self.screen.tick))
+            nodes = {n.name: stack.enter_context(RemoteTarget(n.address, timeout_s=30.0)) for n in self.nodes}
+            self.check("digests", *equal_digests(nodes, self.screen.tick))
             for name, node in nodes.items():
                 equal, wrong = compare_with_files(node, files, exact=True, tick=self.screen.tick)
-                detail = (
-                    "; ".join(wrong[:3])
-                    or f"{number(equal)} of {number(len(files))} files equal, byte for byte"
-                )
-                self.check(f"node {name} against the files", not wrong, detail)
+                detail = f"{number(equal)} of {number(len(files))} files are equal, byte for byte"
+                self.check(f"node {name} against the files", not wrong, "; ".join([detail, *wrong[:3]]))
+
+    def end(self) -> None:
+        """Leave no process and no thread behind, however the story ended."""
+        for load in self.loads:
+            load.ask_to_end()
+        for node in self.nodes:
+            node.ask_to_stop()
+        for node in self.nodes:
+            node.reap()
+        for load in self.loads:
+            load.join()
         self.lag.stop()
 
     # -- steps -------------------------------------------------------------------------------------
-
-    def _load(self, on_acknowledged: Any = lambda load: None) -> Load:
-        """Write what waits until the queue is empty or the primary is gone, showing progress meanwhile."""
-        load = Load(self.batches, on_acknowledged)
-        self.loads.append(load)
-        load.start(self.primary.address, self.args.connections)
-        try:
-            while load.running:
-                self.screen.tick()
-                time.sleep(0.02)
-        finally:
-            load.stop()
-        if load.problem is not None:
-            raise load.problem
-        return load
-
-    def _check_acknowledged(self, primary: RemoteTarget, before: Load) -> None:
-        files = {file.key: file.path for batch in before.acknowledged for file in batch.files}
-        found, wrong = compare_with_files(primary, files, exact=False, tick=self.screen.tick)
-        detail = f"{number(found)} of {number(len(files))} acknowledged files are there after the crash"
-        self.check("acknowledged writes survived", not wrong, "; ".join([detail, *wrong[:3]]))
-
-    def _settle(self, load: Load) -> None:
-        """The second half is not interrupted; a slow follower may still have left a write unknown."""
-        self.written += load.acknowledged
-        if load.unknown:
-            with RemoteTarget(self.primary.address, timeout_s=30.0) as primary:
-                position = primary.write(load.unknown[0].batch.ops())
-                resolved = resolve(primary, load.unknown, position, self.screen.tick)
-            self.written += resolved.committed
-            self.batches.extend(resolved.absent + resolved.torn)
-            self.measured["unknown_writes"] += len(load.unknown)
-            self.measured["unknown_committed"] += len(resolved.committed)
-            self.measured["unknown_absent"] += len(resolved.absent)
-        files = {file.key for batch in self.written for file in batch.files}
-        self.check("everything was written", len(files) == len(self.files),
-                   f"{number(len(files))} of {number(len(self.files))} files")  # fmt: skip
 
     @property
     def nodes(self) -> list[Node]:
         return [self.primary, *self.followers]
 
-    def _end(self) -> None:
-        for load in self.loads:
-            load.stop()
-        for node in self.nodes:
-            node.ask_to_stop()
-        for node in self.nodes:
-            node.reap()
-        if self._quiet is not None:
-            self._quiet.close()
+    def _load(
+        self, on_acknowledged: Callable[[Load], None] | None = None, *, at_limit: Callable[[Load], None]
+    ) -> Load:
+        """Write what waits until the queue is empty or the primary is gone, showing progress meanwhile."""
+        load = Load(self.batches, on_acknowledged)
+        self.loads.append(load)
+        began_s = time.monotonic()
+        load.start(self.primary.address, self.args.connections)
+        while load.running:
+            if time.monotonic() - began_s > self.args.seconds / 2:
+                at_limit(load)
+            self.screen.tick()
+            time.sleep(0.02)
+        self.load_s += time.monotonic() - began_s
+        if load.problem is not None:
+            raise load.problem
+        return load
+
+    def _kill_primary(self, load: Load) -> None:
+        """In the middle of ``load``, once."""
+        del load
+        if self._killer.acquire(blocking=False):
+            self.killed_s = time.monotonic()
+            self.primary.kill()
+
+    def _settle(self, primary: RemoteTarget, load: Load, position: Any) -> None:
+        """Find out what became of the writes without an answer; what is absent is written again."""
+        resolved = resolve(primary, load.unknown, position, self.screen.tick)
+        self.written += resolved.committed
+        self.batches.extend(resolved.absent + resolved.torn)
+        self.unknown["writes"] += len(load.unknown)
+        self.unknown["committed"] += len(resolved.committed)
+        self.unknown["absent"] += len(resolved.absent)
+        self.check(
+            "no write was torn",
+            not resolved.torn,
+            f"of {len(load.unknown)} unknown outcomes {len(resolved.committed)} were committed,"
+            f" {len(resolved.absent)} were not (written again), {len(resolved.torn)} in part",
+        )
 
     # -- what is shown -----------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
         self.screen.say(f"{time.monotonic() - self.began_s:5.1f} s  {text}")
 
-    def add(self, check: Check) -> None:
-        self.checks.append(check)
-        stream = self.screen.stream
-        mark = (
-            style("ok", "green", stream=stream) if check.ok else style("FAILED", "red", "bold", stream=stream)
-        )
-        self.say(f"{mark}: {check.name}: {check.detail}")
-
     def check(self, name: str, ok: bool, detail: str) -> None:
-        self.add(Check(name, ok, detail))
+        self.report.add(name, ok, detail)
+        mark = style("ok", "green", stream=self.screen.stream) if ok else self._red("FAILED")
+        self.say(f"{mark}  {name}: {detail}")
 
-    @property
+    def _red(self, text: str) -> str:
+        return style(text, "red", "bold", stream=self.screen.stream)
+
     def _done(self) -> tuple[int, int]:
         """(files, bytes) acknowledged so far."""
         return sum(load.files for load in self.loads), sum(load.size for load in self.loads)
 
-    def _screen(self) -> list[str]:
-        files, size = self._done
-        share = size / self.size if self.size else 1.0
+    def _block(self) -> list[str]:
+        """What is redrawn on a terminal."""
+        files, size = self._done()
+        share = files / max(1, len(self.files))
+        progress = f"{number(files)} of {number(len(self.files))} files, {megabytes(size)}"
         return [
             "",
-            f"{self.step}  {time.monotonic() - self.began_s:.0f} s",
-            f"{bar(share)} {share:4.0%}  {number(files)} of {number(len(self.files))} files  {megabytes(size)}",
-            *table(("node", "role", "state", "lag", "bytes", "seconds"), self.lag.rows(), right=(3, 4, 5)),
+            f"{self.step}, {time.monotonic() - self.began_s:.0f} s",
+            f"{bar(share)} {share:4.0%}  {progress}",
+            *table(Lag.HEADERS, self.lag.rows(), right=Lag.RIGHT),
         ]
 
     def _line(self) -> str:
-        files, size = self._done
-        lags = "; ".join(f"{row[0]} {row[2]}, lag {row[3]} records" for row in self.lag.rows()[1:])
-        return (
-            f"{time.monotonic() - self.began_s:5.1f} s  {self.step}: {number(files)} of {number(len(self.files))}"
-            f" files, {megabytes(size)}; {lags}"
-        )
+        """What is printed now and then elsewhere."""
+        files, size = self._done()
+        progress = f"{number(files)} of {number(len(self.files))} files, {megabytes(size)}"
+        return f"{time.monotonic() - self.began_s:5.1f} s  {self.step}: {progress}; {self.lag.line()}"
 
     def result(self) -> dict[str, Any]:
-        """What was measured, and what was checked."""
-        latencies = sorted(s for load in self.loads for s in load.latencies_s)
-        cuts = quantiles(latencies, n=100) if len(latencies) > 1 else [0.0] * 99
+        """What was measured and what was checked; times are seconds."""
+        latencies = [s for load in self.loads for s in load.latencies_s]
+        percentiles = quantiles(latencies, n=100) if len(latencies) > 1 else [0.0] * 99
+        size = self._done()[1]
         return {
-            "ok": all(check.ok for check in self.checks),
+            "ok": self.report.ok,
             "acks": self.args.acks,
             "files": len(self.files),
-            "bytes": self.size,
+            "bytes": sum(file.size for file in self.files),
             "load_s": self.load_s,
-            "bytes_per_s": sum(load.size for load in self.loads) / self.load_s if self.load_s else 0.0,
+            "bytes_per_s": size / self.load_s if self.load_s else 0.0,
             "writes": len(latencies),
-            "put_p50_s": cuts[49],
-            "put_p99_s": cuts[98],
-            **self.measured,
+            "put_p50_s": percentiles[49],
+            "put_p99_s": percentiles[98],
+            "kill_to_first_write_s": self.recovery_s,
+            "unknown_outcomes": self.unknown,
             "worst_lag_records": self.lag.worst_records,
             "worst_lag_bytes": self.lag.worst_bytes,
             "worst_lag_s": self.lag.worst_s,
             "total_s": self.total_s,
-            "checks": [vars(check) for check in self.checks],
+            "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in self.report.checks],
+            "notes": self.report.notes,
         }
 
-    def report(self) -> list[str]:
-        """The final block."""
+    def final_block(self) -> list[str]:
+        """The result for people."""
         r = self.result()
+        writes = f"{number(r['writes'])} writes of up to {self.args.batch_files} files"
+        lag = f"{number(r['worst_lag_records'])} records, {megabytes(r['worst_lag_bytes'])}"
+        unknown = "{writes} writes had no answer: {committed} were committed, {absent} were not".format(
+            **self.unknown
+        )
+        passed = f"{sum(c.ok for c in self.report.checks)} of {len(self.report.checks)} checks passed"
         verdict = (
-            style("everything was true", "green", "bold")
-            if r["ok"]
-            else style("NOT everything was true", "red", "bold")
+            style("everything was true", "green", "bold") if r["ok"] else self._red("NOT everything was true")
         )
         facts = [
-            ("data", f"{number(r['files'])} files, {megabytes(r['bytes'])}"),
-            ("load", f"{megabytes(r['bytes_per_s'])}/s, on the disks of {_rule(r['acks'])}"),
-            ("put latency", f"p50 {duration(r['put_p50_s'])}, p99 {duration(r['put_p99_s'])}"
-                            f" ({number(r['writes'])} writes of up to {self.args.batch_files} files)"),
-            ("crash", f"first acknowledged write {duration(r['recovery_s'])} after the kill, restart included"),
-            ("unknown outcomes", f"{r['unknown_writes']}: {r['unknown_committed']} were committed,"
-                                 f" {r['unknown_absent']} were not"),
-            ("worst lag", f"{number(r['worst_lag_records'])} records, {megabytes(r['worst_lag_bytes'])},"
-                          f" {duration(r['worst_lag_s'])}"),
-            ("checks", f"{sum(c.ok for c in self.checks)} of {len(self.checks)} passed"),
+            ("loaded", f"{number(r['files'])} files, {megabytes(r['bytes'])}"),
+            ("rate", f"{megabytes(r['bytes_per_s'])}/s, each write on the disks of {_disks(r['acks'])}"),
+            ("put latency", f"p50 {duration(r['put_p50_s'])}, p99 {duration(r['put_p99_s'])} ({writes})"),
+            ("crash", f"{duration(r['kill_to_first_write_s'])} from SIGKILL to the next acknowledged write"),
+            ("unknown", unknown),
+            ("worst lag", f"{lag}, {duration(r['worst_lag_s'])}"),
+            ("verified", passed),
+            *(("note", note) for note in r["notes"]),
             ("time", duration(r["total_s"])),
             ("result", verdict),
-        ]  # fmt: skip
+        ]
         return ["", *key_values(facts)]
 
 
-def _rule(acks: int | str) -> str:
+def _disks(acks: int | str) -> str:
     """What an ack rule means with two followers."""
     followers = {"majority": 1, "all": 2}.get(str(acks), acks)
-    return {0: "the primary alone", 1: "the primary and one follower", 2: "all three nodes"}.get(
-        int(followers), f"the primary and {followers} followers"
-    )
-
-
-class Lag:
-    """Asks the primary how far its followers are behind, ten times a second, on a thread of its own."""
-
-    def __init__(self, primary: Node) -> None:
-        self._primary = primary
-        self._status: dict[str, Any] | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.worst_records = 0
-        self.worst_bytes = 0
-        self.worst_s = 0.0
-
-    def __enter__(self) -> Lag:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        self.stop()
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._ask, args=(self._primary.address,), name="lag")
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._status = None
-
-    def _ask(self, address: str) -> None:
-        with RemoteTarget(address, timeout_s=2.0) as primary:
-            while not self._stop.wait(0.1):
-                try:
-                    self._status = primary.status()
-                except Error:
-                    self._status = None
-                    continue
-                for follower in self._status["followers"]:
-                    self.worst_records = max(self.worst_records, follower["lag_records"])
-                    self.worst_bytes = max(self.worst_bytes, follower["lag_bytes"])
-                    self.worst_s = max(self.worst_s, follower["lag_s"])
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """One row a node, for a table."""
-        status = self._status
-        if status is None:
-            return [
-                ("a", "primary", "no answer", "", "", ""),
-                *((n, "follower", "-", "", "", "") for n in "bc"),
-            ]
-        first = ("a", "primary", "writable" if not status["not_writable"] else "not writable", "", "", "")
-        return [
-            first,
-            *(
-                (
-                    f["name"],
-                    "follower",
-                    f["state"],
-                    number(f["lag_records"]),
-                    megabytes(f["lag_bytes"]),
-                    f"{f['lag_s']:.3f}",
-                )
-                for f in status["followers"]
-            ),
-        ]
+    names = ("the primary", "the primary and one follower", "all three nodes")
+    return names[int(followers)]
 
 
 # -- around it -------------------------------------------------------------------------------------
@@ -389,14 +318,29 @@ class Lag:
 
 def tell(args: argparse.Namespace) -> int:
     """Play the demo in a temporary folder, print the result, and leave nothing behind."""
-    with _ended_in_order(), _folder(args) as folder:
-        demo = Demo(args, folder)
-        _check_room(demo, folder)
+    with ExitStack() as stack:
+        stack.enter_context(_signals_interrupt())
+        folder = stack.enter_context(_folder(args))
+        out = stack.enter_context(Path(os.devnull).open("w")) if args.json else sys.stdout
+        demo = Demo(args, folder, out)
+        _check_possible(demo, folder)
         ok = demo.play()
-        print(json.dumps(demo.result()) if args.json else "\n".join(demo.report()))
+        print(json.dumps(demo.result()) if args.json else "\n".join(demo.final_block()))
         if args.keep and not args.json:
-            print(f"\nstores and logs are in {folder}; try: kvrep status {demo.primary.path}")
+            print(f"\nthe stores and logs are in {folder}; look: kvrep status {demo.primary.path}")
     return Exit.OK if ok else Exit.DAMAGED
+
+
+def _check_possible(demo: Demo, folder: Path) -> None:
+    if not demo.files:
+        raise DemoFailed("there are no files to load", hint="name a directory with --data")
+    needed = DISK_FACTOR * demo.size + ALLOCATED_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DemoFailed(
+            f"{folder.parent} has {megabytes(free)} free, the demo needs {megabytes(needed)}",
+            hint="name another place with --folder, or load less with --files",
+        )
 
 
 @contextmanager
@@ -406,14 +350,15 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
         yield folder
     finally:
         if not args.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            with _uninterrupted():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does: with its processes, and tidied up."""
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the demo as Ctrl-C does: in order."""
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
@@ -424,11 +369,13 @@ def _ended_in_order() -> Iterator[None]:
             signal.signal(n, handler)
 
 
-def _check_room(demo: Demo, folder: Path) -> None:
-    needed = DISK_FACTOR * demo.size + (700 << 20)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DemoFailed(
-            f"{folder} has {megabytes(free)} free, the demo needs {megabytes(needed)}",
-            hint="name another place with --folder, or load less with --files",
-        )
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Tidying up takes a few seconds at the most; a second Ctrl-C must not leave a process behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
