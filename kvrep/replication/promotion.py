@@ -128,9 +128,9 @@ class Promotion:
         """The stores that promised this epoch."""
         return tuple(self._promised())
 
-    def last_of(self, voter: Voter) -> Position:
-        """Where the log of a voter that has answered ends."""
-        return self._answers[voter.store_id].last
+    def answer(self, voter: Voter) -> Promise:
+        """What a voter that has answered said last."""
+        return self._answers[voter.store_id]
 
     @property
     def ahead(self) -> tuple[Voter, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from kvrep.replication.messages import (
     Refused,
     Segment,
     SlotState,
+    Truncate,
     Welcome,
 )
 from kvrep.replication.progress import Progress, State
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from kvrep.runtime.shipping import Shipping
 
 __all__ = ["FollowerSession"]
+
+log = logging.getLogger("kvrep.replication")
 
 COMPRESS_BYTES_MIN = 512
 PARTS_MAX = 4096
@@ -202,6 +206,8 @@ class FollowerSession:
         plan = plan_join(hello, view)
         if isinstance(plan, Continue):
             plan = self._check_running(plan, hello, view)
+        elif isinstance(plan, Truncate | NeedBootstrap):
+            plan = self._check_loss(hello, view) or plan
         if isinstance(plan, Superseded):
             self._shipping.superseded(hello.store_id, plan.epoch, written=hello.last.epoch)
             self.end(Refused(reason="superseded", message=f"epoch {plan.epoch} is newer", epoch=plan.epoch))
@@ -213,6 +219,22 @@ class FollowerSession:
             self._outbox.append(plan)
             self._last_message = True  # after a Truncate or a bootstrap the follower opens a new stream
             self._signal.set()
+
+    def _check_loss(self, hello: Hello, view: LogView) -> Refused | None:
+        """Refuse to replace what a follower knows to be committed, where that can only be our own loss.
+
+        Under a synchronous rule every promotion finds what is committed, so a primary that lacks it lost its
+        disk or was restored from an older copy. Only force may go on then.
+        """
+        shared = view.epochs.common(view.last, hello.epochs, hello.last.offset)
+        if shared >= hello.committed or self._shipping.forced or not self._engine.configuration.synchronous:
+            return None
+        text = (
+            f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
+            f" and {view.name} lacks them: it lost data"
+        )
+        log.error("%s", text)
+        return Refused(reason="unfenced", message=text, epoch=view.epoch)
 
     def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:
         try:

@@ -52,6 +52,8 @@ class Shipping:
         """The epoch that this node feeds in; 0 while it is collecting promises."""
         self.fenced = False
         """Whether that epoch was made by a full fence."""
+        self.forced = False
+        """Whether it was made by force: then followers may be told to drop what they know to be committed."""
         self.slots = Slots(self.engine.home.path / "SLOTS")
         self.spools = Spools(self)
         # Protects everything below. Taken inside the committer's ``lead`` and before its ``_order``, never
@@ -211,25 +213,35 @@ class Shipping:
                     f" before it may write again (missing: {names})"
                 )
                 return
-            stranger = self._stranger(promotion)
-            if stranger:
-                self._problem = (
-                    f"{stranger} holds records of another primary that this node lacks; follow it instead"
-                )
+            problem = self._ahead(promotion)
+            if problem:
+                self._problem = problem
                 return
             fenced = promotion.promised
             epoch = promotion.epoch
             self._promotion = None
         self._begin(epoch, fenced, unfenced=False)
 
-    def _stranger(self, promotion: Promotion) -> str:
-        """The name of a voter that has what another primary wrote and we lack; empty when there is none.
+    def _ahead(self, promotion: Promotion) -> str:
+        """Why the log of a voter that has promised forbids to begin; empty when it does not.
 
         A primary commits nothing that is not durable here, so what its own followers have beyond it was never
-        acknowledged. What another primary wrote may have been.
+        acknowledged, unless this node lost its disk. What another primary wrote may have been. (Asynchronous
+        primaries that lost their unsynced tail go on without it.)
         """
-        mine = self._member()
-        return next((v.name for v in promotion.ahead if member_of(promotion.last_of(v).epoch) != mine), "")
+        mine, own = self._member(), promotion.own.last
+        for voter in promotion.ahead:
+            promise = promotion.answer(voter)
+            if member_of(promise.last.epoch) != mine:
+                return (
+                    f"{voter.name} holds records of another primary that this node lacks; follow it instead"
+                )
+            if promise.committed > own.offset and self.engine.configuration.synchronous:
+                return (
+                    f"{voter.name} knows records through {promise.committed} as committed, and this node, which"
+                    f" acknowledged them, ends at {own.offset}: it lost data; follow {voter.name} instead"
+                )
+        return ""
 
     def _member(self) -> int:
         voter = self.engine.configuration.voter(self.engine.home.store_id)
@@ -248,7 +260,7 @@ class Shipping:
         """Go on without those that did not answer, as only the asynchronous mode may."""
         with self._lock:
             promotion = self._promotion
-            if promotion is None or self._stopped or self._stranger(promotion):
+            if promotion is None or self._stopped or self._ahead(promotion):
                 return
             self._promotion = None
         log.warning("%s: goes on without the promises of %s", self.node.label, ", ".join(promotion.missing))
