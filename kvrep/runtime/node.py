@@ -352,23 +352,35 @@ class Node:
             epoch, offset = position
         except (TypeError, ValueError):
             raise TypeError(f"expected a Position, not {type(position).__name__}") from None
+        wanted = Position(epoch, offset)
         deadline = time.monotonic() + timeout_s
-        if self.engine.view.last < offset:
-            with self._moved:
-                self._waiting += 1
-                try:
-                    while (shown := self.engine.view.last) < offset:
-                        if self._closed:
-                            raise ClosedError("the store is closed")
-                        if self.engine.epochs.epoch_at(shown) > epoch:
-                            break  # a newer epoch is committed below it: it can never come
-                        left = deadline - time.monotonic()
-                        if left <= 0:
-                            raise self.stale(Position(epoch, offset), timeout_s)
-                        self._moved.wait(min(left, 0.25))
-                finally:
-                    self._waiting -= 1
-        self.check_history(Position(epoch, offset))
+        if self.reached(wanted):
+            return
+        with self._moved:
+            self._waiting += 1
+            try:
+                while not self.reached(wanted):
+                    if self._closed:
+                        raise ClosedError("the store is closed")
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise self.stale(wanted, timeout_s)
+                    self._moved.wait(min(left, 0.25))
+            finally:
+                self._waiting -= 1
+
+    def reached(self, position: Position) -> bool:
+        """Whether reads here show ``position``; :class:`RolledBack` when this history cannot contain it.
+
+        It cannot when a newer epoch is committed at or below it. An older one there means that this node
+        has not heard of the newer history yet.
+        """
+        epoch, offset = position
+        shown = self.engine.view.last
+        here = self.engine.epochs.epoch_at(min(offset, shown))
+        if here > epoch:
+            raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
+        return offset <= shown and (here == epoch or not offset)
 
     def stale(self, wanted: Position, timeout_s: float) -> StaleRead:
         """The error of a wait that ended without its position."""
@@ -380,11 +392,9 @@ class Node:
         )
 
     def check_history(self, position: Position) -> None:
-        """:class:`RolledBack` unless ``position``, which this node has reached, is part of its history."""
-        epoch, offset = position
-        shown = self.engine.view.last
-        if offset and self.engine.epochs.epoch_at(min(offset, shown)) != epoch:
-            raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
+        """:class:`RolledBack` or :class:`StaleRead` unless ``position`` is part of what is shown here."""
+        if not self.reached(position):
+            raise self.stale(position, 0.0)
 
     def freshen(
         self, at_least: Position | None, max_staleness_s: float | None, timeout_s: float | None
@@ -425,11 +435,11 @@ class Node:
         epoch, offset = position
         engine = self.engine
         shown = engine.view.last
-        if offset <= shown:
-            same = engine.epochs.epoch_at(offset) == epoch
-            return Outcome.COMMITTED if same else Outcome.ROLLED_BACK
+        here = engine.epochs.epoch_at(min(offset, shown))
+        if here > epoch:
+            return Outcome.ROLLED_BACK
         # What is logged here and not committed says nothing: it can be cut itself.
-        return Outcome.ROLLED_BACK if engine.epochs.epoch_at(shown) > epoch else Outcome.PENDING
+        return Outcome.COMMITTED if offset <= shown and here == epoch else Outcome.PENDING
 
     # -- configuration -----------------------------------------------------------------------------
 
