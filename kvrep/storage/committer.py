@@ -196,6 +196,9 @@ class Committer:
                 break
             except RuntimeError:  # grew or shrank while it was copied
                 continue
+        # What an interrupted leader left behind although it is published would hide newer writes.
+        committed = self.committed
+        pending = [w for w in pending if w.offset > committed]
         seen = {id(w) for w in pending}
         taken = [w for w in taken if id(w) not in seen]
         seen.update(id(w) for w in taken)
@@ -415,17 +418,22 @@ class Committer:
         """Publish every record through ``offset`` and tell those who wait. Any thread."""
         done: list[Write | Record] = []
         with self._publishing:
-            if offset <= self.committed:
+            pending, last = self.pending, self.committed
+            if offset <= last:
                 return
-            pending = self.pending
             size = 0
-            for record in pending:
-                if record.offset > offset:
-                    break
-                done.append(record)
-            if done:
-                self.view.publish(done)
-            self.committed = min(offset, done[-1].offset) if done else self.committed
+            fresh: list[Write | Record] = []
+            with self._order:  # held by whoever adds to ``pending``
+                for record in pending:
+                    if record.offset > offset:
+                        break
+                    done.append(record)
+                    if record.offset > last:  # else an interrupted leader has published or queued it before
+                        last = record.offset
+                        fresh.append(record)
+            if fresh:
+                self.view.publish(fresh)
+                self.committed = last
             for record in done:
                 pending.popleft()
                 if type(record) is Write:
@@ -442,7 +450,7 @@ class Committer:
         """
         with self.lead:
             self.log.append([data], len(data), records[0].offset, tail, self.committed, sync=sync)
-            with self._publishing:
+            with self._publishing, self._order:
                 self.pending.extend(records)
 
     def drop_pending(self, above: int) -> list[Write | Record]:

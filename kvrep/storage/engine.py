@@ -6,6 +6,7 @@ It knows nothing of networks. Who may write, and when a record counts as committ
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -20,9 +21,11 @@ import msgpack
 
 from kvrep.errors import (
     ClosedError,
+    ConfigurationMismatch,
     Error,
     ForkedError,
     LogCorrupt,
+    OpenError,
     Overloaded,
     ProtocolError,
     RolledBack,
@@ -32,7 +35,7 @@ from kvrep.errors import (
 from kvrep.model.codec import FRAME_BYTES, decode
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable, Position
-from kvrep.model.record import Kind, Record
+from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record
 from kvrep.options import Options
 from kvrep.storage.committer import Committer
 from kvrep.storage.copying import PinnedState
@@ -106,6 +109,8 @@ class Engine:
         self._marked = tree.state.mark
         self._closed = False
         self._synced_s = time.monotonic()
+        self._seen = -1
+        """The end of the log at the last tick."""
         # Makes close() run once.
         self._close_lock = threading.Lock()
 
@@ -114,7 +119,10 @@ class Engine:
     @classmethod
     def open(cls, path: Path, options: Options, *, lineage: bytes) -> Engine:
         """Open or create the store at ``path``; ``lineage`` is for a new one (empty: adopted later)."""
-        home = Home.open(path, create=options.create, name=options.name, lineage=lineage)
+        try:
+            home = Home.open(path, create=options.create, name=options.name, lineage=lineage)
+        except OSError as error:
+            raise OpenError(f"cannot open the store at {path}: {error.strerror}") from error
         tree = None
         try:
             generation = home.generation
@@ -128,10 +136,15 @@ class Engine:
             )
             engine = cls(home, tree, options)
             engine._recover(generation / "log")
-        except BaseException:
+            if home.created:  # the marker comes last: a creation that ends before is begun anew
+                fsync_directory(generation / "data")
+                home.finish_creation()
+        except BaseException as error:
             if tree is not None:
                 tree.close(1.0)
             home.close()
+            if isinstance(error, OSError):
+                raise OpenError(f"cannot open the store at {path}: {error.strerror}") from error
             raise
         _guard_forks()
         _open_engines.add(engine)
@@ -160,6 +173,7 @@ class Engine:
             rescue=self.home.rescue,
             replay=replay,
             epoch_of=lambda run: tail_epoch,
+            expected=state.logged_in == self._copy_id,
         )
         if found.rescue_path is not None:
             log.warning(
@@ -167,6 +181,12 @@ class Engine:
                 self.home.path, found.unfinished_bytes, found.rescue_path,
             )  # fmt: skip
             self.rescued.append(found.rescue_path)
+        names = {name for record in pending if record.kind == Kind.WRITE for name in record.payload[::2]}
+        try:
+            self._check_keyspaces(names.union(self.tree.keyspaces))
+        except Error:
+            found.log.abandon()
+            raise
         committed = max(state.applied.offset, min(found.committed, found.log.tail.offset))
         self.committer = Committer(
             found.log,
@@ -192,6 +212,16 @@ class Engine:
             busy=self.committer.lead.locked,
             flush_limit=lambda: self.flush_limit(),
         )
+
+    def _check_keyspaces(self, names: set[str]) -> None:
+        most = self.options.keyspaces_max
+        if len(names | {DEFAULT_KEYSPACE}) > most:
+            raise ConfigurationMismatch(
+                f"the store has {len(names | {DEFAULT_KEYSPACE})} keyspaces, keyspaces_max allows {most}",
+                option="keyspaces_max",
+                given=most,
+                stored=len(names),
+            )
 
     def _decode_recovered(self, run: Run, before: Record | None) -> list[Record]:
         del before
@@ -334,8 +364,6 @@ class Engine:
         return records
 
     def _append_failed(self, error: OSError) -> None:
-        import errno
-
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             try:
                 self.committer.log.undo_append()
@@ -499,6 +527,7 @@ class Engine:
         if self.committer.log.synced < last:
             self.sync()
         state.applied = Tail(last, self.epochs.epoch_at(last), self.committer.log.running_at(last))
+        state.logged_in = self._copy_id
         state.epochs = self.epochs.cut(last)
         state.configured_at, state.configuration = self.configuration_at(last)
         state.branch = self.branch
@@ -526,7 +555,8 @@ class Engine:
     def trim(self) -> int:
         """Unlink log files that nobody needs; returns how many."""
         options = self.options
-        needed = min(self.tree.state.applied.offset + 1, self.keep_from())
+        # The file with the last applied record stays, to show the next open that the log is not lost.
+        needed = min(self.tree.state.applied.offset, self.keep_from())
         return self.committer.log.trim(
             needed,
             bytes_kept=options.retention_bytes,
@@ -543,11 +573,43 @@ class Engine:
             self._synced_s = now
             if self.committer.log.synced < self.tail.offset:
                 self.sync()
+        self._prove_idle()
         if self.committer.log.wants_spare:
             try:
                 self.committer.log.prepare_spare()
             except OSError as error:
                 log.warning("%s: no room to prepare the next log file: %s", self.home.path, error)
+
+    def _prove_idle(self) -> None:
+        """When nothing was written since the last look, put a mark behind the last records."""
+        committer = self.committer
+        offset, self._seen = self._seen, self.tail.offset
+        if offset != self._seen or committer.log.marked or committer.failure is not None:
+            return
+        if not committer.lead.acquire(blocking=False):
+            return
+        try:
+            if self.tail.offset == offset and (committer.sync or committer.log.synced == offset):
+                committer.log.mark(committer.committed)
+        except OSError as error:
+            self._mark_failed(error)
+        finally:
+            committer.lead.release()
+            committer.kick()
+
+    def _mark_failed(self, error: OSError) -> None:
+        """A mark is not needed: that there is no room for it harms nobody."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise self.committer.fail_storage(error) from error
+        try:
+            self.committer.log.undo_append()
+        except OSError as second:
+            raise self.committer.fail_storage(second) from second
+
+    @property
+    def _copy_id(self) -> str:
+        """Which copy of the data this is, beside which log."""
+        return f"{self.home.store_id.hex()}/{self.home.generation.name}"
 
     def _fail(self, error: BaseException) -> None:
         self.committer.fail_storage(error)

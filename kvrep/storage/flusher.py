@@ -163,7 +163,8 @@ class Flusher:
             self._before()
             self.view.rotate()
             target = self.view.last
-            while (oldest := self.view.tables[-1]).last and oldest.last <= target and not self._stop:
+            # Not "while there are older tables": a scan may join one of them with newer writes meanwhile.
+            while self.tree.state.applied.offset < target and not self._stop:
                 if not self._flush_some(everything=wanted):
                     break
             if wanted:

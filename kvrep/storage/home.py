@@ -192,9 +192,12 @@ class Home:
             (self.path / "gen-000001" / part).mkdir(parents=True, mode=0o700)
         fsync_directory(self.path / "gen-000001")
         self.switch("gen-000001", lineage)
-        marker = {"format": FORMAT, "store_id": store_id.hex()}
-        write_atomically(self.path / "STORE", json.dumps(marker).encode())
         self.created = True
+
+    def finish_creation(self) -> None:
+        """Write the marker of a new store, whose parts are all on the disk now. Durable on return."""
+        marker = {"format": FORMAT, "store_id": self.store_id.hex()}
+        write_atomically(self.path / "STORE", json.dumps(marker).encode())
 
     def _load(self, name: str | None) -> None:
         marker = self._json("STORE")

@@ -19,7 +19,7 @@ from typing import Any
 import lmdb
 import msgpack
 
-from kvrep.errors import ClosedError, CorruptionError, NotAStore, OpenError, StorageFailed, StorageFull
+from kvrep.errors import ClosedError, ConfigurationMismatch, CorruptionError, NotAStore, OpenError, StorageFailed, StorageFull
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
@@ -55,6 +55,8 @@ class State:
     """The last mark at which our digests were compared with the primary's, and equal."""
     diverged: int = 0
     """The first mark at which they were not."""
+    logged_in: str = ""
+    """The copy (store id and generation) whose own log holds record ``applied``: it must be found there."""
 
     def pack(self) -> bytes:
         data: bytes = msgpack.packb(
@@ -70,6 +72,7 @@ class State:
                 "mark_digests": _digests_out(self.mark_digests),
                 "verified": self.verified,
                 "diverged": self.diverged,
+                "logged_in": self.logged_in,
             }
         )
         return data
@@ -89,6 +92,7 @@ class State:
             mark_digests=digests_in(raw["mark_digests"]),
             verified=raw["verified"],
             diverged=raw["diverged"],
+            logged_in=raw.get("logged_in", ""),
         )
 
     def copy(self) -> State:
@@ -179,21 +183,33 @@ class Tree:
             with lmdb_errors("opening"):
                 env.reader_check()
                 tree = cls(env, path, lineage)
-                tree._load()
+            tree._load()
+        except lmdb.DbsFullError:
+            env.close()
+            raise ConfigurationMismatch(
+                f"the store has more keyspaces than keyspaces_max={keyspaces_max} allows",
+                option="keyspaces_max",
+                given=keyspaces_max,
+            ) from None
         except BaseException:
             env.close()
             raise
         return tree
 
     def _load(self) -> None:
+        with lmdb_errors("opening"):
+            self._load_state()
         with self.env.begin() as txn:
-            raw = txn.get(STATE_KEY, db=self._meta)
-            if raw is not None:
-                self.state = State.unpack(raw)
             names = [bytes(key) for key in txn.cursor().iternext(keys=True, values=False)]
         for name in names:
             if name != META:
                 self._handles[name.decode()] = self.env.open_db(name, create=False)
+
+    def _load_state(self) -> None:
+        with self.env.begin() as txn:
+            raw = txn.get(STATE_KEY, db=self._meta)
+            if raw is not None:
+                self.state = State.unpack(raw)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -218,6 +234,8 @@ class Tree:
         try:
             value: bytes | None = txn.get(key, None, handle)
             return value
+        except lmdb.BadValsizeError:
+            return None  # no key can have that length
         finally:
             pool.append(txn)
             if pool is not self._idle:

@@ -59,6 +59,8 @@ class View:
         self.successor: View | None = None
         """The view that took this one's place; reads that came too late go on there."""
         self.closed: Error | None = None
+        self.withheld: Callable[[], None] | None = None
+        """Called before a read while it is not known yet what is committed; returns when it is, or raises."""
         for name in tree.keyspaces:
             self.prefix(name)
 
@@ -171,7 +173,8 @@ class View:
         gone = set(map(id, tables))
         with self._lock:
             self.tables = tuple(t for t in self.tables if id(t) not in gone)
-            self.frozen_bytes -= sum(t.memory_bytes for t in tables)
+            # Counted anew: a table may have been joined with its neighbour while it was flushed.
+            self.frozen_bytes = sum(t.memory_bytes for t in self.tables[1:])
 
     def rebuild(self, applied: int, records: Sequence[Any]) -> None:
         """Replace all tables by ``records``, which follow what LMDB holds. Snapshots keep what they have."""
@@ -189,6 +192,8 @@ class View:
         """The newest committed value of ``key``; ``None`` when there is none. Any thread, no lock."""
         if self.closed is not None:
             raise again(self.closed)
+        if self.withheld is not None:
+            self.withheld()
         for table in self.tables:
             entries = table.entries
             if entries:
@@ -212,6 +217,8 @@ class View:
         """One committed position, held."""
         if self.closed is not None:
             raise again(self.closed)
+        if self.withheld is not None:
+            self.withheld()
         with self._lock:
             successor = self.successor
             if successor is None:
