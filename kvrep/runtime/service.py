@@ -11,6 +11,7 @@ from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
 from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
+from kvrep.runtime.promoting import answer_promise, answer_records, answer_standing
 from kvrep.runtime.signal import Signal
 from kvrep.storage.write import Write
 from kvrep.transport.interface import Session, SnapshotItem, SnapshotRequest
@@ -38,6 +39,11 @@ class NodeService:
             "digests": self._digests,
             "marks": self._marks,
             "keyspaces": self._keyspaces,
+            "standing": lambda request: answer_standing(self._node, request),
+            "promise": lambda request: answer_promise(self._node, request),
+            "records": lambda request: answer_records(self._node, request),
+            "promote": self._promote,
+            "switchover": self._switchover,
         }
 
     def open_session(self, peer: str) -> Session:
@@ -102,6 +108,15 @@ class NodeService:
         write = Write(Kind.WRITE, write_payload(ops), size)
         position = self._node.commit(write, _timeout(request), request.get("acks"), request.get("level"))
         return {"position": str(position)}
+
+    def _promote(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._node.promote(_timeout(request) or 10.0)
+        return {"position": str(self._position()), "epoch": self._node.primary_epoch}
+
+    def _switchover(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        to, dry_run = str(request.get("to", "")), bool(request.get("dry_run"))
+        obstacles = self._node.switchover(to, _timeout(request) or 10.0, dry_run=dry_run)
+        return {"obstacles": list(obstacles), "primary_address": self._node.primary_address}
 
     def _resolve(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         position = _position(request.get("position"))
