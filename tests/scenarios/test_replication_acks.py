@@ -234,7 +234,7 @@ def test_only_committed_writes_are_visible_anywhere(tmp_path: Path) -> None:
             fast = kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST)
             with slow, fast:
                 voters(p, "a", "b", "c")
-                p.put(b"k", b"1")
+                fast.wait_for(p.put(b"k", b"1"), WAIT_S)
                 between.hold()
                 pending = p.submit_put(b"k", b"2")
                 until(lambda: next(f for f in p.status().followers if f.name == "c").synced
