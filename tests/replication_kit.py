@@ -45,7 +45,7 @@ def writable(store: kvrep.Store, timeout_s: float = WAIT_S) -> kvrep.Store:
 
 
 def voters(store: kvrep.Store, *names: str, timeout_s: float = WAIT_S) -> kvrep.Store:
-    """Wait until exactly these vote, the configuration that says so is committed, and all of them are there."""
+    """Wait until exactly these vote, by a configuration that is committed, and all of them are there."""
 
     def there() -> bool:
         status = store.status()

@@ -215,12 +215,12 @@ class Node:
     def close(self, timeout_s: float | None = None) -> None:
         """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread."""
         deadline = time.monotonic() + (self.options.close_timeout_s if timeout_s is None else timeout_s)
+        if os.getpid() != self._pid:
+            return  # a forked child: nothing here is ours, and nobody may ever let go of the locks
         with self._role_lock:
             if self._closed:
                 return
             self._closed = True
-            if os.getpid() != self._pid:
-                return  # a forked child: nothing here is ours
             self.engine.committer.refuse(ClosedError("the store is closed"))
             with self._moved:
                 self._moved.notify_all()
@@ -248,9 +248,7 @@ class Node:
         deadline = time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
         if acks is not None or level is not None:
             self._check_more(acks, level)
-        write.awaited = True
-        self.engine.order(write, deadline)
-        self.engine.committer.finish(write, deadline)
+        self.engine.commit(write, deadline)
         if write.error is not None or not write.done:
             self._raise_outcome(write)
         if acks is not None or level is not None:

@@ -16,6 +16,7 @@ from kvrep.errors import (
     NotPrimary,
     Overloaded,
     ProtocolError,
+    StaleRead,
 )
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import EPOCH_MAX, Position, member_of
@@ -91,6 +92,8 @@ class Shipping:
         engine.writable = self._check_writable
         engine.keep_from = self._keep_from
         engine.on_tick = self._tick
+        if engine.tail.offset > engine.committer.committed:
+            engine.view.withheld = self._await_epoch
         self._become(0)
         if not engine.configuration.synchronous and self._promotion is not None:
             self._await_begin(min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5))
@@ -381,9 +384,33 @@ class Shipping:
         for session in list(self._joined.values()):
             session.wake()
 
+    def _await_epoch(self) -> None:
+        """A read of a primary that restarted with records above its commit mark.
+
+        Some of them may have been acknowledged, so nothing is shown before the epoch start is committed, and
+        all of them with it. ``StaleRead`` when that takes longer than an ack may take.
+        """
+        deadline = time.monotonic() + self.node.ack_timeout_s
+        with self._acked:
+            while self.engine.view.withheld is not None and not self._stopped:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise StaleRead(
+                        "this node was primary before and cannot tell yet which of its last writes count:"
+                        f" {self._problem or 'its epoch start is not committed'}",
+                        position=self.engine.committed_position,
+                        hint="start the missing voters",
+                    )
+                self._acked.wait(left)
+
     def on_committed(self, committed: int) -> None:
         """Followers are told when nothing else is on its way to them."""
-        del committed
+        if self.engine.view.withheld is not None:
+            tracker = self._tracker
+            if tracker is not None and committed >= tracker.epoch_start:
+                with self._acked:
+                    self.engine.view.withheld = None
+                    self._acked.notify_all()
         for session in list(self._joined.values()):
             session.wake()
 

@@ -27,7 +27,7 @@ from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
-from kvrep.storage.write import Write, complete_all
+from kvrep.storage.write import Write, complete_all, complete_one
 
 __all__ = ["Committer"]
 
@@ -36,13 +36,20 @@ GROUP_BYTES_MAX = 4 << 20
 LOOK_UP_S = 0.05
 
 
+def _as_durable(durable: int) -> int:
+    """The rule of a node without followers: what is durable here is committed."""
+    return durable
+
+
 class _Group:
     """Writes taken together, and how far they have come."""
 
-    __slots__ = ("frames", "length", "special", "tail", "writes")
+    __slots__ = ("frames", "length", "queued_bytes", "special", "tail", "writes")
 
-    def __init__(self, writes: list[Write]) -> None:
+    def __init__(self, writes: list[Write], queued_bytes: int) -> None:
         self.writes = writes
+        self.queued_bytes = queued_bytes
+        """What of them is counted as queued."""
         self.frames: list[bytes] | None = None
         self.length = 0
         self.tail: Tail | None = None
@@ -77,7 +84,7 @@ class Committer:
         self.closed: Error | None = None
         """Set once: why no write is taken any more."""
         self.failure: StorageFailed | None = None
-        self.rule: Callable[[int], int] = lambda durable: durable
+        self.rule: Callable[[int], int] = _as_durable
         """Durable offset here -> committed offset. Replaced by the replication of a primary."""
         self.on_written: Callable[[], None] | None = None
         """Called by the leader when a group is written but not yet flushed: shipping may begin."""
@@ -206,6 +213,19 @@ class Committer:
 
     # -- leading -----------------------------------------------------------------------------------
 
+    def commit(self, write: Write, deadline_s: float) -> None:
+        """``order`` and ``finish`` in one."""
+        if not self._ordered and self._heir is None and not self.lead.locked():
+            with self.lead:
+                done = self._write_alone(write)
+            if done:
+                if self._ordered:
+                    self.hand_over()
+                return
+        write.awaited = True
+        self.order(write)
+        self.finish(write, deadline_s)
+
     def finish(self, write: Write, deadline_s: float) -> None:
         """Lead or wait until ``write`` is done or ``time.monotonic()`` passes ``deadline_s``."""
         while not write.done:
@@ -246,6 +266,47 @@ class Committer:
             self.hand_over()
         self.advance()
 
+    def _write_alone(self, write: Write) -> bool:
+        """The short way of a single write that nobody stands beside; False when it cannot be taken.
+
+        It does what ``order``, ``_write_group`` and ``commit_through`` do, in the same order, without their
+        queues. The lead lock is held, nothing is pending and the rule is this node's own: so the write is
+        committed as soon as it is durable. An interrupt leaves the group as ``_write_group`` does.
+        """
+        log = self.log
+        with self._order:
+            if (
+                self._ordered
+                or self._holder is not None
+                or self._group is not None
+                or self.pending
+                or self.rule is not _as_durable
+                or self.on_written is not None
+                or write.kind
+                or self.closed is not None
+            ):
+                return False
+            self._group = group = _Group([write], 0)
+        try:
+            (before, _, running), epoch = log.tail, self.epoch
+            frame, running = self._encode(before + 1, epoch, self._wall_us(), 0, write.payload, running)
+            write.epoch = epoch
+            group.length = len(frame)
+            group.tail = tail = Tail(before + 1, epoch, running)
+            group.frames = frames = [frame]
+            log.append(frames, group.length, before + 1, tail, self.committed, sync=self.sync)
+        except Exception as error:
+            self._failed(group, error)
+            return True
+        write.offset = before + 1
+        with self._publishing:
+            self.view.publish_write(write)
+            self.committed = before + 1
+        self._group = None
+        complete_one(write)
+        self.on_committed(before + 1)
+        return True
+
     def _name_heir(self) -> Write | None:
         """Choose a write whose thread sleeps; that thread is to lead next."""
         with self._order:
@@ -280,7 +341,7 @@ class Committer:
                 count += 1
                 if count >= GROUP_WRITES_MAX or size >= GROUP_BYTES_MAX:
                     break
-            group = _Group(ordered[:count])
+            group = _Group(ordered[:count], size)
             self._group = group
             self._ordered = ordered[count:]
         return group
@@ -348,7 +409,7 @@ class Committer:
         with self._order:
             self.pending.extend(group.writes)
             self.pending_bytes += size
-            self._queued_bytes -= size
+            self._queued_bytes -= group.queued_bytes
         self._group = None
 
     def _failed(self, group: _Group, error: Exception) -> None:
@@ -369,7 +430,7 @@ class Committer:
     def _fail(self, group: _Group, error: Exception) -> None:
         self._group = None
         with self._order:
-            self._queued_bytes -= sum(w.size for w in group.writes)
+            self._queued_bytes -= group.queued_bytes
         complete_all(group.writes, error)
 
     def fail_storage(self, error: BaseException) -> StorageFailed:

@@ -100,6 +100,8 @@ class Engine:
         """Called when a configuration record is in the log, before it can be committed."""
         self.on_tick: Callable[[], None] = lambda: None
         """Called on the flush thread about twice a second."""
+        self._slow_bytes = options.memtable_bytes_max // 2
+        """Memory of unflushed writes from which on writers are slowed."""
         self.marks = True
         """Whether this node, as primary, puts digest marks into the log."""
         self.unverified = (home.generation / COPY).exists()
@@ -309,9 +311,16 @@ class Engine:
     def order(self, write: Write, deadline_s: float) -> None:
         """Put a user's write in order; waits for memory, not for the disk. Raises what refuses it."""
         self.writable()
-        if self.flusher.behind >= 0.5:
+        if self.view.memory_bytes >= self._slow_bytes:
             self._slow_down(deadline_s)
         self.committer.order(write)
+
+    def commit(self, write: Write, deadline_s: float) -> None:
+        """Order a user's write and wait until its outcome is known or the deadline has passed."""
+        self.writable()
+        if self.view.memory_bytes >= self._slow_bytes:
+            self._slow_down(deadline_s)
+        self.committer.commit(write, deadline_s)
 
     def admit_now(self) -> float:
         """For callers that may not block: seconds to wait before ordering (0: go on). Raises refusals."""
@@ -672,8 +681,23 @@ class Engine:
         self.committer.closed = error
         self.committer._order = threading.Lock()
         self.committer.lead = threading.Lock()
-        self.view.closed = error
-        self.home.close()
+        self.writable = self._refuse_forked
+        self.view.forked(error)
+        self.home.forked()
+
+    def _refuse_forked(self) -> None:
+        raise again(self.committer.closed or ForkedError())
+
+    def need_alive(self) -> None:
+        """Raise :class:`ClosedError` or :class:`ForkedError` when this engine is of no use any more."""
+        if self._closed:
+            self.need_unforked()
+            raise ClosedError("the store is closed")
+
+    def need_unforked(self) -> None:
+        """Raise :class:`ForkedError` in a forked child."""
+        if isinstance(self.committer.closed, ForkedError):
+            raise again(self.committer.closed)
 
     def close(self, timeout_s: float) -> None:
         """Flush, mark the log, end the threads, close the files. Idempotent; keeps to its deadline."""

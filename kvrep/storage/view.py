@@ -126,6 +126,25 @@ class View:
             if table.full:
                 self._rotate()
 
+    def publish_write(self, write: Any) -> None:
+        """The same for one record of kind ``WRITE``."""
+        payload = write.payload
+        if len(payload) != 2 or len(payload[1]) != 2:
+            self.publish((write,))
+            return
+        name, (key, value) = payload
+        with self._lock:
+            table = self.tables[0]
+            entries = table.entries
+            if not entries:
+                table.born_s = self.clock()
+            entries[(self._prefixes.get(name) or self.prefix(name)) + key] = value
+            table.payload_bytes += len(key) if value is None else len(key) + len(value)
+            table.writes += 1
+            table.last = self.last = write.offset
+            if table.full:
+                self._rotate()
+
     def _add(
         self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int
     ) -> None:
@@ -260,6 +279,14 @@ class View:
         for snapshot in list(self._snapshots):
             snapshot.release()
 
+    def forked(self, error: Error) -> None:
+        """In a forked child: reads raise ``error``; nothing of the parent's is touched."""
+        self.closed = error
+        self._lock = threading.Lock()  # another thread of the parent may have held them
+        for snapshot in list(self._snapshots):
+            snapshot.dead = error
+            snapshot._lock = threading.Lock()
+
     def forget(self, snapshot: Snapshot) -> None:
         self._snapshots.discard(snapshot)
 
@@ -278,19 +305,25 @@ class Snapshot:
         self._tables = tables
         self._txn = txn
         self._expired = False
+        self.dead: Error | None = None
+        """Set in a forked child, where the pinned read is not ours to end."""
         # Protects the LMDB transaction: one operation at a time, and none after release.
         self._lock = threading.Lock()
 
     def release(self, *, expired: bool = False) -> None:
         """End the pinned read. Idempotent."""
+        if self.dead is not None:
+            return
         with self._lock:
-            txn, self._txn = self._txn, None
-            if txn is None:
-                return
+            self._end(expired)
+        self._view.forget(self)
+
+    def _end(self, expired: bool) -> None:
+        txn, self._txn = self._txn, None
+        if txn is not None:
             self._expired = expired
             self._tables = ()
             self._tree.end(txn)
-        self._view.forget(self)
 
     @property
     def released(self) -> bool:
@@ -302,6 +335,11 @@ class Snapshot:
         return self._lock.locked()
 
     def _need(self) -> Any:
+        """The pinned read. The lock is held."""
+        if self.dead is not None:
+            raise again(self.dead)
+        if self._view.clock() >= self.expires_s:  # the flush thread, which looks after this, may be busy
+            self._end(expired=True)
         txn = self._txn
         if txn is None:
             if self._expired:
