@@ -137,6 +137,32 @@ class Store(Keyspace[bytes]):
         """Where this node and its followers stand, as one frozen value."""
         return self._node.status()
 
+    def promote(self, *, timeout_s: float = 10.0) -> Position:
+        """Make this node the primary of its group; safe by itself.
+
+        It asks the other voters, collects the promises of so many that they meet every set that can have
+        acknowledged a write, takes over what it lacks, and begins a new epoch. Raises
+        :class:`UnsafePromotion` that names who did not answer and what could be lost; nothing changes then.
+        Returns the position at which reads stand. On a node that is primary already, nothing happens.
+        """
+        self._node.roles.promote(timeout_s)
+        return self.position
+
+    def follow(self, address: str) -> None:
+        """Get records from the node at ``address`` from now on; a primary stops being one.
+
+        Records that the other history does not contain are saved to a rescue file and dropped; writers that
+        still wait get the true outcome of their writes.
+        """
+        self._node.roles.follow(address)
+
+    def switchover(self, to: str, *, timeout_s: float = 10.0, dry_run: bool = False) -> tuple[str, ...]:
+        """Hand over to the voter named ``to``, on the primary; no write is lost, writers wait meanwhile.
+
+        With ``dry_run`` only says what would block it. Afterwards this node follows the new primary.
+        """
+        return self._node.roles.switchover(to, timeout_s, dry_run=dry_run)
+
     def reconfigure(
         self,
         *,

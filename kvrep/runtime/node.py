@@ -25,6 +25,7 @@ from kvrep.errors import (
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position, epoch_after
 from kvrep.options import Options
+from kvrep.runtime.roles import Roles
 from kvrep.status import Outcome, Role, Status
 from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
@@ -56,6 +57,7 @@ class Node:
         self.ack_timeout_s = engine.configuration.ack_timeout_s
         self._server: Server | None = None
         self._verification: Verification | None = None
+        self.roles = Roles(self)
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
@@ -109,8 +111,8 @@ class Node:
         if follower:
             from kvrep.runtime.replaying import Replaying
 
-            self.engine.writable = self._refuse_follower
-            self.replaying = Replaying(self)
+            self.engine.writable = self.refuse_follower
+            self.replaying = Replaying(self, self.options.sources)
         elif self.options.listen is not None or len(self.engine.configuration.voters) > 1:
             from kvrep.runtime.shipping import Shipping
 
@@ -202,6 +204,16 @@ class Node:
         self.address = self.options.advertise or _reachable(bound)
 
     @property
+    def closing(self) -> bool:
+        return self._closed
+
+    @property
+    def primary_epoch(self) -> int:
+        """The epoch in which this node is primary; 0 when it is not."""
+        shipping = self.shipping
+        return shipping.epoch if shipping is not None and shipping.leading else 0
+
+    @property
     def label(self) -> str:
         """For thread names and messages."""
         return self.engine.home.name or self.engine.home.path.name
@@ -225,7 +237,7 @@ class Node:
             with self._moved:
                 self._moved.notify_all()
             self.on_moved()
-            for part in (self.shipping, self.replaying, self._server):
+            for part in (self.roles, self.shipping, self.replaying, self._server):
                 if part is not None:
                     part.stop(max(0.5, deadline - time.monotonic()))
             if self._verification is not None:
@@ -324,7 +336,7 @@ class Node:
         except Exception:
             log.exception("%s: a callback raised", self.label)
 
-    def _refuse_follower(self) -> None:
+    def refuse_follower(self) -> None:
         replaying = self.replaying
         address = replaying.primary_address if replaying is not None else None
         epoch = self.engine.epochs.last_epoch

@@ -21,6 +21,7 @@ from kvrep.replication.promotion import Promotion
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
+    from kvrep.runtime.roles import Roles
 
 __all__ = ["Peer", "answer_promise", "answer_records", "answer_standing", "ask_all", "promise_of", "promote"]
 
@@ -47,13 +48,14 @@ class Peer:
 # -- the side that asks --------------------------------------------------------------------------------
 
 
-def promote(node: Node, deadline_s: float) -> int:
-    """Make ``node`` primary; returns the epoch.
+def promote(roles: Roles, deadline_s: float) -> int:
+    """Make this node primary; returns the epoch.
 
     Raises :class:`UnsafePromotion` that names who is missing and what could be lost; then nothing changed,
     except that some voters may have promised an epoch in which nobody is primary (a primary that meets such a
     promise promotes itself anew).
     """
+    node = roles.node
     engine = node.engine
     home = engine.home
     effective, proposed = engine.configurations_in_force()
@@ -77,21 +79,21 @@ def promote(node: Node, deadline_s: float) -> int:
     rules = () if proposed is None else (proposed[1],)
     seen = 0
     for _ in range(ATTEMPTS_MAX):
-        peers = ask_all(node, "standing", {}, deadline_s)
+        peers = ask_all(roles, "standing", {}, deadline_s)
         asked = _promotion(node, effective, rules, node.next_epoch(seen), peers)
         if not asked.would_be_enough:
             raise _unsafe(node, asked, answered=len(peers) + 1)
         seen = max(seen, asked.highest_seen)
         epoch = node.next_epoch(seen)
-        with node.standing_still():
-            promotion = _collect(node, effective, rules, epoch, deadline_s)
+        with roles.standing_still():
+            promotion = _collect(roles, effective, rules, epoch, deadline_s)
             if promotion.superseded:
                 seen = promotion.highest_seen
                 continue
             if not promotion.enough:
                 raise _unsafe(node, promotion, answered=len(promotion.promised))
-            _fetch_all(node, promotion, deadline_s)
-            node.take_over(epoch, promotion.promised)
+            _fetch_all(roles, promotion, deadline_s)
+            roles.take_over(epoch, promotion.promised)
             return epoch
     raise UnsafePromotion(
         f"other promotions came between, the last one at epoch {seen}",
@@ -112,9 +114,10 @@ def _promotion(
 
 
 def _collect(
-    node: Node, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, deadline_s: float
+    roles: Roles, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, deadline_s: float
 ) -> Promotion:
     """Promise ``epoch`` ourselves, durably, then ask the others to."""
+    node = roles.node
     home = node.engine.home
     with node.engine.committer.lead:
         if not home.promise(epoch, home.store_id):
@@ -126,20 +129,20 @@ def _collect(
         "address": node.address,
         "lineage": home.lineage,
     }
-    peers = ask_all(node, "promise", request, deadline_s)
+    peers = ask_all(roles, "promise", request, deadline_s)
     return _promotion(node, effective, rules, epoch, peers)
 
 
-def ask_all(node: Node, method: str, request: Mapping[str, Any], deadline_s: float) -> list[Peer]:
+def ask_all(roles: Roles, method: str, request: Mapping[str, Any], deadline_s: float) -> list[Peer]:
     """Ask every other voter with a known address at once; those that answered in time, in no order."""
-    home = node.engine.home
+    node = roles.node
     found: list[Peer] = []
     # Protects the list that the asking threads add to.
     lock = threading.Lock()
 
     def ask(voter: Voter) -> None:
         try:
-            answer = node.call(voter.address, method, request, min(ASK_TIMEOUT_S, deadline_s - time.monotonic()))
+            answer = roles.call(voter.address, method, request, min(ASK_TIMEOUT_S, deadline_s - time.monotonic()))
             peer = _peer(voter, answer)
         except (Error, ValueError) as error:
             log.info("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
@@ -149,7 +152,7 @@ def ask_all(node: Node, method: str, request: Mapping[str, Any], deadline_s: flo
 
     threads = [
         threading.Thread(target=ask, args=(voter,), name=f"kvrep-ask-{node.label}", daemon=True)
-        for voter in node.other_voters()
+        for voter in roles.other_voters()
         if voter.address
     ]
     for thread in threads:
@@ -193,8 +196,9 @@ def _unsafe(node: Node, promotion: Promotion, *, answered: int) -> UnsafePromoti
     )
 
 
-def _fetch_all(node: Node, promotion: Promotion, deadline_s: float) -> None:
+def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float) -> None:
     """Make our log equal to the best one among those that promised."""
+    node = roles.node
     engine = node.engine
     while (fetch := promotion.fetch) is not None:
         log.info("%s: fetches records after %s through %s from %s",
@@ -211,7 +215,7 @@ def _fetch_all(node: Node, promotion: Promotion, deadline_s: float) -> None:
                     answered=len(promotion.promised),
                 )
             first = engine.tail.offset + 1
-            answer = node.call(fetch.voter.address, "records", {"first": first, "bytes": FETCH_BYTES}, left)
+            answer = roles.call(fetch.voter.address, "records", {"first": first, "bytes": FETCH_BYTES}, left)
             if not answer.get("data"):
                 raise ProtocolError(f"{fetch.voter.name} has no record {first}")
             engine.append(first, bytes(answer["data"]), sync=True)
@@ -277,10 +281,10 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
     with engine.committer.lead:
         engine.committer.log.sync()
         home.promise(epoch, asker)
-        answer = answer_standing(node, {})
-    if home.promised_epoch == epoch and home.promised_to == asker:
-        node.promised(epoch, address)
-    return answer
+        if home.promised_epoch == epoch and home.promised_to == asker:
+            # Under the lock: nothing may be appended, or acked, in the old epoch after this answer was made.
+            node.roles.promised(epoch, address)
+        return answer_standing(node, {})
 
 
 def answer_records(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from kvrep.errors import (
     UpgradeRequired,
 )
 from kvrep.model.position import Position
-from kvrep.replication.messages import Credit, FromPrimary, Heartbeat, Hello, NeedBootstrap, Promise, Segment
+from kvrep.replication.messages import (
+    Credit,
+    FromPrimary,
+    Heartbeat,
+    Hello,
+    NeedBootstrap,
+    Promise,
+    Segment,
+    SlotState,
+)
 from kvrep.replication.receiver import (
     AckNow,
     Action,
@@ -62,15 +71,18 @@ class _Refused(ProtocolError):
 class Replaying:
     """Two threads: one that receives and stores, one that watches the clock for it."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, sources: tuple[str, ...]) -> None:
         self.node = node
         self.engine = node.engine
         self.options = node.options
         self.primary_address: str | None = None
         """Where the primary was last seen; ``None`` before the first join."""
+        self.slots: tuple[SlotState, ...] = ()
+        """The primary's slots as last heard: should this node become primary, it keeps log for them."""
         self.bootstrap_bytes = 0
         self.bootstrap_bytes_total = 0
-        self._sources = list(node.options.sources)
+        self._own_sources = len(sources)
+        self._sources = list(sources)
         for source in self._sources:
             _check_address(source)
         self._next_source = 0
@@ -260,6 +272,8 @@ class Replaying:
                 message = self._inflate(message)
         elif type(message) is Heartbeat:
             self._behind_bytes = message.behind_bytes
+            if message.slots:
+                self.slots = message.slots
         with self._lock:
             actions = receiver.on_message(message, time.monotonic())
         self._do(receiver, stream, connection, actions, more)
@@ -392,14 +406,30 @@ class Replaying:
 
     def _stop_with(self, reason: str, message: str, primary_address: str, final: bool) -> None:
         if reason == "not-primary" and primary_address:
-            self._go_to(primary_address)
+            self.go_to(primary_address)
         if reason == "lineage":
             raise LineageMismatch(message)
         if reason == "not-primary":
             raise NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None)
         raise _Refused(message) if final else ProtocolError(message)
 
-    def _go_to(self, address: str) -> None:
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The addresses that are tried, in turn."""
+        return tuple(self._sources)
+
+    def promised(self, epoch: int, address: str) -> None:
+        """This node has promised ``epoch`` to the node at ``address``: the stream of an older one is over."""
+        with self._lock:
+            receiver, stream = self._receiver, self._stream
+            if receiver is not None:
+                receiver.promised(epoch)
+        if address:
+            self.go_to(address)
+        if stream is not None and (receiver is None or receiver.epoch < epoch):
+            stream.cancel()
+
+    def go_to(self, address: str) -> None:
         """Try this address next."""
         if address not in self._sources:
             try:
@@ -408,7 +438,7 @@ class Replaying:
                 log.warning("%s: told of a primary at %r: %s", self.node.label, address, error)
                 return
             if len(self._sources) >= SOURCES_MAX:
-                del self._sources[len(self.options.sources)]
+                del self._sources[self._own_sources]
             self._sources.append(address)
         self._next_source = self._sources.index(address) - 1
 

@@ -64,7 +64,7 @@ class Roles:
             if node.shipping is None and node.replaying is None:
                 raise NotPrimary("this store is not part of a group; it takes writes as it is",
                                  primary_address=None, epoch=None)  # fmt: skip
-            return promote(node, deadline)
+            return promote(self, deadline)
         finally:
             self.lock.release()
 
@@ -181,7 +181,7 @@ class Roles:
         """Ask the voters we know; follow one that is primary in a newer epoch than ours."""
         node = self.node
         newest = max(node.engine.epochs.last_epoch, node.primary_epoch)
-        peers = ask_all(node, "standing", {}, time.monotonic() + 2.0)
+        peers = ask_all(self, "standing", {}, time.monotonic() + 2.0)
         found = max(peers, key=lambda peer: peer.primary_epoch, default=None)
         if found is not None and found.primary_epoch > newest and self._unsettled():
             log.warning("%s: %s is primary in epoch %d; following it",
@@ -246,7 +246,7 @@ class Roles:
         try:
             self._await_caught_up(voter, deadline)
             left = max(0.5, deadline - time.monotonic())
-            self.node.call(voter.address, "promote", {"timeout_s": left}, left + 1.0)
+            self.call(voter.address, "promote", {"timeout_s": left}, left + 1.0)
         finally:
             committer.leave_place(owner, None)
 

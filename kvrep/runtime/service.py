@@ -110,12 +110,12 @@ class NodeService:
         return {"position": str(position)}
 
     def _promote(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        self._node.promote(_timeout(request) or 10.0)
+        self._node.roles.promote(_timeout(request) or 10.0)
         return {"position": str(self._position()), "epoch": self._node.primary_epoch}
 
     def _switchover(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         to, dry_run = str(request.get("to", "")), bool(request.get("dry_run"))
-        obstacles = self._node.switchover(to, _timeout(request) or 10.0, dry_run=dry_run)
+        obstacles = self._node.roles.switchover(to, _timeout(request) or 10.0, dry_run=dry_run)
         return {"obstacles": list(obstacles), "primary_address": self._node.primary_address}
 
     def _resolve(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

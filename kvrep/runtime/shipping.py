@@ -17,6 +17,7 @@ from kvrep.errors import (
     Overloaded,
     ProtocolError,
     StaleRead,
+    again,
 )
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import EPOCH_MAX, Position, member_of
@@ -89,20 +90,26 @@ class Shipping:
         this node goes on without the others, marked as unfenced.
         """
         engine = self.engine
-        engine.writable = self._check_writable
-        engine.keep_from = self._keep_from
-        engine.on_tick = self._tick
+        self._hook()
         if engine.tail.offset > engine.committer.committed:
             engine.view.withheld = self._await_epoch
         self._become(0)
+        if not self._open:
+            self.node.roles.seek()
         if not engine.configuration.synchronous and self._promotion is not None:
             self._await_begin(min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5))
             self._begin_unfenced()
 
+    def _hook(self) -> None:
+        engine = self.engine
+        engine.writable = self._check_writable
+        engine.keep_from = self._keep_from
+        engine.on_tick = self._tick
+
     def _become(self, seen: int) -> None:
         """Ask for promises of an epoch above ``seen``; begin at once where nobody has to be asked."""
         engine, home = self.engine, self.engine.home
-        effective, proposed = self._configurations()
+        effective, proposed = self.engine.configurations_in_force()
         epoch = self.node.next_epoch(seen)
         if not effective.voters:
             self._begin(epoch, (home.store_id,), unfenced=False)
@@ -117,21 +124,6 @@ class Shipping:
             self._promotion = Promotion(effective, home.store_id, epoch, own, proposed=rules)
         self._try_to_begin()
 
-    def _configurations(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
-        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet.
-
-        The commit mark lags, so what lies above it is taken for uncommitted. Nobody proposes before the one
-        before is committed: only the last one can be uncommitted, and the one before it is in effect.
-        """
-        distinct: list[tuple[int, Configuration]] = []
-        for offset, configuration in self.engine.configurations:
-            if not distinct or distinct[-1][1] != configuration:
-                distinct.append((offset, configuration))
-        offset, newest = distinct[-1]
-        if len(distinct) == 1 or offset <= self.engine.committer.committed or not distinct[-2][1].voters:
-            return newest, None
-        return distinct[-2][1], (offset, newest)
-
     def _own_promise(self, epoch: int) -> Promise:
         engine = self.engine
         tail = engine.tail
@@ -141,6 +133,48 @@ class Shipping:
             committed=engine.committer.committed,
             epochs=engine.epochs,
         )
+
+    @property
+    def leading(self) -> bool:
+        """Whether this node's epoch has begun and no higher one is known."""
+        return self._open and not self._superseded_by
+
+    def take_over(self, epoch: int, fenced: tuple[bytes, ...]) -> None:
+        """Be primary in ``epoch``, which ``fenced`` have promised."""
+        self._hook()
+        self._begin(epoch, fenced, unfenced=False)
+
+    def promised_away(self, epoch: int, address: str) -> None:
+        """This node itself has promised ``epoch`` to the node at ``address``: nothing is acknowledged any
+        more. If no primary of that epoch shows itself, this node asks to be primary above it."""
+        with self._lock:
+            if not self.epoch or epoch <= max(self._superseded_by, self.epoch):
+                return
+            self._superseded_by = epoch
+            self._superseded_s = time.monotonic()
+        log.warning("%s: promised epoch %d to %s", self.node.label, epoch, address)
+        self._fence(epoch, address)
+
+    def _fence(self, epoch: int, address: str) -> None:
+        self.engine.committer.refuse(
+            Fenced(f"epoch {epoch} is newer than {self.epoch}", epoch=epoch, primary_address=address or None)
+        )
+        with self._lock:
+            tracker, self._tracker = self._tracker, None
+        del tracker  # what is logged now waits for the new primary's word
+
+    def synced_by(self, store_id: bytes) -> int:
+        """The last offset that a follower has confirmed; 0 when it is not connected."""
+        session = self._joined.get(store_id)
+        progress = session.progress if session is not None else None
+        return progress.synced if progress is not None else 0
+
+    def await_ack(self, timeout_s: float) -> None:
+        """Wait for the next ack of any follower."""
+        with self._acked:
+            self._more_waiting += 1
+            self._acked.wait(timeout_s)
+            self._more_waiting -= 1
 
     def stage(self) -> tuple[int, int]:
         """(the epoch that promises are asked for, the epoch that this node feeds in); 0 for none."""
@@ -182,7 +216,7 @@ class Shipping:
             return
         home.promise(epoch, home.store_id)
         own = self._own_promise(epoch)
-        effective, proposed = self._configurations()
+        effective, proposed = self.engine.configurations_in_force()
         rules = () if proposed is None else (proposed[1],)
         with self._lock:
             promotion = self._promotion
@@ -272,7 +306,7 @@ class Shipping:
     def _begin(self, epoch: int, fenced: tuple[bytes, ...], *, unfenced: bool) -> None:
         engine = self.engine
         committer = engine.committer
-        effective, proposed = self._configurations()
+        effective, proposed = self.engine.configurations_in_force()
         tracker = CommitTracker(
             effective if effective.voters else self.node.first_configuration(),
             engine.home.store_id,
@@ -319,7 +353,8 @@ class Shipping:
             if written > self.epoch and member_of(written) != self._member():
                 self._replaced = True
         log.warning("%s: fenced by epoch %d", self.node.label, seen)
-        self.engine.committer.refuse(Fenced(f"epoch {seen} is newer than {self.epoch}", epoch=seen))
+        self._fence(seen, "")
+        self.node.roles.seek()
 
     def _renew(self, now: float) -> None:
         """A voter promised a higher epoch in which nobody has written since: be primary above it."""
@@ -363,6 +398,9 @@ class Shipping:
 
     def _check_writable(self) -> None:
         tracker = self._tracker
+        closed = self.engine.committer.closed
+        if closed is not None:
+            raise again(closed)
         if tracker is None or not self._open:
             raise NotPrimary(self._problem, hint="start the missing voters", epoch=self.epoch,
                              primary_address=None)  # fmt: skip

@@ -465,6 +465,11 @@ class Committer:
     # -- committing --------------------------------------------------------------------------------
 
     @property
+    def busy(self) -> bool:
+        """Whether writes are in order or being written."""
+        return bool(self._ordered) or self._group is not None
+
+    @property
     def durable(self) -> int:
         """The last offset that counts as durable here under the store's durability."""
         return self.log.synced if self.sync else self.log.tail.offset

@@ -269,6 +269,28 @@ class Engine:
         i = bisect_right(self.configurations, offset, key=lambda entry: entry[0])
         return self.configurations[max(0, i - 1)]
 
+    def configurations_in_force(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
+        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet.
+
+        The commit mark lags, so what lies above it is taken for uncommitted. Nobody proposes before the one
+        before is committed: only the last one can be uncommitted, and the one before it is in effect.
+        """
+        distinct: list[tuple[int, Configuration]] = []
+        for offset, configuration in self.configurations:
+            if not distinct or distinct[-1][1] != configuration:
+                distinct.append((offset, configuration))
+        offset, newest = distinct[-1]
+        if len(distinct) == 1 or offset <= self.committer.committed or not distinct[-2][1].voters:
+            return newest, None
+        return distinct[-2][1], (offset, newest)
+
+    def reset_hooks(self) -> None:
+        """Forget what a primary's replication asked for."""
+        self.keep_from = lambda: self.tree.state.applied.offset + 1
+        self.on_configuration = lambda offset, configuration: None
+        self.on_tick = lambda: None
+        self.view.withheld = None
+
     def position_at(self, offset: int) -> Position:
         return Position(self.epochs.epoch_at(offset), offset)
 
@@ -410,11 +432,16 @@ class Engine:
             )
             running = committer.log.running_at(to)
             committer.log.cut(Tail(to, self.epochs.epoch_at(to), running))
-            committer.drop_pending(to)
+            dropped = committer.drop_pending(to)
             if self.view.last > to:
                 self._rebuild_view(applied, to)
             self.epochs = self.epochs.cut(to)
             self.configurations = [c for c in self.configurations if c[0] <= to] or self.configurations[:1]
+        for record in dropped:
+            if type(record) is Write:
+                record.complete(
+                    RolledBack(f"the write at {record.position} did not survive: {reason}", position=record.position)
+                )
         self.rescued.append(path)
         log.warning("%s: records %d to %d were dropped (%s) and saved to %s",
                     self.home.path, to + 1, tail.offset, reason, path)  # fmt: skip
