@@ -18,6 +18,8 @@ from kvrep.testing.crash import Image
 
 __all__ = ["Check", "Problem", "check_images"]
 
+START_S = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -104,50 +106,60 @@ class _Worker:
         self._stderr = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def check(self, image: Image) -> str | None:
-        process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(self._timeout_s, process.kill)
-        timer.name = "kvrep-crash-timer"
-        timer.start()
         try:
-            pickle.dump(image, process.stdin)
-            process.stdin.flush()
-            answer: str | None = pickle.load(process.stdout)
-            return answer
+            if self._process is None:
+                self._start()
+            return self._ask(image, self._timeout_s)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            code = process.wait()
-            self._process = None
-            process.stdin.close()
-            process.stdout.close()
+            code = self._end()
             text = self._said.read_bytes()[-2000:].decode(errors="replace")
             return f"the process that opened the image ended with {code}: {text}"
-        finally:
-            timer.cancel()
-            timer.join()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         os.truncate(self._stderr, 0)
         paths = os.pathsep.join(p for p in sys.path if p)
-        process = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-c", "from kvrep.testing.crashcheck import _work; _work()", str(self._folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env={**os.environ, "PYTHONPATH": paths},
         )
+        self._ask(self._check, START_S)
+
+    def _ask(self, question: object, timeout_s: float) -> str | None:
+        """Send something to the process and wait for its answer; ``EOFError`` if it ends, or was made to."""
+        process = self._process
+        assert process is not None
         assert process.stdin is not None
-        pickle.dump(self._check, process.stdin)
-        self._process = process
-        return process
+        assert process.stdout is not None
+        timer = threading.Timer(timeout_s, process.kill)
+        timer.name = "kvrep-crash-timer"
+        timer.start()
+        try:
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            answer: str | None = pickle.load(process.stdout)
+            return answer
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def _end(self) -> int:
+        """Close the pipes, which ends the process unless it has ended; returns its exit code."""
+        process, self._process = self._process, None
+        assert process is not None
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+        return process.wait()
 
     def close(self) -> None:
         if self._process is not None:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.close()
-            self._process.wait()
-            self._process.stdout.close()
+            self._end()
         os.close(self._stderr)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -159,6 +171,8 @@ def _work() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     check: Check = pickle.load(sys.stdin.buffer)
+    pickle.dump(None, answers)
+    answers.flush()
     while True:
         try:
             image: Image = pickle.load(sys.stdin.buffer)

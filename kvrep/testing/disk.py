@@ -159,7 +159,7 @@ class Disk:
                 yield from self._folders(node)
 
     def _parent(self, path: str) -> tuple[Folder, str]:
-        parts = path[len(self._root_path) :].strip("/").split("/")
+        parts = os.path.normpath(path)[len(self._root_path) :].strip("/").split("/")
         folder = self._root
         for part in parts[:-1]:
             node = folder.now[part]
@@ -169,7 +169,7 @@ class Disk:
         return folder, parts[-1]
 
     def _node(self, path: str) -> File | Folder:
-        if path.rstrip("/") == self._root_path:
+        if os.path.normpath(path) == self._root_path:
             return self._root
         folder, name = self._parent(path)
         return folder.now[name]
