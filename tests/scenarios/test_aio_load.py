@@ -408,16 +408,18 @@ def test_a_leader_that_was_interrupted_leaves_no_task_alone(
     """A group that was taken and not written is finished by the next leader, whom a waiting task asks for."""
 
     async def main() -> None:
-        async with kvrep.aio.open(store_path) as db:
+        async with kvrep.aio.open(store_path, flush_interval_s=60.0, ack_timeout_s=WAIT_S) as db:
             await db.put(b"k", b"v")
             committer = db._core.node.engine.committer
+            sleepers = committer._kick._cond._waiters  # type: ignore[attr-defined]
+            await until(lambda: len(sleepers) == 1, "the background thread does not rest")
             monkeypatch.setattr(committer, "kick", lambda: None)  # nobody but the test leads now
             task = asyncio.create_task(db.put(b"l", b"w"))
             await asyncio.sleep(0)
             with committer.lead:
                 assert committer._take() is not None
             monkeypatch.undo()
-            assert (await asyncio.wait_for(task, 4.0)).offset == 3
+            assert (await asyncio.wait_for(task, 10.0)).offset == 3
 
     asyncio.run(main())
 
