@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from kvrep.aio.waiting import LOOK_UP_S, LoopWaits
-from kvrep.errors import ClosedError, Error, Overloaded, again
+from kvrep.errors import ClosedError, Error, Overloaded, StaleRead, again
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.runtime.node import Node
@@ -20,6 +20,8 @@ from kvrep.storage.write import Write, complete_all
 __all__ = ["Core", "Threads"]
 
 R = TypeVar("R")
+PROBED_S = 0.005
+"""How often a read that waits for a fresher copy looks again."""
 SLOWED_S = 0.004
 """How much a task is slowed per share of the memtables' bound beyond the half: 0 to 2 ms."""
 ROOM_S, ROOM_MAX_S = 0.005, 0.25
@@ -233,14 +235,33 @@ class Core:
             raise TypeError(f"expected a Position, not {type(position).__name__}") from None
         wanted = Position(epoch, offset)
         deadline_s = time.monotonic() + timeout_s
-        while self.node.engine.view.last < offset:
-            if self.node.engine.closed or self._closing is not None:
+        node = self.node
+        while not node.reached(wanted):
+            if node.engine.closed or self._closing is not None:
                 raise self.closed_error()
             left = deadline_s - time.monotonic()
             if left <= 0:
-                raise self.node.stale(wanted, timeout_s)
-            await self._until_moved(offset, min(left, LOOK_UP_S))
-        self.node.check_history(wanted)
+                raise node.stale(wanted, timeout_s)
+            # A position of an epoch that is not here yet may need records at or below its offset.
+            await self._until_moved(max(offset, node.engine.view.last + 1), min(left, LOOK_UP_S))
+
+    async def freshen(self, max_staleness_s: float, timeout_s: float) -> None:
+        """Before a read on a follower: have it ask its primary if this copy may be too old."""
+        replaying = self.node.replaying
+        if replaying is None or replaying.staleness_s() <= max_staleness_s:
+            return
+        deadline_s = time.monotonic() + timeout_s
+        if replaying.connected:
+            await self.call(replaying.probe)
+        while (staleness_s := replaying.staleness_s()) > max_staleness_s:
+            left = deadline_s - time.monotonic()
+            if left <= 0 or not replaying.connected:
+                raise StaleRead(
+                    f"this copy may be {staleness_s:.3f} s old, {max_staleness_s:g} s are allowed",
+                    staleness_s=staleness_s,
+                    position=self.node.engine.committed_position,
+                )
+            await asyncio.sleep(min(left, PROBED_S))
 
     async def _until_moved(self, offset: int, timeout_s: float) -> None:
         waits = self.here()

@@ -62,7 +62,9 @@ class Keyspace(Generic[V]):
         """
         if at_least is not None:
             await self._core.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
-        return self._plain.get(key, default, max_staleness_s=max_staleness_s)
+        if max_staleness_s is not None:
+            await self._core.freshen(max_staleness_s, 1.0 if timeout_s is None else timeout_s)
+        return self._plain.get(key, default)
 
     def __getitem__(self, key: bytes) -> Awaitable[V]:
         """``await keyspace[key]``; ``KeyError`` if it is missing."""

@@ -9,7 +9,7 @@ from queue import Empty, Full, Queue
 from types import TracebackType
 from zlib import crc32
 
-from kvrep.cli.target import Op, Target
+from kvrep.cli.target import Op, Writer
 from kvrep.errors import (
     ClosedError,
     Error,
@@ -38,7 +38,7 @@ class BulkWriter:
 
     def __init__(
         self,
-        open_writer: Callable[[str | None], Target],
+        open_writer: Callable[[str | None], Writer],
         *,
         writers: int,
         batch_pairs: int,
@@ -124,7 +124,7 @@ class BulkWriter:
     # -- the writers' threads ----------------------------------------------------------------------
 
     def _write_all(self, queue: Queue[Batch | None]) -> None:
-        target: Target | None = None
+        target: Writer | None = None
         try:
             target = self._open_writer(None)
             while not self._failed.is_set():
@@ -142,7 +142,7 @@ class BulkWriter:
             if target is not None and self._close_writers:
                 target.close()
 
-    def _write(self, target: Target, batch: Batch) -> Target:
+    def _write(self, target: Writer, batch: Batch) -> Writer:
         """Write until it is acknowledged; returns the target to go on with."""
         give_up_s = time.monotonic() + self._retry_s
         while True:
@@ -165,7 +165,7 @@ class BulkWriter:
             return False
         return not (isinstance(error, NotPrimary) and not error.primary_address and not self._close_writers)
 
-    def _again(self, target: Target, address: str | None) -> Target:
+    def _again(self, target: Writer, address: str | None) -> Writer:
         """A fresh connection: gRPC would wait up to 5 s before it tries a broken one again."""
         if not self._close_writers:
             return target

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvrep.cli.arguments import add_security, add_target, add_timeout, count, is_address, position
+from kvrep.cli.arguments import add_security, add_target, add_timeout, count, position
 from kvrep.cli.exits import Exit, UsageError
 from kvrep.cli.forms import TEXT, add_form, form_of, pair_to_json
 from kvrep.errors import NotPrimary
@@ -61,6 +61,7 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     elif name == "put":
         parser.add_argument("key", metavar="KEY")
         parser.add_argument("value", metavar="VALUE", nargs="?", help="the value; - reads standard input")
+        parser.set_defaults(optional_last="value")
         parser.add_argument("--value-file", metavar="FILE", help="take the value from a file, byte for byte")
     elif name == "delete":
         parser.add_argument("keys", metavar="KEY", nargs="+")
@@ -104,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _get(args: argparse.Namespace) -> int:
-    from kvrep.cli.target import open_target
+    from kvrep.cli.target import open_reader
 
     form = form_of(args)
     key = form.decode(args.key)
-    target = open_target(args)
+    target = open_reader(args)
     try:
         value = target.get(args.keyspace, key, args.at_least)
     finally:
@@ -147,11 +148,9 @@ def _value(args: argparse.Namespace) -> bytes:
 
 def write(args: argparse.Namespace, ops: list[Op]) -> Position:
     """Write to TARGET; where that is a follower, once more to the primary that it names."""
-    from kvrep.cli.target import connect, open_target
+    from kvrep.cli.target import connect, open_writer
 
-    if args.create and is_address(args.target):
-        raise UsageError("--create is for a path; a running node has its store")
-    target = open_target(args, write=True, create=args.create)
+    target = open_writer(args)
     try:
         return target.write(ops)
     except NotPrimary as error:
@@ -169,7 +168,7 @@ def write(args: argparse.Namespace, ops: list[Op]) -> Position:
 
 
 def _scan(args: argparse.Namespace) -> int:
-    from kvrep.cli.target import Range, open_target
+    from kvrep.cli.target import Range, open_reader
 
     form = form_of(args)
 
@@ -184,7 +183,7 @@ def _scan(args: argparse.Namespace) -> int:
         args.reverse,
         args.limit,
     )
-    target = open_target(args)
+    target = open_reader(args)
     try:
         for chunk in target.scan(wanted, args.at_least):
             sys.stdout.write("".join(_line(args, key, value) + "\n" for key, value in chunk))

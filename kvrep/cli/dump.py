@@ -17,14 +17,14 @@ from kvrep.cli.exits import Exit, UsageError
 from kvrep.cli.forms import pair_to_json, visible
 
 if TYPE_CHECKING:
-    from kvrep.cli.target import Target
+    from kvrep.cli.target import Reader
 
 __all__ = ["configure", "run"]
 
 _EPILOG = """\
 DESTINATION is a file of JSON lines (packed if it ends in .gz), - for standard output (the default), or a
 directory (one that exists, or a name that ends in /): then each key becomes a file, with the value as its
-content. A file appears only when it is complete. Each keyspace is dumped as of one position.
+content. A JSON-lines file appears only when it is complete. Each keyspace is dumped as of one position.
 
 examples:
   kvrep dump 127.0.0.1:7401 orders.jsonl.gz --keyspace orders
@@ -37,8 +37,9 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     del name
     parser.epilog = _EPILOG
     add_target(parser)
-    parser.add_argument("destination", metavar="DESTINATION", nargs="?", default="-",
+    parser.add_argument("destination", metavar="DESTINATION", nargs="?",
                         help="JSON-lines file (also .gz), directory, or - (default)")  # fmt: skip
+    parser.set_defaults(optional_last="destination")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--keyspace", metavar="NAME", default="default", help='keyspace (default "default")')
     either.add_argument("--all", action="store_true", help="all keyspaces; lines (or folders) say which")
@@ -52,9 +53,10 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kvrep.cli.target import open_target
+    from kvrep.cli.target import open_reader
 
-    target = open_target(args)
+    args.destination = args.destination or "-"
+    target = open_reader(args)
     try:
         with Progress("dumped", None, quiet=args.quiet) as progress:
             _dump(args, target, progress)
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _dump(args: argparse.Namespace, target: Target, progress: Progress) -> None:
+def _dump(args: argparse.Namespace, target: Reader, progress: Progress) -> None:
     if args.destination == "-":
         _lines(args, target, sys.stdout, progress)
     elif args.destination.endswith("/") or Path(args.destination).is_dir():
@@ -80,7 +82,7 @@ def _dump(args: argparse.Namespace, target: Target, progress: Progress) -> None:
 
 
 def _pairs(
-    args: argparse.Namespace, target: Target, progress: Progress
+    args: argparse.Namespace, target: Reader, progress: Progress
 ) -> Iterator[tuple[str, bytes, bytes]]:
     from kvrep.cli.target import Range
 
@@ -91,7 +93,7 @@ def _pairs(
             progress.add(sum(len(key) + len(value) for key, value in chunk), len(chunk))
 
 
-def _lines(args: argparse.Namespace, target: Target, out: IO[str], progress: Progress) -> None:
+def _lines(args: argparse.Namespace, target: Reader, out: IO[str], progress: Progress) -> None:
     for keyspace, key, value in _pairs(args, target, progress):
         named = keyspace if args.all else None
         out.write(pair_to_json(key, value, keyspace=named, always_base64=args.base64) + "\n")
@@ -116,7 +118,7 @@ def _file(path: Path) -> Iterator[IO[str]]:
         raise
 
 
-def _tree(args: argparse.Namespace, target: Target, top: Path, progress: Progress) -> None:
+def _tree(args: argparse.Namespace, target: Reader, top: Path, progress: Progress) -> None:
     for keyspace, key, value in _pairs(args, target, progress):
         path = (top / keyspace if args.all else top) / _relative(key)
         try:

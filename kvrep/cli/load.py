@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
-from kvrep.cli.arguments import add_security, add_target, add_timeout, count, is_address, seconds, size
+from kvrep.cli.arguments import add_security, add_target, add_timeout, count, seconds, size
 from kvrep.cli.console import Progress, duration, megabytes, number
 from kvrep.cli.exits import Exit, UsageError
 from kvrep.cli.forms import pair_from_json
 
 if TYPE_CHECKING:
-    from kvrep.cli.target import Target
+    from kvrep.cli.target import RemoteTarget, Writer
 
 __all__ = ["configure", "run"]
 
@@ -73,8 +73,6 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 def run(args: argparse.Namespace) -> int:
     from kvrep.cli.bulk import BulkWriter
 
-    if args.create and is_address(args.target):
-        raise UsageError("--create is for a path; a running node has its store")
     items, total = _source(args)
     with (
         _writer_targets(args) as (open_writer, shared),
@@ -111,17 +109,17 @@ def _show(done: tuple[int, int], progress: Progress) -> None:
 def _writer_targets(args: argparse.Namespace) -> Iterator[tuple[Any, bool]]:
     """How a writer gets its target, and whether all writers share one (a store on disk)."""
     from kvrep.cli.arguments import security
-    from kvrep.cli.target import LocalTarget, RemoteTarget, open_target
+    from kvrep.cli.target import RemoteTarget, open_writer
 
-    first = open_target(args, write=True, create=args.create)
+    first = open_writer(args)
     try:
-        if isinstance(first, LocalTarget):
+        if not isinstance(first, RemoteTarget):
             yield (lambda _: first), True
             return
         address = _primary_of(first, args.target)
         secure = security(args)
 
-        def connect(other: str | None) -> Target:
+        def connect(other: str | None) -> Writer:
             return RemoteTarget(other or address, secure, timeout_s=args.timeout_s)
 
         yield connect, False
@@ -129,7 +127,7 @@ def _writer_targets(args: argparse.Namespace) -> Iterator[tuple[Any, bool]]:
         first.close()
 
 
-def _primary_of(node: Target, address: str) -> str:
+def _primary_of(node: RemoteTarget, address: str) -> str:
     status = node.status()
     primary = str(status["primary_address"])
     if status["role"] == "primary" or not primary:

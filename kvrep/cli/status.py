@@ -40,13 +40,13 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kvrep.cli.exits import UsageError
-    from kvrep.cli.target import open_target
+    from kvrep.cli.target import open_reader
 
     if args.watch is not None and not is_address(args.target):
         raise UsageError("--watch needs the address of a running node: a store on disk does not change")
     if args.watch is not None:
         return _watch(args)
-    target = open_target(args)
+    target = open_reader(args)
     try:
         status = target.status()
     finally:

@@ -124,7 +124,7 @@ class Home:
             if not create:
                 raise NotAStore(f"there is no store at {path}", path=str(path), hint="check the path")
             try:
-                path.mkdir(parents=True, mode=0o700)
+                _make_directory(path)
             except OSError as error:
                 raise OpenError(f"cannot create {path}: {error.strerror}") from error
         if not path.is_dir():
@@ -166,6 +166,14 @@ class Home:
         self._lock_fd = fd
 
     def close(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._lock_fd >= 0:
+            # Said aloud: a child that another thread is starting just now has the descriptor, too.
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        self.forked()
+
+    def forked(self) -> None:
+        """Let go of the descriptor and leave the lock to whoever else has it."""
         if self._lock_fd >= 0:
             fd, self._lock_fd = self._lock_fd, -1
             os.close(fd)
@@ -186,6 +194,7 @@ class Home:
             )
         for old in self.path.glob("gen-*"):
             shutil.rmtree(old)  # a creation that was interrupted: the marker is written last
+        _fsync_parent(self.path)  # the opener that made the directory may not have lived to do it
         store_id = os.urandom(16)
         self._identity.create({"store_id": store_id, "name": name or "", "promised": 0, "promised_to": b""})
         for part in ("data", "log"):
@@ -321,6 +330,22 @@ class Home:
     def switched_to(self, generation: str) -> bool:
         """After a failed :meth:`switch`: whether the next open would find ``generation`` live."""
         return bool(self._json("CURRENT").get("generation") == generation)
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and what is missing above it, each durable with its name."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, mode=0o700)
+    for made in reversed(missing):
+        _fsync_parent(made)
+
+
+def _fsync_parent(path: Path) -> None:
+    """Make the name of ``path`` durable, where its directory may be read at all."""
+    try:
+        fsync_directory(path.parent)
+    except PermissionError:
+        pass
 
 
 def _holder(raw: bytes) -> tuple[int | None, str | None]:

@@ -170,20 +170,33 @@ def test_open_and_close_do_not_block_the_loop(store_path: Path, monkeypatch: pyt
     asyncio.run(main())
 
 
+def waited_for_a_cpu() -> float:
+    """Seconds that the threads of this process were ready to run and had no CPU, all added up."""
+    total = 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            total += int((task / "schedstat").read_text().split()[1])
+        except (OSError, IndexError):
+            pass  # the thread has ended, or this kernel does not say
+    return total / 1e9
+
+
 def test_the_loop_beats_during_a_load_with_flushes(store_path: Path) -> None:
     """Under 64 writing tasks, flushes and scans, no beat of the loop is more than 50 ms late.
 
-    Three attempts, because the machine may stop a process for longer than that; a loop that is blocked by the
-    store would be blocked in each.
+    Time for which other processes had the CPUs is not counted. Three attempts, because a machine can stall in
+    ways that are not counted; a loop that the store blocks would be blocked in each.
     """
     gaps: list[float] = []
 
     async def beat(stop: asyncio.Event) -> float:
-        worst, last = 0.0, time.monotonic()
+        worst = 0.0
         while not stop.is_set():
-            await asyncio.sleep(0.002)
-            now = time.monotonic()
-            worst, last = max(worst, now - last), now
+            last, starved = time.monotonic(), waited_for_a_cpu()
+            await asyncio.sleep(0.005)
+            late = time.monotonic() - last - 0.005
+            if late > worst:
+                worst = max(worst, late - (waited_for_a_cpu() - starved))
         return worst
 
     async def load(db: kvrep.aio.Store, attempt: int) -> float:
@@ -389,20 +402,24 @@ def test_a_failed_disk_reaches_every_task(store_path: Path, monkeypatch: pytest.
     asyncio.run(main())
 
 
-def test_a_leader_that_was_interrupted_leaves_no_task_alone(store_path: Path) -> None:
+def test_a_leader_that_was_interrupted_leaves_no_task_alone(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A group that was taken and not written is finished by the next leader, whom a waiting task asks for."""
 
     async def main() -> None:
-        async with kvrep.aio.open(store_path) as db:
+        async with kvrep.aio.open(store_path, flush_interval_s=60.0, ack_timeout_s=WAIT_S) as db:
             await db.put(b"k", b"v")
             committer = db._core.node.engine.committer
-            with held(committer.lead) as free:
-                task = asyncio.create_task(db.put(b"l", b"w"))
-                await asyncio.sleep(0.01)
+            sleepers = committer._kick._cond._waiters  # type: ignore[attr-defined]
+            await until(lambda: len(sleepers) == 1, "the background thread does not rest")
+            monkeypatch.setattr(committer, "kick", lambda: None)  # nobody but the test leads now
+            task = asyncio.create_task(db.put(b"l", b"w"))
+            await asyncio.sleep(0)
+            with committer.lead:
                 assert committer._take() is not None
-                committer._kick.clear()
-                free.set()
-            assert (await asyncio.wait_for(task, WAIT_S)).offset == 3
+            monkeypatch.undo()
+            assert (await asyncio.wait_for(task, 10.0)).offset == 3
 
     asyncio.run(main())
 

@@ -120,7 +120,7 @@ def test_close_is_idempotent_and_ends_every_use(store_path: Path) -> None:
 
     async def main() -> None:
         db = await kvrep.aio.open(store_path)
-        await db.put(b"k", b"v")
+        later = kvrep.Position((await db.put(b"k", b"v")).epoch, 10_000)
         await asyncio.gather(db.close(), db.close(), db.close())
         await db.close()
         uses: list[Callable[[], Awaitable[Any]]] = [
@@ -130,7 +130,7 @@ def test_close_is_idempotent_and_ends_every_use(store_path: Path) -> None:
             db.count,
             db.flush,
             db.clear,
-            lambda: db.wait_for(kvrep.Position(1, 10_000)),
+            lambda: db.wait_for(later),
             lambda: anext(aiter(db.scan())),  # type: ignore[arg-type]
             lambda: db.snapshot().__aenter__(),
         ]
@@ -452,7 +452,9 @@ def test_waiting_for_a_position(store_path: Path) -> None:
         with pytest.raises(kvrep.StaleRead):
             await db.get(b"a", at_least=kvrep.Position(position.epoch, 999), timeout_s=0.01)
         with pytest.raises(kvrep.RolledBack):
-            await db.wait_for(kvrep.Position(position.epoch + 1, 1))
+            await db.wait_for(kvrep.Position(position.epoch - 1000, 2))
+        with pytest.raises(kvrep.StaleRead):  # of an epoch that this node may still hear of
+            await db.wait_for(kvrep.Position(position.epoch + 1000, 1), timeout_s=0.01)
         with pytest.raises(TypeError):
             await db.wait_for(None)  # type: ignore[arg-type]
         assert not db._core._watches

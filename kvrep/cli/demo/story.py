@@ -47,6 +47,7 @@ class Demo:
         self.loads: list[Load] = []
         self.written: list[Batch] = []
         """Batches that are known to be committed: acknowledged, or found after the crash."""
+        self.more_files = 0
         self.unknown = {"writes": 0, "committed": 0, "absent": 0}
         self.killed_s = 0.0
         self.recovery_s = 0.0
@@ -85,11 +86,9 @@ class Demo:
             follower.wait_ready()
         wait_writable(self.primary.address, self.screen.tick)
         self.lag.start(self.primary.address)
-        where = ", ".join(f"{node.name} at {node.address}" for node in self.nodes)
-        self.say(f"three nodes, each a process with a store of its own: {where}")
-        self.say(
-            f"with acks={self.args.acks} a write returns when it is on the disks of {_disks(self.args.acks)}"
-        )
+        where = ", ".join(f"{node.name} {node.address}" for node in self.nodes)
+        self.say(f"three processes, a the primary: {where}")
+        self.say(f"acks={self.args.acks}: a write returns when on the disks of {_disks(self.args.acks)}")
 
     def load_and_kill_primary(self) -> None:
         """Load until half of the files are acknowledged; the writer that sees it kills the primary."""
@@ -121,7 +120,8 @@ class Demo:
             position = primary.write(next_batch.ops())
             self.recovery_s = time.monotonic() - self.killed_s
             self.say(f"primary is back; first acknowledged write {duration(self.recovery_s)} after the kill")
-            self.written += [next_batch, *before.acknowledged]
+            self.written += before.acknowledged
+            self._count([next_batch])
 
             expected = {file.key: file.path for batch in before.acknowledged for file in batch.files}
             found, wrong = compare_with_files(primary, expected, exact=False, tick=self.screen.tick)
@@ -157,6 +157,7 @@ class Demo:
             nodes = {n.name: stack.enter_context(RemoteTarget(n.address, timeout_s=30.0)) for n in self.nodes}
             self.check("digests", *equal_digests(nodes, self.screen.tick))
             for name, node in nodes.items():
+                self.step = f"verifying: reading node {name}"
                 equal, wrong = compare_with_files(node, files, exact=True, tick=self.screen.tick)
                 detail = f"{number(equal)} of {number(len(files))} files are equal, byte for byte"
                 self.check(f"node {name} against the files", not wrong, "; ".join([detail, *wrong[:3]]))
@@ -207,7 +208,7 @@ class Demo:
     def _settle(self, primary: RemoteTarget, load: Load, position: Any) -> None:
         """Find out what became of the writes without an answer; what is absent is written again."""
         resolved = resolve(primary, load.unknown, position, self.screen.tick)
-        self.written += resolved.committed
+        self._count(resolved.committed)
         self.batches.extend(resolved.absent + resolved.torn)
         self.unknown["writes"] += len(load.unknown)
         self.unknown["committed"] += len(resolved.committed)
@@ -215,8 +216,8 @@ class Demo:
         self.check(
             "no write was torn",
             not resolved.torn,
-            f"of {len(load.unknown)} unknown outcomes {len(resolved.committed)} were committed,"
-            f" {len(resolved.absent)} were not (written again), {len(resolved.torn)} in part",
+            f"of {len(load.unknown)} unknown outcomes {len(resolved.committed)} committed,"
+            f" {len(resolved.absent)} absent (written again), {len(resolved.torn)} in part",
         )
 
     # -- what is shown -----------------------------------------------------------------------------
@@ -232,15 +233,22 @@ class Demo:
     def _red(self, text: str) -> str:
         return style(text, "red", "bold", stream=self.screen.stream)
 
-    def _done(self) -> tuple[int, int]:
-        """(files, bytes) acknowledged so far."""
-        return sum(load.files for load in self.loads), sum(load.size for load in self.loads)
+    def _count(self, batches: list[Batch]) -> None:
+        """Note batches that are committed, but in no load's count."""
+        self.written += batches
+        self.more_files += sum(len(batch.files) for batch in batches)
+
+    def _progress(self) -> tuple[float, str]:
+        """How much is written: as a share, and in words."""
+        files = self.more_files + sum(load.files for load in self.loads)
+        size = sum(load.size for load in self.loads)
+        return files / len(
+            self.files
+        ), f"{number(files)} of {number(len(self.files))} files, {megabytes(size)}"
 
     def _block(self) -> list[str]:
         """What is redrawn on a terminal."""
-        files, size = self._done()
-        share = files / max(1, len(self.files))
-        progress = f"{number(files)} of {number(len(self.files))} files, {megabytes(size)}"
+        share, progress = self._progress()
         return [
             "",
             f"{self.step}, {time.monotonic() - self.began_s:.0f} s",
@@ -250,15 +258,14 @@ class Demo:
 
     def _line(self) -> str:
         """What is printed now and then elsewhere."""
-        files, size = self._done()
-        progress = f"{number(files)} of {number(len(self.files))} files, {megabytes(size)}"
+        _, progress = self._progress()
         return f"{time.monotonic() - self.began_s:5.1f} s  {self.step}: {progress}; {self.lag.line()}"
 
     def result(self) -> dict[str, Any]:
         """What was measured and what was checked; times are seconds."""
         latencies = [s for load in self.loads for s in load.latencies_s]
         percentiles = quantiles(latencies, n=100) if len(latencies) > 1 else [0.0] * 99
-        size = self._done()[1]
+        size = sum(load.size for load in self.loads)
         return {
             "ok": self.report.ok,
             "acks": self.args.acks,
@@ -284,7 +291,7 @@ class Demo:
         r = self.result()
         writes = f"{number(r['writes'])} writes of up to {self.args.batch_files} files"
         lag = f"{number(r['worst_lag_records'])} records, {megabytes(r['worst_lag_bytes'])}"
-        unknown = "{writes} writes had no answer: {committed} were committed, {absent} were not".format(
+        unknown = "{writes} writes had no answer: {committed} committed, {absent} absent".format(
             **self.unknown
         )
         passed = f"{sum(c.ok for c in self.report.checks)} of {len(self.report.checks)} checks passed"
