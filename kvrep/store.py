@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -15,6 +16,7 @@ from kvrep.model.record import DEFAULT_KEYSPACE
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
+from kvrep.runtime.promoting import Force
 from kvrep.status import Outcome, Status
 
 __all__ = ["Store", "open"]
@@ -139,15 +141,28 @@ class Store(Keyspace[bytes]):
         self._node.engine.need_unforked()
         return self._node.status()
 
-    def promote(self, *, timeout_s: float = 10.0) -> Position:
+    def promote(
+        self,
+        *,
+        force: bool = False,
+        voters: Sequence[str] = (),
+        acks: Acks | None = None,
+        timeout_s: float = 10.0,
+    ) -> Position:
         """Make this node the primary of its group; safe by itself.
 
         It asks the other voters, collects the promises of so many that they meet every set that can have
         acknowledged a write, takes over what it lacks, and begins a new epoch. Raises
         :class:`UnsafePromotion` that names who did not answer and what could be lost; nothing changes then.
         Returns the position at which reads stand. On a node that is primary already, nothing happens.
+
+        ``force`` goes on without the missing promises: what only they acknowledged is lost (they save it to
+        rescue files when they come back). It begins a new branch of the history with a new configuration:
+        ``voters`` (names; this node alone if empty) and ``acks``.
         """
-        self._node.roles.promote(timeout_s)
+        if not force and (voters or acks is not None):
+            raise ValueError("voters and acks are for force=True; else use reconfigure()")
+        self._node.roles.promote(timeout_s, Force(voters=tuple(voters), acks=acks) if force else None)
         return self.position
 
     def follow(self, address: str) -> None:

@@ -158,23 +158,34 @@ class Node:
         known = max(engine.home.promised_epoch, engine.epochs.last_epoch, seen)
         return epoch_after(known, voter.member if voter is not None else 1)
 
-    def begin_epoch(self, epoch: int, *, fenced: tuple[bytes, ...], unfenced: bool = False) -> Write:
-        """Promise ``epoch`` to ourselves, durably, and order its first record."""
+    def begin_epoch(
+        self,
+        epoch: int,
+        *,
+        fenced: tuple[bytes, ...],
+        unfenced: bool = False,
+        forced: Configuration | None = None,
+    ) -> Write:
+        """Promise ``epoch`` to ourselves, durably, and order its first record.
+
+        ``forced`` replaces the configuration and begins a new branch: the two histories never join silently.
+        """
         engine = self.engine
         if not engine.home.promise(epoch, engine.home.store_id):
             raise Error(f"epoch {epoch} is below what this node has promised")
-        configuration = engine.configuration
+        configuration = engine.configuration if forced is None else forced
         if not configuration.voters:
             configuration = self.first_configuration()
         payload = {
             "lineage": engine.home.lineage,
-            "branch": engine.branch or engine.home.lineage,
+            "branch": os.urandom(16) if forced is not None else engine.branch or engine.home.lineage,
             "configuration": configuration.to_wire(),
             "promoter": engine.home.store_id,
             "name": engine.home.name,
             "address": self.address,
             "fenced": list(fenced),
             "unfenced": unfenced,
+            "forced": forced is not None,
         }
         self.ack_timeout_s = configuration.ack_timeout_s
         return engine.start_epoch(epoch, payload)

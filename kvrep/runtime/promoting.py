@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, UnsafePromotion
-from kvrep.model.configuration import Configuration, Voter
-from kvrep.model.position import EpochTable, Position
+from kvrep.model.configuration import Acks, Configuration, Voter
+from kvrep.model.position import EpochTable, Position, epoch_after
 from kvrep.replication.messages import Promise
 from kvrep.replication.promotion import Promotion
 
@@ -30,6 +30,16 @@ log = logging.getLogger("kvrep.replication")
 ASK_TIMEOUT_S = 2.0
 ATTEMPTS_MAX = 3
 FETCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Force:
+    """Promote without the promises it would take, knowing that acknowledged writes may be lost."""
+
+    voters: tuple[str, ...] = ()
+    """Names of those who vote from then on, this node included; empty: this node alone."""
+    acks: Acks | None = None
+    """The ack rule from then on; ``None`` keeps it, unless this node is alone: then 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class Peer:
 # -- the side that asks --------------------------------------------------------------------------------
 
 
-def promote(roles: Roles, deadline_s: float) -> int:
+def promote(roles: Roles, deadline_s: float, force: Force | None = None) -> int:
     """Make this node primary; returns the epoch.
 
     Raises :class:`UnsafePromotion` that names who is missing and what could be lost; then nothing changed,
@@ -59,6 +69,8 @@ def promote(roles: Roles, deadline_s: float) -> int:
     engine = node.engine
     home = engine.home
     effective, proposed = engine.configurations_in_force()
+    if force is not None:
+        return _promote_by_force(roles, effective, force, deadline_s)
     me = effective.voter(home.store_id) or (proposed[1].voter(home.store_id) if proposed else None)
     if me is None or me.witness:
         raise UnsafePromotion(
@@ -104,6 +116,40 @@ def promote(roles: Roles, deadline_s: float) -> int:
     )
 
 
+def _promote_by_force(roles: Roles, effective: Configuration, force: Force, deadline_s: float) -> int:
+    """Take what promises and records can be had, and begin a new branch under a new configuration."""
+    node = roles.node
+    configuration = _forced_configuration(node, effective, force)
+    peers = ask_all(roles, "standing", {}, deadline_s)
+    me = configuration.voter(node.engine.home.store_id)
+    assert me is not None
+    seen = max([node.next_epoch(), *(max(p.promise.epoch, p.promise.last.epoch) for p in peers)])
+    epoch = epoch_after(seen, me.member)
+    with roles.standing_still():
+        promotion = _collect(roles, effective, (), epoch, deadline_s)
+        _fetch_all(roles, promotion, deadline_s, complete=False)
+        missing = ", ".join(promotion.missing)
+        log.warning("%s: promoted by force in epoch %d, without the promises of: %s",
+                    node.label, epoch, missing or "nobody")  # fmt: skip
+        roles.take_over(epoch, promotion.promised, configuration)
+    return epoch
+
+
+def _forced_configuration(node: Node, effective: Configuration, force: Force) -> Configuration:
+    """The configuration that the forced epoch starts with; ``ValueError`` for names that are no voters."""
+    home = node.engine.home
+    if effective.voter(home.store_id) is None:
+        effective = effective.with_voter(home.store_id, home.name, node.address)
+    names = set(force.voters) | {home.name}
+    unknown = names - {v.name for v in effective.voters}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: not voters; they are"
+                         f" {', '.join(v.name for v in effective.voters)}")  # fmt: skip
+    voters = tuple(v for v in effective.voters if v.name in names)
+    acks = force.acks if force.acks is not None else (effective.acks if len(voters) > 1 else 0)
+    return replace(effective, voters=voters, acks=acks)
+
+
 def _promotion(
     node: Node, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, peers: list[Peer]
 ) -> Promotion:
@@ -145,7 +191,7 @@ def ask_all(roles: Roles, method: str, request: Mapping[str, Any], deadline_s: f
             answer = roles.call(voter.address, method, request, min(ASK_TIMEOUT_S, deadline_s - time.monotonic()))
             peer = _peer(voter, answer)
         except (Error, ValueError) as error:
-            log.info("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
+            log.debug("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
             return
         with lock:
             found.append(peer)
@@ -196,7 +242,7 @@ def _unsafe(node: Node, promotion: Promotion, *, answered: int) -> UnsafePromoti
     )
 
 
-def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float) -> None:
+def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float, *, complete: bool = True) -> None:
     """Make our log equal to the best one among those that promised."""
     node = roles.node
     engine = node.engine
@@ -223,7 +269,7 @@ def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float) -> None:
         for _, configuration in engine.configurations[-2:]:
             if configuration.voters:
                 promotion.learned(configuration)
-        if not promotion.enough:
+        if complete and not promotion.enough:
             raise _unsafe(node, promotion, answered=len(promotion.promised))
 
 

@@ -21,9 +21,9 @@ from kvrep.errors import (
     PeerUnavailable,
     UnsafePromotion,
 )
-from kvrep.model.configuration import Voter
+from kvrep.model.configuration import Configuration, Voter
 from kvrep.replication.messages import SlotState
-from kvrep.runtime.promoting import ask_all, promote
+from kvrep.runtime.promoting import Force, ask_all, promote
 from kvrep.runtime.replaying import Replaying
 from kvrep.runtime.shipping import Shipping
 
@@ -50,7 +50,7 @@ class Roles:
 
     # -- roles -------------------------------------------------------------------------------------
 
-    def promote(self, timeout_s: float) -> int:
+    def promote(self, timeout_s: float, force: Force | None = None) -> int:
         """Become primary; see :func:`kvrep.runtime.promoting.promote`. Returns the epoch."""
         node = self.node
         deadline = time.monotonic() + timeout_s
@@ -64,7 +64,7 @@ class Roles:
             if node.shipping is None and node.replaying is None:
                 raise NotPrimary("this store is not part of a group; it takes writes as it is",
                                  primary_address=None, epoch=None)  # fmt: skip
-            return promote(self, deadline)
+            return promote(self, deadline, force)
         finally:
             self.lock.release()
 
@@ -99,7 +99,7 @@ class Roles:
             if replaying is not None and not node.closing:
                 self._start_following(sources)
 
-    def take_over(self, epoch: int, fenced: tuple[bytes, ...]) -> None:
+    def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None = None) -> None:
         """The promotion succeeded: be primary in ``epoch``."""
         node = self.node
         heard: tuple[SlotState, ...] = node.replaying.slots if node.replaying is not None else ()
@@ -116,7 +116,7 @@ class Roles:
                     voter.store_id, name=voter.name, address=voter.address, voter=True, acked=slot.acked
                 )
         node.shipping, node.replaying = shipping, None
-        shipping.take_over(epoch, fenced)
+        shipping.take_over(epoch, fenced, forced)
         log.info("%s: promoted, epoch %d", node.label, epoch)
 
     def _start_following(self, sources: tuple[str, ...]) -> None:
@@ -171,11 +171,14 @@ class Roles:
                     self._look()
                 except Error as error:
                     log.info("%s: looking for the primary: %s", self.node.label, error)
-                self._stop.wait(SEEK_INTERVAL_S)
+                shipping = self.node.shipping
+                leading = shipping is not None and shipping.leading
+                self._stop.wait(10 * SEEK_INTERVAL_S if leading else SEEK_INTERVAL_S)
 
     def _unsettled(self) -> bool:
+        """Whether another primary may be about: this one is none, was fenced, or went on without promises."""
         shipping = self.node.shipping
-        return shipping is not None and not shipping.leading
+        return shipping is not None and not (shipping.leading and (shipping.fenced or shipping.forced))
 
     def _look(self) -> None:
         """Ask the voters we know; follow one that is primary in a newer epoch than ours."""

@@ -193,6 +193,7 @@ class FollowerSession:
             name=engine.home.name,
             lineage=engine.home.lineage,
             branch=engine.branch,
+            ancestors=tuple(branch for _, branch in engine.branches[:-1]),
             epoch=shipping.epoch,
             fenced=shipping.fenced,
             first=log.first,

@@ -139,10 +139,11 @@ class Shipping:
         """Whether this node's epoch has begun and no higher one is known."""
         return self._open and not self._superseded_by
 
-    def take_over(self, epoch: int, fenced: tuple[bytes, ...]) -> None:
-        """Be primary in ``epoch``, which ``fenced`` have promised."""
+    def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None) -> None:
+        """Be primary in ``epoch``, which ``fenced`` have promised; ``forced`` is the configuration from then on."""
         self._hook()
-        self._begin(epoch, fenced, unfenced=False)
+        self.forced = forced is not None
+        self._begin(epoch, fenced, unfenced=forced is not None, forced=forced)
 
     def promised_away(self, epoch: int, address: str) -> None:
         """This node itself has promised ``epoch`` to the node at ``address``: nothing is acknowledged any
@@ -303,10 +304,17 @@ class Shipping:
         log.warning("%s: goes on without the promises of %s", self.node.label, ", ".join(promotion.missing))
         self._begin(promotion.epoch, promotion.promised, unfenced=True)
 
-    def _begin(self, epoch: int, fenced: tuple[bytes, ...], *, unfenced: bool) -> None:
+    def _begin(
+        self,
+        epoch: int,
+        fenced: tuple[bytes, ...],
+        *,
+        unfenced: bool,
+        forced: Configuration | None = None,
+    ) -> None:
         engine = self.engine
         committer = engine.committer
-        effective, proposed = self.engine.configurations_in_force()
+        effective, proposed = (forced, None) if forced is not None else engine.configurations_in_force()
         tracker = CommitTracker(
             effective if effective.voters else self.node.first_configuration(),
             engine.home.store_id,
@@ -320,7 +328,7 @@ class Shipping:
             self.epoch = epoch
         committer.rule = self._rule
         engine.on_configuration = self._on_configuration
-        write = self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced)
+        write = self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced, forced=forced)
         with self._lock:
             self._problem = ""
             self._open = True

@@ -87,7 +87,8 @@ class Engine:
             (tree.state.configured_at, tree.state.configuration)
         ]
         """Configurations by the offset of their record, oldest first; the last one is in force."""
-        self.branch = tree.state.branch
+        self.branches: list[tuple[int, bytes]] = list(tree.state.branches)
+        """(first offset, id) of every branch of the log; the last one is in force. A forced promotion begins one."""
         self.view = View(tree, keyspaces_max=options.keyspaces_max)
         self.committer: Committer
         self.flusher: Flusher
@@ -243,7 +244,7 @@ class Engine:
         if record.kind == Kind.EPOCH:
             if record.epoch > self.epochs.last_epoch:
                 self.epochs = self.epochs.with_epoch(record.epoch, record.offset)
-            self.branch = payload["branch"]
+            self._note_branch(record.offset, payload["branch"])
             payload = payload["configuration"]
         elif record.kind != Kind.CONFIGURATION:
             raise ProtocolError(
@@ -284,6 +285,15 @@ class Engine:
             return newest, None
         return distinct[-2][1], (offset, newest)
 
+    @property
+    def branch(self) -> bytes:
+        """The branch of this history; empty before the first epoch."""
+        return self.branches[-1][1] if self.branches else b""
+
+    def _note_branch(self, offset: int, branch: bytes) -> None:
+        if branch != self.branch:
+            self.branches.append((offset, branch))
+
     def reset_hooks(self) -> None:
         """Forget what a primary's replication asked for."""
         self.keep_from = lambda: self.tree.state.applied.offset + 1
@@ -313,7 +323,7 @@ class Engine:
             committer.epoch = epoch
             offset = self.tail.offset + 1
             self.epochs = self.epochs.with_epoch(epoch, offset)
-            self.branch = payload["branch"]
+            self._note_branch(offset, payload["branch"])
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
         committer.kick()
         return write
@@ -437,6 +447,7 @@ class Engine:
             if self.view.last > to:
                 self._rebuild_view(applied, to)
             self.epochs = self.epochs.cut(to)
+            self.branches = [b for b in self.branches if b[0] <= to]
             self.configurations = [c for c in self.configurations if c[0] <= to] or self.configurations[:1]
         for record in dropped:
             if type(record) is Write:
@@ -514,7 +525,7 @@ class Engine:
                 self.unverified = True
                 view = self.view.succeed(tree)
                 self.tree = tree
-                self.epochs, self.branch = state.epochs, state.branch
+                self.epochs, self.branches = state.epochs, list(state.branches)
                 self.configurations = [(state.configured_at, state.configuration)]
                 dropped = committer.replace(fresh_log, view, state.applied.offset)
                 flusher.replace(view, tree)
@@ -567,7 +578,7 @@ class Engine:
         state.logged_in = self._copy_id
         state.epochs = self.epochs.cut(last)
         state.configured_at, state.configuration = self.configuration_at(last)
-        state.branch = self.branch
+        state.branches = [b for b in self.branches if b[0] <= last]
         if newest.mark is not None:
             self._compare(state, newest)
 

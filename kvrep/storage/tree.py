@@ -44,7 +44,8 @@ class State:
     configuration: Configuration = field(default_factory=Configuration)
     configured_at: int = 0
     """The offset of the record that made the configuration."""
-    branch: bytes = b""
+    branches: list[tuple[int, bytes]] = field(default_factory=list)
+    """(offset of the epoch start that began it, id) of every branch of this history; the last one is ours."""
     digests: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     mark: int = 0
@@ -65,7 +66,7 @@ class State:
                 "epochs": list(self.epochs),
                 "configuration": self.configuration.to_wire(),
                 "configured_at": self.configured_at,
-                "branch": self.branch,
+                "branches": self.branches,
                 "digests": _digests_out(self.digests),
                 "counts": self.counts,
                 "mark": self.mark,
@@ -85,7 +86,7 @@ class State:
             epochs=EpochTable((e, f) for e, f in raw["epochs"]),
             configuration=Configuration.from_wire(raw["configuration"]),
             configured_at=raw["configured_at"],
-            branch=raw["branch"],
+            branches=[(o, b) for o, b in raw.get("branches", [(0, raw.get("branch", b""))])],
             digests=digests_in(raw["digests"]),
             counts=raw["counts"],
             mark=raw["mark"],
@@ -94,6 +95,10 @@ class State:
             diverged=raw["diverged"],
             logged_in=raw.get("logged_in", ""),
         )
+
+    @property
+    def branch(self) -> bytes:
+        return self.branches[-1][1] if self.branches else b""
 
     def copy(self) -> State:
         return State.unpack(self.pack())
