@@ -167,10 +167,13 @@ class Demo:
         """Leave no process and no thread behind, however the story ended."""
         for load in self.loads:
             load.ask_to_end()
-        for node in self.nodes:
-            node.ask_to_stop()
-        for node in self.nodes:
-            node.reap()
+        # The primary first: writes that wait for an ack still get it.
+        self.primary.ask_to_stop()
+        self.primary.reap()
+        for follower in self.followers:
+            follower.ask_to_stop()
+        for follower in self.followers:
+            follower.reap()
         for load in self.loads:
             load.join()
         self.lag.stop()
