@@ -283,14 +283,24 @@ class Spool:
             end = min(total, (index + 1) * CHUNK_BYTES_MAX)
             self._wait_for(end)
             data = os.pread(self._fd, end - at, at)
-            # The checksum of a whole chunk is older than the file: it shows what the disk did to it, too.
-            check = self._crcs[index] if at % CHUNK_BYTES_MAX == 0 else crc32(data)
+            check = crc32(data)
+            if at % CHUNK_BYTES_MAX == 0 and check != self._crcs[index]:
+                self._damaged(at)
             yield SnapshotChunk(offset=at, data=data, crc32=check)
             at += len(data)
         with self._changed:
             while not self._whole:  # the last chunk is there; whether LMDB was content with it, too?
                 self._raise_error()
                 self._changed.wait(1.0)
+
+    def _damaged(self, at: int) -> None:
+        """The file does not hold what LMDB wrote into it: nobody may go on with this copy."""
+        error = ReplicationError(f"the spooled copy is damaged at byte {at}")
+        log.error("%s: %s", self.path, error.message)
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+            self._raise_error()
 
     def _wait_for(self, end: int) -> None:
         if self._written >= end and self._error is None:

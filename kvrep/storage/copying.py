@@ -136,18 +136,18 @@ class PinnedState:
     def of(self, tree: Tree) -> bool:
         return self._tree is tree
 
-    def differing(self, breathe: Callable[[], None]) -> list[str]:
-        """The keyspaces whose pairs do not add up to the digest and count on record.
+    def differing(self, breathe: Callable[[], None]) -> dict[str, tuple[int, int]]:
+        """How far off the digest and count on record are, for each keyspace where they are.
 
         Reads everything; ``breathe`` is called every few hundred pairs and may raise to end it.
         """
-        state = self.state
-        return [
-            name
-            for name in self._names
-            if self._tree.digest(name, breathe, self._txn)
-            != (state.digests.get(name, 0), state.counts.get(name, 0))
-        ]
+        state, wrong = self.state, {}
+        for name in self._names:
+            digest, count = self._tree.digest(name, breathe, self._txn)
+            off = (digest - state.digests.get(name, 0), count - state.counts.get(name, 0))
+            if off != (0, 0):
+                wrong[name] = off
+        return wrong
 
     def close(self) -> None:
         txn, self._txn = self._txn, None

@@ -39,7 +39,7 @@ from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record
 from kvrep.options import Options
 from kvrep.storage.committer import Committer
 from kvrep.storage.copying import PinnedState
-from kvrep.storage.digest import Hasher
+from kvrep.storage.digest import DIGEST_MODULUS, Hasher
 from kvrep.storage.flusher import Flusher
 from kvrep.storage.home import COPY, Home
 from kvrep.storage.log import Run, Tail
@@ -485,8 +485,11 @@ class Engine:
         with self.flusher.hold:
             return PinnedState(self.tree)
 
-    def verified(self, pinned: PinnedState, differing: list[str]) -> None:
-        """A received copy was compared with its digests."""
+    def verified(self, pinned: PinnedState, differing: dict[str, tuple[int, int]]) -> None:
+        """A received copy was compared with its digests, and these are off by so much.
+
+        They are put right: from now on they tell what is really here, and later marks show the difference, too.
+        """
         at = pinned.state.applied.offset
         with self.flusher.hold:
             if not pinned.of(self.tree):
@@ -498,6 +501,10 @@ class Engine:
                 (self.home.generation / COPY).unlink(missing_ok=True)
             elif not state.diverged:
                 state.diverged = at
+            for name, (digest, count) in differing.items():
+                for digests in (state.digests, state.mark_digests):
+                    digests[name] = (digests.get(name, 0) + digest) % DIGEST_MODULUS
+                state.counts[name] = state.counts.get(name, 0) + count
         if differing:
             log.error("%s: keyspaces %s of the copy received at record %d differ from their digests",
                       self.home.path, ", ".join(differing), at)  # fmt: skip

@@ -31,6 +31,8 @@ __all__ = ["Demo", "tell"]
 
 DISK_FACTOR = 8
 """Three nodes keep a log and LMDB each, and log files are allocated ahead."""
+BATCHES_MIN = 16
+"""So that there is a middle of the load to kill the primary in."""
 ALLOCATED_BYTES = 3 * 2 * (64 << 20)
 
 
@@ -41,7 +43,8 @@ class Demo:
         self.args = args
         self.files = find_files(Path(args.data) if args.data else None, args.files)
         self.size = sum(file.size for file in self.files)
-        self.batches = deque(batches_of(self.files, args.batch_files))
+        self.batch_files = max(1, min(args.batch_files, len(self.files) // BATCHES_MIN))
+        self.batches = deque(batches_of(self.files, self.batch_files))
         self.primary = Node("a", folder, "--acks", str(args.acks))
         self.followers = [Node("b", folder), Node("c", folder)]
         self.loads: list[Load] = []
@@ -102,11 +105,9 @@ class Demo:
         load = self._load(kill_at_half, at_limit=self._kill_primary)
         self.lag.stop()
         self.primary.reap()
-        self.say(
-            f"{self._red('primary killed')} (SIGKILL) after {number(load.files)} acknowledged files;"
-            f" {len(load.unknown)} writes were under way"
-        )
-        self.check("killed in mid-load", bool(load.waiting), f"{len(load.waiting)} writes were still to come")
+        self.say(f"{self._red('primary killed')} (SIGKILL) after {number(load.files)} acknowledged files")
+        left = f"{len(load.unknown)} writes were under way, {len(load.waiting)} still to come"
+        self.check("killed in mid-load", bool(load.waiting or load.unknown), left)
 
     def restart_primary(self) -> None:
         """Every acknowledged write must be there; each unknown one wholly there, or wholly absent."""
@@ -166,10 +167,13 @@ class Demo:
         """Leave no process and no thread behind, however the story ended."""
         for load in self.loads:
             load.ask_to_end()
-        for node in self.nodes:
-            node.ask_to_stop()
-        for node in self.nodes:
-            node.reap()
+        # The primary first: writes that wait for an ack still get it.
+        self.primary.ask_to_stop()
+        self.primary.reap()
+        for follower in self.followers:
+            follower.ask_to_stop()
+        for follower in self.followers:
+            follower.reap()
         for load in self.loads:
             load.join()
         self.lag.stop()
@@ -289,7 +293,7 @@ class Demo:
     def final_block(self) -> list[str]:
         """The result for people."""
         r = self.result()
-        writes = f"{number(r['writes'])} writes of up to {self.args.batch_files} files"
+        writes = f"{number(r['writes'])} writes of up to {self.batch_files} files"
         lag = f"{number(r['worst_lag_records'])} records, {megabytes(r['worst_lag_bytes'])}"
         unknown = "{writes} writes had no answer: {committed} committed, {absent} absent".format(
             **self.unknown
@@ -339,8 +343,11 @@ def tell(args: argparse.Namespace) -> int:
 
 
 def _check_possible(demo: Demo, folder: Path) -> None:
-    if not demo.files:
-        raise DemoFailed("there are no files to load", hint="name a directory with --data")
+    if len(demo.files) < BATCHES_MIN:
+        raise DemoFailed(
+            f"there are {len(demo.files)} files to load, it takes {BATCHES_MIN} at least",
+            hint="name another directory with --data, or raise --files",
+        )
     needed = DISK_FACTOR * demo.size + ALLOCATED_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
