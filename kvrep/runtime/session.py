@@ -195,7 +195,7 @@ class FollowerSession:
             branch=engine.branch,
             ancestors=tuple(branch for _, branch in engine.branches[:-1]),
             epoch=shipping.epoch,
-            fenced=shipping.fenced,
+            fenced=shipping.fenced or shipping.forced,
             first=log.first,
             last=log.tail.offset,
             epochs=engine.epochs,

@@ -105,6 +105,16 @@ class Shipping:
         engine.writable = self._check_writable
         engine.keep_from = self._keep_from
         engine.on_tick = self._tick
+        engine.flush_limit = self._flush_limit
+
+    def _flush_limit(self) -> int | None:
+        """In asynchronous mode, what no voter has confirmed stays out of LMDB for a while: should another node
+        be promoted, this one can cut its log instead of fetching a whole copy. ``None``: no such limit."""
+        configuration = self.engine.configuration
+        if configuration.synchronous or configuration.data_voters < 2:
+            return None
+        others = (v.store_id for v in configuration.voters if v.store_id != self.engine.home.store_id)
+        return max((slot.acked for i in others if (slot := self.slots.get(i)) is not None), default=0)
 
     def _become(self, seen: int) -> None:
         """Ask for promises of an epoch above ``seen``; begin at once where nobody has to be asked."""

@@ -299,7 +299,7 @@ class Engine:
         self.keep_from = lambda: self.tree.state.applied.offset + 1
         self.on_configuration = lambda offset, configuration: None
         self.on_tick = lambda: None
-        self.on_tick = lambda: None
+        self.flush_limit = lambda: None
         self.view.withheld = None
 
     def position_at(self, offset: int) -> Position:

@@ -19,6 +19,8 @@ log = logging.getLogger("kvrep.storage")
 SLICE = 128
 TICK_S = 0.5
 RETRY_S = 0.25
+HELD_BACK_MAX = 0.25
+"""The share of the memory for unflushed writes up to which those that no voter has are kept out of LMDB."""
 BREATH_S = 0.00002
 
 
@@ -160,8 +162,9 @@ class Flusher:
         asked = self._asked
         wanted = asked > self._answered
         if wanted or self._due():
-            self._before()
-            self.view.rotate()
+            if wanted or not self._held_back():
+                self._before()
+                self.view.rotate()
             target = self.view.last
             # Not "while there are older tables": a scan may join one of them with newer writes meanwhile.
             while self.tree.state.applied.offset < target and not self._stop:
@@ -173,6 +176,10 @@ class Flusher:
                     self._changed.notify_all()
         elif any(t.mark is not None for t in self.view.tables[1:]):
             self._flush_some()
+
+    def _held_back(self) -> bool:
+        """Whether the cut made last still waits for an ack: another one would only add small tables."""
+        return self._limit() is not None and any(t.mark is not None for t in self.view.tables[1:])
 
     def _due(self) -> bool:
         view = self.view
@@ -202,7 +209,7 @@ class Flusher:
     def _choose(self, tables: tuple[Table, ...], everything: bool) -> tuple[Table, ...]:
         """The oldest of ``tables`` that may be flushed and for which there is room."""
         limit = None if everything else self._limit()
-        if limit is not None and self.behind < 0.75:
+        if limit is not None and self.behind < HELD_BACK_MAX:
             tables = tuple(t for t in tables if t.last <= limit)
         wanted = len(tables)
         while tables:
