@@ -77,6 +77,19 @@ def same(*stores: kvrep.Store) -> None:
             assert found == wanted, what
 
 
+def opened(path: Path, **options: Any) -> kvrep.Store:
+    """Open a store whose last owner was killed just now and may still be about to vanish."""
+
+    def attempt() -> kvrep.Store | None:
+        try:
+            return kvrep.open(path, **options)
+        except kvrep.StoreInUse:
+            return None
+
+    store: kvrep.Store = until(attempt)
+    return store
+
+
 class NodeProcess:
     """A store in another process (see replication_node.py)."""
 
@@ -213,6 +226,8 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
+            for one in (near, far):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets += [near, far]
             self._start(self._pump, near, far)

@@ -261,7 +261,7 @@ def test_a_restart_at_a_configuration_that_is_not_committed(tmp_path: Path) -> N
 
 
 def test_slots_survive_a_restart_and_keep_the_log(tmp_path: Path) -> None:
-    """What an absent follower needs is kept over restarts of the primary; it catches up without a snapshot."""
+    """What an absent follower needs is kept over restarts of the primary: no snapshot is needed."""
     options: dict[str, Any] = {
         **FAST, "log_file_bytes": 1 << 16, "retention_bytes": 0, "retention_age_s": 0,
     }  # fmt: skip
