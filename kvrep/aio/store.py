@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -193,3 +193,26 @@ class Store(Keyspace[bytes]):
     async def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
         return await self._core.call(lambda: self._sync.remove_voter(name, timeout_s=timeout_s))
+
+    async def promote(
+        self,
+        *,
+        force: bool = False,
+        voters: Sequence[str] = (),
+        acks: Acks | None = None,
+        timeout_s: float = 10.0,
+    ) -> Position:
+        """Make this node the primary of its group; see :meth:`kvrep.Store.promote`."""
+        return await self._core.call(
+            lambda: self._sync.promote(force=force, voters=voters, acks=acks, timeout_s=timeout_s)
+        )
+
+    async def follow(self, address: str) -> None:
+        """Get records from the node at ``address`` from now on; see :meth:`kvrep.Store.follow`."""
+        await self._core.call(self._sync.follow, address)
+
+    async def switchover(
+        self, to: str, *, timeout_s: float = 10.0, dry_run: bool = False
+    ) -> tuple[str, ...]:
+        """Hand over to the voter named ``to``; see :meth:`kvrep.Store.switchover`."""
+        return await self._core.call(lambda: self._sync.switchover(to, timeout_s=timeout_s, dry_run=dry_run))
