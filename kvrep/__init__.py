@@ -76,6 +76,8 @@ from kvrep.model.configuration import Configuration as Configuration
 from kvrep.model.configuration import Voter as Voter
 from kvrep.model.position import Position as Position
 from kvrep.options import Options as Options
+from kvrep.status import Event as Event
+from kvrep.status import EventKind as EventKind
 from kvrep.status import FollowerStatus as FollowerStatus
 from kvrep.status import Outcome as Outcome
 from kvrep.status import Role as Role
@@ -102,6 +104,8 @@ __all__ = [
     "Diverged",
     "Error",
     "Fenced",
+    "Event",
+    "EventKind",
     "FollowerStatus",
     "ForkedError",
     "InvalidInput",

@@ -9,7 +9,7 @@ from typing import Any
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 
-__all__ = ["FollowerStatus", "Outcome", "Role", "SourceStatus", "Status"]
+__all__ = ["Event", "EventKind", "FollowerStatus", "Outcome", "Role", "SourceStatus", "Status"]
 
 
 class Role(StrEnum):
@@ -19,6 +19,41 @@ class Role(StrEnum):
     """Takes writes (``Status.not_writable`` says why not, if it does not yet)."""
     FOLLOWER = "follower"
     CLOSED = "closed"
+
+
+class EventKind(StrEnum):
+    """What an :class:`Event` tells."""
+
+    PRIMARY = "primary"
+    """This node is primary now, in ``epoch``."""
+    FOLLOWER = "follower"
+    """This node follows ``address`` now."""
+    FENCED = "fenced"
+    """A newer ``epoch`` exists: this node takes no writes any more."""
+    ROLLED_BACK = "rolled back"
+    """Records ``first`` to ``last`` were dropped, and saved to the rescue file ``path``."""
+    FOLLOWER_JOINED = "follower joined"
+    FOLLOWER_LOST = "follower lost"
+    """The stream of the follower ``name`` ended."""
+    DIVERGED = "diverged"
+    """The state digest at ``first`` differs from the primary's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to a node; the fields that its kind names are set."""
+
+    kind: EventKind
+    node: str
+    time_s: float
+    """Wall clock."""
+    epoch: int = 0
+    name: str = ""
+    address: str = ""
+    first: int = 0
+    last: int = 0
+    path: str = ""
+    reason: str = ""
 
 
 class Outcome(StrEnum):

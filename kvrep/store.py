@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -17,7 +17,7 @@ from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
 from kvrep.runtime.promoting import Force
-from kvrep.status import Outcome, Status
+from kvrep.status import Event, EventKind, Outcome, Status
 
 __all__ = ["Store", "open"]
 
@@ -179,6 +179,18 @@ class Store(Keyspace[bytes]):
         With ``dry_run`` only says what would block it. Afterwards this node follows the new primary.
         """
         return self._node.roles.switchover(to, timeout_s, dry_run=dry_run)
+
+    def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Call ``listener(event)`` when roles change, records are dropped, followers come and go.
+
+        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls nothing but later
+        events (of more than 1000 waiting ones the oldest are dropped). Returns a function that ends it.
+        """
+        return self._node.events.listen(listener)
+
+    def on_rollback(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Like :meth:`on_event`, for records that had to be dropped: ``event.path`` is their rescue file."""
+        return self.on_event(lambda event: listener(event) if event.kind is EventKind.ROLLED_BACK else None)
 
     def reconfigure(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -18,7 +18,7 @@ from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.node import Node
-from kvrep.status import Outcome, Status
+from kvrep.status import Event, EventKind, Outcome, Status
 
 __all__ = ["Store", "open"]
 
@@ -175,6 +175,18 @@ class Store(Keyspace[bytes]):
         """Where this node and its followers stand, as one frozen value."""
         return self._sync.status()
 
+    def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Call ``listener(event)`` when roles change, records are dropped, followers come and go.
+
+        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls nothing but later
+        events (of more than 1000 waiting ones the oldest are dropped). Returns a function that ends it.
+        """
+        return self._sync._node.events.listen(listener)
+
+    def on_rollback(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Like :meth:`on_event`, for records that had to be dropped: ``event.path`` is their rescue file."""
+        return self.on_event(lambda event: listener(event) if event.kind is EventKind.ROLLED_BACK else None)
+
     async def reconfigure(
         self,
         *,
@@ -211,8 +223,6 @@ class Store(Keyspace[bytes]):
         """Get records from the node at ``address`` from now on; see :meth:`kvrep.Store.follow`."""
         await self._core.call(self._sync.follow, address)
 
-    async def switchover(
-        self, to: str, *, timeout_s: float = 10.0, dry_run: bool = False
-    ) -> tuple[str, ...]:
+    async def switchover(self, to: str, *, timeout_s: float = 10.0, dry_run: bool = False) -> tuple[str, ...]:
         """Hand over to the voter named ``to``; see :meth:`kvrep.Store.switchover`."""
         return await self._core.call(lambda: self._sync.switchover(to, timeout_s=timeout_s, dry_run=dry_run))

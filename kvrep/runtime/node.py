@@ -25,8 +25,9 @@ from kvrep.errors import (
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position, epoch_after
 from kvrep.options import Options
+from kvrep.runtime.events import Events
 from kvrep.runtime.roles import Roles
-from kvrep.status import Outcome, Role, Status
+from kvrep.status import Event, EventKind, Outcome, Role, Status
 from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
 
@@ -58,6 +59,8 @@ class Node:
         self._server: Server | None = None
         self._verification: Verification | None = None
         self.roles = Roles(self)
+        self.events = Events(engine.home.name or engine.home.path.name)
+        engine.on_rollback = self._on_rollback
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
@@ -214,6 +217,13 @@ class Node:
         self._server = server
         self.address = self.options.advertise or _reachable(bound)
 
+    def tell(self, kind: EventKind, **fields: Any) -> None:
+        """Tell the application's listeners, on their own thread."""
+        self.events.tell(Event(kind=kind, node=self.label, time_s=time.time(), **fields))
+
+    def _on_rollback(self, first: int, last: int, path: Path, reason: str) -> None:
+        self.tell(EventKind.ROLLED_BACK, first=first, last=last, path=str(path), reason=reason)
+
     @property
     def closing(self) -> bool:
         return self._closed
@@ -254,6 +264,7 @@ class Node:
             if self._verification is not None:
                 self._verification.stop(max(0.5, deadline - time.monotonic()))
             self.engine.close(max(0.5, deadline - time.monotonic()))
+            self.events.stop(max(0.5, deadline - time.monotonic()))
 
     # -- writing -----------------------------------------------------------------------------------
 

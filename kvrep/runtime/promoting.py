@@ -153,7 +153,9 @@ def _forced_configuration(node: Node, effective: Configuration, force: Force) ->
 def _promotion(
     node: Node, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, peers: list[Peer]
 ) -> Promotion:
-    promotion = Promotion(effective, node.engine.home.store_id, epoch, promise_of(node, epoch), proposed=rules)
+    promotion = Promotion(
+        effective, node.engine.home.store_id, epoch, promise_of(node, epoch), proposed=rules
+    )
     for peer in peers:
         promotion.on_promise(peer.voter.store_id, peer.promise)
     return promotion
@@ -167,7 +169,9 @@ def _collect(
     home = node.engine.home
     with node.engine.committer.lead:
         if not home.promise(epoch, home.store_id):
-            raise Fenced(f"epoch {home.promised_epoch} has been promised meanwhile", epoch=home.promised_epoch)
+            raise Fenced(
+                f"epoch {home.promised_epoch} has been promised meanwhile", epoch=home.promised_epoch
+            )
     request = {
         "epoch": epoch,
         "store_id": home.store_id,
@@ -188,7 +192,9 @@ def ask_all(roles: Roles, method: str, request: Mapping[str, Any], deadline_s: f
 
     def ask(voter: Voter) -> None:
         try:
-            answer = roles.call(voter.address, method, request, min(ASK_TIMEOUT_S, deadline_s - time.monotonic()))
+            answer = roles.call(
+                voter.address, method, request, min(ASK_TIMEOUT_S, deadline_s - time.monotonic())
+            )
             peer = _peer(voter, answer)
         except (Error, ValueError) as error:
             log.debug("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
@@ -321,7 +327,9 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a request for a promise: {error}") from error
     if lineage != home.lineage or not any(c.voter(asker) for _, c in engine.configurations[-8:]):
-        raise NotPrimary("a promise is given to voters of the same store only", primary_address=None, epoch=None)
+        raise NotPrimary(
+            "a promise is given to voters of the same store only", primary_address=None, epoch=None
+        )
     if engine.tail.offset < home.vote_floor:
         raise ProtocolError(f"this node lacks records that it has confirmed (up to {home.vote_floor})")
     with engine.committer.lead:
@@ -340,4 +348,3 @@ def answer_records(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
     if run is None:
         return {"first": first, "last": first - 1, "data": b""}
     return {"first": run.first, "last": run.last, "data": run.data}
-

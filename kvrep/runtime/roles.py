@@ -26,6 +26,7 @@ from kvrep.replication.messages import SlotState
 from kvrep.runtime.promoting import Force, ask_all, promote
 from kvrep.runtime.replaying import Replaying
 from kvrep.runtime.shipping import Shipping
+from kvrep.status import EventKind
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
@@ -125,6 +126,7 @@ class Roles:
         node.replaying = Replaying(node, sources)
         node.shipping = None
         node.replaying.start()
+        node.tell(EventKind.FOLLOWER, address=sources[0] if sources else "")
 
     def _end_role(self, error: Error) -> None:
         """Stop being primary: nothing more is written in our epoch. What is logged waits for its outcome."""
@@ -259,7 +261,10 @@ class Roles:
             shipping = node.shipping
             if shipping is None:
                 raise Fenced("this node was fenced meanwhile", epoch=0)
-            if not node.engine.committer.busy and shipping.synced_by(voter.store_id) >= node.engine.tail.offset:
+            if (
+                not node.engine.committer.busy
+                and shipping.synced_by(voter.store_id) >= node.engine.tail.offset
+            ):
                 return
             if time.monotonic() >= deadline:
                 raise UnsafePromotion(
@@ -273,7 +278,7 @@ class Roles:
         """Every voter of the configurations in the log, but ourselves; the newest word on each."""
         engine = self.node.engine
         found = {v.store_id: v for _, c in engine.configurations[-2:] for v in c.voters}
-        for store_id, slot in (self.node.shipping.slots.all() if self.node.shipping is not None else []):
+        for store_id, slot in self.node.shipping.slots.all() if self.node.shipping is not None else []:
             voter = found.get(store_id)
             if voter is not None and slot.address and slot.address != voter.address:
                 from dataclasses import replace
@@ -289,7 +294,8 @@ class Roles:
             raise PeerUnavailable("no address is known", address="")
         connection = transport.connect(address, name=self.node.label)
         try:
-            return connection.call(method, request, max(0.05, timeout_s))
+            answer: dict[str, Any] = connection.call(method, request, max(0.05, timeout_s))
+            return answer
         finally:
             connection.close()
 

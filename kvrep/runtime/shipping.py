@@ -27,7 +27,7 @@ from kvrep.replication.promotion import Promotion
 from kvrep.runtime.session import FollowerSession, wants_vote
 from kvrep.runtime.slots import Slots
 from kvrep.runtime.spooling import Spools
-from kvrep.status import FollowerStatus
+from kvrep.status import EventKind, FollowerStatus
 from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ class Shipping:
         self._fence(epoch, address)
 
     def _fence(self, epoch: int, address: str) -> None:
+        self.node.tell(EventKind.FENCED, epoch=epoch, address=address)
         self.engine.committer.refuse(
             Fenced(f"epoch {epoch} is newer than {self.epoch}", epoch=epoch, primary_address=address or None)
         )
@@ -348,6 +349,7 @@ class Shipping:
         for session in sessions:
             session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
+        self.node.tell(EventKind.PRIMARY, epoch=epoch)
         write.when_done(self._begun)
 
     def _begun(self, write: Write) -> None:
@@ -583,6 +585,7 @@ class Shipping:
                 hello.store_id, name=hello.name, address=hello.address, voter=hello.voter, acked=at
             )
         self.spools.joined(hello.store_id)
+        self.node.tell(EventKind.FOLLOWER_JOINED, name=hello.name, address=hello.address)
         self.engine.committer.on_written = self.on_written
 
     def on_ack(self, session: FollowerSession, ack: Ack) -> None:
@@ -625,6 +628,13 @@ class Shipping:
                 self._tracker.left(store_id)
             if not self._joined:
                 self.engine.committer.on_written = None
+        if session.hello is not None:
+            self.node.tell(
+                EventKind.FOLLOWER_LOST,
+                name=session.hello.name,
+                address=session.hello.address,
+                reason=str(error) if error is not None else "",
+            )
         if error is not None:
             log.info("%s: the stream of %s ended: %s", self.node.label, session.peer, error)
 

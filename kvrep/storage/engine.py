@@ -94,6 +94,8 @@ class Engine:
         self.flusher: Flusher
         self.keep_from: Callable[[], int] = lambda: self.tree.state.applied.offset + 1
         """The first offset that some follower still needs. Replaced by the replication of a primary."""
+        self.on_rollback: Callable[[int, int, Path, str], None] = lambda first, last, path, reason: None
+        """Called when records were dropped: (first, last, rescue file, reason)."""
         self.flush_limit: Callable[[], int | None] = lambda: None
         self.writable: Callable[[], None] = lambda: None
         """Called before a user's write is ordered; raises what refuses it."""
@@ -452,9 +454,12 @@ class Engine:
         for record in dropped:
             if type(record) is Write:
                 record.complete(
-                    RolledBack(f"the write at {record.position} did not survive: {reason}", position=record.position)
+                    RolledBack(
+                        f"the write at {record.position} did not survive: {reason}", position=record.position
+                    )
                 )
         self.rescued.append(path)
+        self.on_rollback(to + 1, tail.offset, path, reason)
         log.warning("%s: records %d to %d were dropped (%s) and saved to %s",
                     self.home.path, to + 1, tail.offset, reason, path)  # fmt: skip
         return path

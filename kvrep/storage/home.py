@@ -28,7 +28,14 @@ from zlib import crc32
 
 import msgpack
 
-from kvrep.errors import ConfigurationMismatch, CorruptionError, NotAStore, OpenError, StoreInUse, UpgradeRequired
+from kvrep.errors import (
+    ConfigurationMismatch,
+    CorruptionError,
+    NotAStore,
+    OpenError,
+    StoreInUse,
+    UpgradeRequired,
+)
 from kvrep.storage.log_file import fsync_directory
 
 __all__ = ["COPY", "Home", "write_atomically"]

@@ -109,7 +109,5 @@ def merged_slices(tables: Sequence[Table], size: int) -> Iterator[list[tuple[byt
             yield part
 
 
-def _parts(
-    items: list[tuple[bytes, bytes | None]], size: int
-) -> Iterable[list[tuple[bytes, bytes | None]]]:
+def _parts(items: list[tuple[bytes, bytes | None]], size: int) -> Iterable[list[tuple[bytes, bytes | None]]]:
     return (items[i : i + size] for i in range(0, len(items), size)) if len(items) > size else [items]

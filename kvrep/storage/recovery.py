@@ -103,9 +103,7 @@ def _recover(
     scan = _Scan(applied, feed, next=0, running=None, epoch=0)
     for i in range(start, len(files)):
         file = files[i]
-        if i > start and (
-            file.header.first != scan.next or file.header.running_before != scan.running
-        ):
+        if i > start and (file.header.first != scan.next or file.header.running_before != scan.running):
             raise files[i - 1].corrupt(
                 files[i - 1].end, f"record {scan.next} is damaged or missing, and later files exist"
             )
@@ -211,9 +209,7 @@ def _scan_group(file: LogFile, group: Group, scan: _Scan, next_first: int | None
     return end == len(data)
 
 
-def _skip_applied(
-    data: bytes, first: int, applied: Tail, running: int | None
-) -> tuple[int, int | None]:
+def _skip_applied(data: bytes, first: int, applied: Tail, running: int | None) -> tuple[int, int | None]:
     """(position behind the records that LMDB has, running checksum there); ``None`` when they do not fit."""
     from kvrep.model.codec import FRAME, FRAME_BYTES
 

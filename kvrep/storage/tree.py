@@ -19,7 +19,15 @@ from typing import Any
 import lmdb
 import msgpack
 
-from kvrep.errors import ClosedError, ConfigurationMismatch, CorruptionError, NotAStore, OpenError, StorageFailed, StorageFull
+from kvrep.errors import (
+    ClosedError,
+    ConfigurationMismatch,
+    CorruptionError,
+    NotAStore,
+    OpenError,
+    StorageFailed,
+    StorageFull,
+)
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
@@ -406,9 +414,7 @@ class Tree:
         """Pages on the free list that a flush may use again, roughly (readers may still pin some)."""
         try:
             with self.env.begin() as txn:
-                used = sum(
-                    _pages(txn.stat(handle)) for handle in (self._meta, *self._handles.values())
-                )
+                used = sum(_pages(txn.stat(handle)) for handle in (self._meta, *self._handles.values()))
         except lmdb.Error:
             return 0
         return max(0, self.file_bytes // PAGE_BYTES - used - 16) * PAGE_BYTES // 2

@@ -145,9 +145,7 @@ class View:
             if table.full:
                 self._rotate()
 
-    def _add(
-        self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int
-    ) -> None:
+    def _add(self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int) -> None:
         if not table.entries:
             table.born_s = self.clock()
         table.entries.update(fresh)
@@ -452,7 +450,11 @@ class _Forward:
             if i < len(keys) and keys[i] < bound:
                 bound = keys[i]
         fresh = overlay(self._tables, self._low, bound)
-        n = bisect_left(self._items, bound[PREFIX_BYTES:], key=_KEY) if bound < self._high else len(self._items)
+        n = (
+            bisect_left(self._items, bound[PREFIX_BYTES:], key=_KEY)
+            if bound < self._high
+            else len(self._items)
+        )
         items, self._items = self._items[:n], self._items[n:]
         self._low = bound
         return _laid_over(items, fresh, reverse=False)
