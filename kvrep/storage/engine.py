@@ -384,8 +384,9 @@ class Engine:
     def sync(self) -> None:
         """Make everything logged durable."""
         try:
-            with self.committer.lead:
-                self.committer.log.sync()
+            if not self.committer.log.sync_beside():
+                with self.committer.lead:
+                    self.committer.log.sync()
         except OSError as error:
             raise self.committer.fail_storage(error) from error
 
