@@ -45,7 +45,7 @@ ALL_STEPS = [(call, n) for call, last in CALLS.items() for n in range(1, last + 
 
 
 class Cluster(NamedTuple):
-    """A primary in another process, all that it holds, and the closed store of a follower left behind by it."""
+    """A primary in another process, all that it holds, and the closed store of a follower it left behind."""
 
     node: NodeProcess
     pairs: list[tuple[bytes, bytes]]
