@@ -339,7 +339,9 @@ def test_concurrent_reads_of_one_transaction(store_path: Path) -> None:
                         return await asyncio.gather(*(txn[b"%d" % i] for i in range(20)))
 
                 reading = group.create_task(many())
-                await asyncio.sleep(0)
+                for _ in range(10):  # every read has begun
+                    await asyncio.sleep(0)
+                assert len(db._core.node.engine.committer._queue) == 1
                 await blocker.__aexit__(None, None, None)
         assert reading.result() == [b"v"] * 20
         async with db.transaction(timeout_s=5.0) as after:  # asked for once, so it is free again
