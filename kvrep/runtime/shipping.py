@@ -39,6 +39,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
+ASYNC_LINGER_S = 0.001
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -394,6 +395,12 @@ class Shipping:
         if closed is not None:
             raise again(closed)
 
+    @property
+    def linger_s(self) -> float:
+        """How far apart segments shall be: an asynchronous primary lets them gather."""
+        tracker = self._tracker
+        return 0.0 if tracker is None or tracker.configuration.synchronous else ASYNC_LINGER_S
+
     def on_written(self) -> None:
         """The log has grown: ship before it is flushed here."""
         self._announced = self.engine.tail.offset
@@ -428,7 +435,7 @@ class Shipping:
                     self.engine.view.withheld = None
                     self._acked.notify_all()
         for session in list(self._joined.values()):
-            session.wake()
+            session.wake_for_commit()
 
     def shippable(self) -> int:
         return self.engine.tail.offset
@@ -664,6 +671,9 @@ class Shipping:
     def await_more(self, position: Position, acks: Acks | None, level: Level, deadline_s: float) -> None:
         """Wait until enough copies of a committed write are at ``level``."""
         needed = self._copies_asked(acks)
+        if level == "visible":
+            for session in list(self._joined.values()):
+                session.hurry()
         with self._acked:
             self._more_waiting += 1
             try:
