@@ -19,6 +19,7 @@ from kvrep.errors import (
     Overloaded,
     RolledBack,
     StaleRead,
+    StorageFailed,
     ValueTooLarge,
     again,
 )
@@ -149,7 +150,11 @@ class Node:
             if self.engine.committer.epoch or self._closed:
                 self.engine.writable = _nothing
                 return
-            self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            try:
+                write = self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            except OSError as error:
+                raise StorageFailed(f"the promise of an epoch could not be stored: {error}") from error
+            self.finish(write, None)  # it may find no room: then the next write begins the epoch
             self.engine.writable = _nothing
 
     def next_epoch(self, seen: int = 0) -> int:
