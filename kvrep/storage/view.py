@@ -27,6 +27,9 @@ _MISSING: Any = object()
 _KEY = itemgetter(0)
 PREFIX_BYTES = 2
 CHUNK_MIN, CHUNK_MAX = 32, 1024
+"""Pairs that one step of a scan takes, growing from the one to the other."""
+CHUNK_BYTES = 1 << 20
+"""Where a keyspace has large values, a step ends after so many bytes of them."""
 
 
 class View:
@@ -155,9 +158,7 @@ class View:
             if len(entries) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
-    def _add(
-        self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int
-    ) -> None:
+    def _add(self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int) -> None:
         if not table.entries:
             table.born_s = self.clock()
         table.entries.update(fresh)
@@ -416,7 +417,8 @@ class Snapshot:
                 txn = self._need()
                 handle = self._handle(keyspace)
                 cursor = None if handle is None else txn.cursor(handle)
-                run = merge(cursor, self._tables, low, high, stop)
+                large = handle is not None and txn.stat(handle)["overflow_pages"] > 0
+                run = merge(cursor, self._tables, low, high, stop, large)
             size = CHUNK_MIN
             while True:
                 with self._lock:
@@ -436,8 +438,9 @@ class _Forward:
     """Merges LMDB's pairs and the tables' newer ones, chunk by chunk, in ascending order."""
 
     def __init__(
-        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None, large: bool
     ) -> None:
+        self._take = _take_bytes if large else _take
         self._tables = [t for t in tables if t.slice(low, high)]
         self._low, self._high = low, high
         self._stop = stop
@@ -463,7 +466,11 @@ class _Forward:
             if i < len(keys) and keys[i] < bound:
                 bound = keys[i]
         fresh = overlay(self._tables, self._low, bound)
-        n = bisect_left(self._items, bound[PREFIX_BYTES:], key=_KEY) if bound < self._high else len(self._items)
+        n = (
+            bisect_left(self._items, bound[PREFIX_BYTES:], key=_KEY)
+            if bound < self._high
+            else len(self._items)
+        )
         items, self._items = self._items[:n], self._items[n:]
         self._low = bound
         return _laid_over(items, fresh, reverse=False)
@@ -471,8 +478,8 @@ class _Forward:
     def _fill(self, size: int) -> None:
         if self._pairs is None:
             return
-        self._items = list(islice(self._pairs, size))
-        if len(self._items) < size:
+        self._items, more = self._take(self._pairs, size)
+        if not more:
             self._pairs = None
         if self._stop is not None and self._items and self._items[-1][0] >= self._stop:
             del self._items[bisect_left(self._items, self._stop, key=_KEY) :]
@@ -483,8 +490,9 @@ class _Reverse:
     """The same in descending order."""
 
     def __init__(
-        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None, large: bool
     ) -> None:
+        self._take = _take_bytes if large else _take
         self._tables = [t for t in tables if t.slice(low, high)]
         self._low, self._high = low, high
         self._start = low[PREFIX_BYTES:]
@@ -518,13 +526,31 @@ class _Reverse:
     def _fill(self, size: int) -> None:
         if self._pairs is None:
             return
-        self._items = list(islice(self._pairs, size))
-        if len(self._items) < size:
+        self._items, more = self._take(self._pairs, size)
+        if not more:
             self._pairs = None
         if self._items and self._items[-1][0] < self._start:
             n = next(i for i, (key, _) in enumerate(self._items) if key < self._start)
             del self._items[n:]
             self._pairs = None
+
+
+def _take(pairs: Iterator[tuple[bytes, bytes]], size: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The next ``size`` pairs, and whether there may be more."""
+    items = list(islice(pairs, size))
+    return items, len(items) == size
+
+
+def _take_bytes(pairs: Iterator[tuple[bytes, bytes]], size: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The same, but not many more than CHUNK_BYTES: values of LMDB's overflow pages can be of any size."""
+    items: list[tuple[bytes, bytes]] = []
+    room = CHUNK_BYTES
+    for item in pairs:
+        items.append(item)
+        room -= len(item[1])
+        if len(items) == size or room <= 0:
+            return items, True
+    return items, False
 
 
 def _seek_before(cursor: Any, stop: bytes | None) -> bool:
