@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from kvrep.runtime.shipping import Shipping
 
 __all__ = ["FollowerSession"]
-
-log = logging.getLogger("kvrep.replication")
 
 COMPRESS_BYTES_MIN = 512
 COMMIT_LINGER_S = 0.001
@@ -248,7 +245,7 @@ class FollowerSession:
             f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
             f" and {view.name} lacks them: it lost data"
         )
-        log.error("%s", text)
+        self._shipping.complain(text)
         return Refused(reason="unfenced", message=text, epoch=view.epoch)
 
     def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:

@@ -71,6 +71,9 @@ class Shipping:
         """Whether the epoch start is in order, so that writes may follow it."""
         self._configuring: Write | None = None
         self._problem = "this node is not a primary yet"
+        self._unfenced_at = float("inf")
+        """When an asynchronous primary goes on without the promises that are still missing."""
+        self._complaints: set[str] = set()
         self._superseded_by = 0
         self._superseded_s = 0.0
         self._replaced = False
@@ -97,8 +100,8 @@ class Shipping:
         if engine.tail.offset > engine.committer.committed:
             engine.view.withheld = self._await_epoch
         self._become(0)
-        if not engine.configuration.synchronous and self._promotion is not None:
-            self._await_begin(min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5))
+        if not engine.configuration.synchronous:
+            self._await_begin()
             self._begin_unfenced()
 
     def _become(self, seen: int) -> None:
@@ -117,6 +120,9 @@ class Shipping:
         own = self._own_promise(epoch)
         with self._lock:
             self._promotion = Promotion(effective, home.store_id, epoch, own, proposed=rules)
+            if not engine.configuration.synchronous:
+                ask_s = min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5)
+                self._unfenced_at = time.monotonic() + ask_s
         self._try_to_begin()
 
     def _configurations(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
@@ -252,11 +258,10 @@ class Shipping:
         voter = self.engine.configuration.voter(self.engine.home.store_id)
         return voter.member if voter is not None else 0
 
-    def _await_begin(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _await_begin(self) -> None:
         with self._acked:
             while self._promotion is not None and not self._stopped:
-                left = deadline - time.monotonic()
+                left = self._unfenced_at - time.monotonic()
                 if left <= 0:
                     return
                 self._acked.wait(left)
@@ -299,6 +304,12 @@ class Shipping:
             session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         write.when_done(self._begun)
+
+    def complain(self, text: str) -> None:
+        """Log something that only people can mend; once, however often it is met."""
+        if text not in self._complaints and len(self._complaints) < 100:
+            self._complaints.add(text)
+            log.error("%s", text)
 
     def _begun(self, write: Write) -> None:
         if write.error is not None:
@@ -364,8 +375,9 @@ class Shipping:
             return tracker.local_durable(durable)
 
     def _check_writable(self) -> None:
+        self._check_primary()
         tracker = self._tracker
-        if tracker is None or not self._open:
+        if tracker is None:
             raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
             return
@@ -465,6 +477,18 @@ class Shipping:
             self.slots.remove(voter.store_id, removed=False)
         self.engine.committer.kick()
         return write
+
+    def with_voter(self, configuration: Configuration, name: str) -> Configuration:
+        """``configuration`` with the follower ``name`` as a voter; ``ValueError`` when it cannot be one."""
+        known = [(i, slot) for i, slot in self.slots.all() if slot.name == name]
+        if not known:
+            raise ValueError(f"no follower named {name!r} is known here")
+        store_id, slot = known[0]
+        if configuration.voter(store_id) is not None:
+            return configuration
+        if not slot.voter:
+            raise ValueError(f"{name!r} was opened with voter=False")
+        return configuration.with_voter(store_id, name, slot.address)
 
     def _may_configure(self) -> bool:
         """Whether no other change is under way. The lock is held."""
@@ -634,6 +658,8 @@ class Shipping:
                 session.end()
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
         self._renew(now)
+        if now >= self._unfenced_at and self._promotion is not None:
+            self._begin_unfenced()
         self.slots.expire(connected)
         self.spools.tick()
         self.slots.save()
