@@ -212,8 +212,19 @@ class Store(Keyspace[bytes]):
         change(Configuration())  # raises for what no configuration can say
         return self._node.reconfigure(change, timeout_s)
 
+    def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+        """Make a named follower a voter again, on the primary, after :meth:`remove_voter`.
+
+        Others become voters by themselves. ``ValueError`` when no such follower is known, or it declines.
+        """
+        self._node.engine.need_alive()
+        return self._node.add_voter(name, timeout_s)
+
     def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
-        """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
+        """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it.
+
+        It stays a follower, and does not become a voter again before :meth:`add_voter` says so.
+        """
         self._node.engine.need_alive()
 
         def change(now: Configuration) -> Configuration:

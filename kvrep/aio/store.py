@@ -202,6 +202,10 @@ class Store(Keyspace[bytes]):
             lambda: self._sync.reconfigure(acks=acks, ack_timeout_s=ack_timeout_s, timeout_s=timeout_s)
         )
 
+    async def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+        """As :meth:`kvrep.Store.add_voter`."""
+        return await self._core.call(lambda: self._sync.add_voter(name, timeout_s=timeout_s))
+
     async def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
         return await self._core.call(lambda: self._sync.remove_voter(name, timeout_s=timeout_s))

@@ -19,12 +19,14 @@ from kvrep.errors import (
     Overloaded,
     RolledBack,
     StaleRead,
+    StorageFailed,
     ValueTooLarge,
     again,
 )
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position, epoch_after
 from kvrep.options import Options
+from kvrep.runtime.compression import need_zstd
 from kvrep.runtime.events import Events
 from kvrep.runtime.roles import Roles
 from kvrep.status import Event, EventKind, Outcome, Role, Status
@@ -42,6 +44,7 @@ __all__ = ["Node"]
 log = logging.getLogger("kvrep")
 
 NO_TIMEOUT_S = 86_400.0
+_position = tuple.__new__  # half the price of a named tuple's own constructor
 
 
 class Node:
@@ -76,6 +79,8 @@ class Node:
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: Options, transport: Transport | None = None) -> Node:
         """Open the store at ``path`` and start its role."""
+        if options.compression is not None:
+            need_zstd()
         follower = bool(options.sources)
         engine = Engine.open(Path(path), options, lineage=b"" if follower else os.urandom(16))
         node = cls(engine, options, transport)
@@ -151,7 +156,11 @@ class Node:
             if self.engine.committer.epoch or self._closed:
                 self.engine.writable = _nothing
                 return
-            self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            try:
+                write = self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            except OSError as error:
+                raise StorageFailed(f"the promise of an epoch could not be stored: {error}") from error
+            self.finish(write, None)  # it may find no room: then the next write begins the epoch
             self.engine.writable = _nothing
 
     def next_epoch(self, seen: int = 0) -> int:
@@ -279,15 +288,25 @@ class Node:
         level: Literal["synced", "visible"] | None = None,
     ) -> Position:
         """Order a write and wait for its outcome; raises what refuses it or :class:`AckTimeout`."""
-        deadline = time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
+        if timeout_s is None:
+            timeout_s = self.ack_timeout_s
         if acks is not None or level is not None:
-            self._check_more(acks, level)
-        self.engine.commit(write, deadline)
+            return self._commit_more(write, timeout_s, acks, level)
+        self.engine.commit(write, timeout_s)
         if write.error is not None or not write.done:
             self._raise_outcome(write)
-        if acks is not None or level is not None:
-            self._await_more(write, acks, level, deadline)
-        return Position(write.epoch, write.offset)
+        return _position(Position, (write.epoch, write.offset))
+
+    def _commit_more(
+        self, write: Write, timeout_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
+    ) -> Position:
+        deadline = time.monotonic() + timeout_s
+        self._check_more(acks, level)
+        self.engine.commit(write, timeout_s)
+        if write.error is not None or not write.done:
+            self._raise_outcome(write)
+        self._await_more(write, acks, level, deadline)
+        return write.position
 
     def finish(self, write: Write, timeout_s: float | None) -> Position:
         """Wait for a write that is in order already."""
@@ -489,6 +508,14 @@ class Node:
             self._raise_outcome(write)
         self.ack_timeout_s = self.engine.configuration.ack_timeout_s
         return write.position
+
+    def add_voter(self, name: str, timeout_s: float) -> Position:
+        """Make a known follower a voter, even one that was removed before."""
+        shipping = self.shipping
+        if shipping is None:
+            self.engine.writable_as_primary()
+            raise ValueError(f"no follower named {name!r} is known here")
+        return self.reconfigure(lambda now: shipping.with_voter(now, name), timeout_s)
 
     # -- status ------------------------------------------------------------------------------------
 

@@ -379,8 +379,8 @@ class Replaying:
             tail = engine.tail
             if reply and tail.offset < engine.home.vote_floor:
                 raise ProtocolError(
-                    f"this node has confirmed records up to {engine.home.vote_floor} and got a copy without them:"
-                    f" it does not vote before it has them again"
+                    f"this node confirmed records up to {engine.home.vote_floor} and got a copy without them:"
+                    " it does not vote before it has them again"
                 )
             answer = Promise(
                 epoch=engine.home.promised_epoch,

@@ -39,6 +39,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
+ASYNC_LINGER_S = 0.001
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -70,6 +71,9 @@ class Shipping:
         """Whether the epoch start is in order, so that writes may follow it."""
         self._configuring: Write | None = None
         self._problem = "this node is not a primary yet"
+        self._unfenced_at = float("inf")
+        """When an asynchronous primary goes on without the promises that are still missing."""
+        self._complaints: set[str] = set()
         self._superseded_by = 0
         self._superseded_s = 0.0
         self._replaced = False
@@ -96,8 +100,8 @@ class Shipping:
         self._become(0)
         if not self._open:
             self.node.roles.seek()
-        if not engine.configuration.synchronous and self._promotion is not None:
-            self._await_begin(min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5))
+        if not engine.configuration.synchronous:
+            self._await_begin()
             self._begin_unfenced()
 
     def _hook(self) -> None:
@@ -132,6 +136,9 @@ class Shipping:
         own = self._own_promise(epoch)
         with self._lock:
             self._promotion = Promotion(effective, home.store_id, epoch, own, proposed=rules)
+            if not engine.configuration.synchronous:
+                ask_s = min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5)
+                self._unfenced_at = time.monotonic() + ask_s
         self._try_to_begin()
 
     def _own_promise(self, epoch: int) -> Promise:
@@ -287,8 +294,8 @@ class Shipping:
                 )
             if promise.committed > own.offset and self.engine.configuration.synchronous:
                 return (
-                    f"{voter.name} knows records through {promise.committed} as committed, and this node, which"
-                    f" acknowledged them, ends at {own.offset}: it lost data; follow {voter.name} instead"
+                    f"{voter.name} knows records through {promise.committed} as committed, and this node,"
+                    f" which wrote them, ends at {own.offset}: it lost data; follow {voter.name} instead"
                 )
         return ""
 
@@ -296,11 +303,10 @@ class Shipping:
         voter = self.engine.configuration.voter(self.engine.home.store_id)
         return voter.member if voter is not None else 0
 
-    def _await_begin(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _await_begin(self) -> None:
         with self._acked:
             while self._promotion is not None and not self._stopped:
-                left = deadline - time.monotonic()
+                left = self._unfenced_at - time.monotonic()
                 if left <= 0:
                     return
                 self._acked.wait(left)
@@ -351,6 +357,12 @@ class Shipping:
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         self.node.tell(EventKind.PRIMARY, epoch=epoch)
         write.when_done(self._begun)
+
+    def complain(self, text: str) -> None:
+        """Log something that only people can mend; once, however often it is met."""
+        if text not in self._complaints and len(self._complaints) < 100:
+            self._complaints.add(text)
+            log.error("%s", text)
 
     def _begun(self, write: Write) -> None:
         if write.error is not None:
@@ -417,24 +429,43 @@ class Shipping:
             return tracker.local_durable(durable)
 
     def _check_writable(self) -> None:
+        self._check_primary()
         tracker = self._tracker
-        closed = self.engine.committer.closed
-        if closed is not None:
-            raise again(closed)
-        if tracker is None or not self._open:
-            raise NotPrimary(self._problem, hint="start the missing voters", epoch=self.epoch,
-                             primary_address=None)  # fmt: skip
+        if tracker is None:
+            raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
             return
         with self._lock:
             missing = tracker.missing(self._joined)
+            proposed = tracker.proposed
             needed = tracker.configuration.copies_wanted
+            if proposed is not None:
+                needed = max(needed, proposed[1].copies_wanted)
         if missing:
             raise NotEnoughFollowers(
                 f"the ack rule needs {needed} copies, {needed - missing} can be made now",
                 needed=needed,
                 connected=needed - missing,
             )
+
+    def _not_primary(self) -> NotPrimary:
+        return NotPrimary(
+            self._problem, hint="start the missing voters", epoch=self.epoch, primary_address=None
+        )
+
+    def _check_primary(self) -> None:
+        """Raise unless the epoch has begun and the store is open; followers may be missing."""
+        if not self._open:
+            raise self._not_primary()
+        closed = self.engine.committer.closed
+        if closed is not None:
+            raise again(closed)
+
+    @property
+    def linger_s(self) -> float:
+        """How far apart segments shall be: an asynchronous primary lets them gather."""
+        tracker = self._tracker
+        return 0.0 if tracker is None or tracker.configuration.synchronous else ASYNC_LINGER_S
 
     def on_written(self) -> None:
         """The log has grown: ship before it is flushed here."""
@@ -470,7 +501,7 @@ class Shipping:
                     self.engine.view.withheld = None
                     self._acked.notify_all()
         for session in list(self._joined.values()):
-            session.wake()
+            session.wake_for_commit()
 
     def shippable(self) -> int:
         return self.engine.tail.offset
@@ -486,7 +517,7 @@ class Shipping:
                     new = change(old)
                     write = self._configuring = self.engine.configure(new)
                     break
-            self.engine.writable_as_primary()
+            self._check_primary()
             if time.monotonic() >= deadline_s:
                 raise Overloaded("another configuration change, or the epoch itself, is not committed yet")
             with self._acked:
@@ -500,6 +531,18 @@ class Shipping:
             self.slots.remove(voter.store_id, removed=False)
         self.engine.committer.kick()
         return write
+
+    def with_voter(self, configuration: Configuration, name: str) -> Configuration:
+        """``configuration`` with the follower ``name`` as a voter; ``ValueError`` when it cannot be one."""
+        known = [(i, slot) for i, slot in self.slots.all() if slot.name == name]
+        if not known:
+            raise ValueError(f"no follower named {name!r} is known here")
+        store_id, slot = known[0]
+        if configuration.voter(store_id) is not None:
+            return configuration
+        if not slot.voter:
+            raise ValueError(f"{name!r} was opened with voter=False")
+        return configuration.with_voter(store_id, name, slot.address)
 
     def _may_configure(self) -> bool:
         """Whether no other change is under way. The lock is held."""
@@ -677,6 +720,8 @@ class Shipping:
                 session.end()
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
         self._renew(now)
+        if now >= self._unfenced_at and self._promotion is not None:
+            self._begin_unfenced()
         self.slots.expire(connected)
         self.spools.tick()
         self.slots.save()
@@ -714,6 +759,9 @@ class Shipping:
     def await_more(self, position: Position, acks: Acks | None, level: Level, deadline_s: float) -> None:
         """Wait until enough copies of a committed write are at ``level``."""
         needed = self._copies_asked(acks)
+        if level == "visible":
+            for session in list(self._joined.values()):
+                session.hurry()
         with self._acked:
             self._more_waiting += 1
             try:

@@ -18,7 +18,7 @@ from typing import Any
 from kvrep.errors import ClosedError, Error, InvalidKeyspace, SnapshotExpired, again
 from kvrep.model.position import Position
 from kvrep.model.record import Kind
-from kvrep.storage.memtable import Table, overlay
+from kvrep.storage.memtable import ENTRY_OVERHEAD_BYTES, TABLE_BYTES_MAX, TABLE_ENTRIES_MAX, Table, overlay
 from kvrep.storage.tree import Tree
 
 __all__ = ["Snapshot", "View"]
@@ -27,6 +27,9 @@ _MISSING: Any = object()
 _KEY = itemgetter(0)
 PREFIX_BYTES = 2
 CHUNK_MIN, CHUNK_MAX = 32, 1024
+"""Pairs that one step of a scan takes, growing from the one to the other."""
+CHUNK_BYTES = 1 << 20
+"""Where a keyspace has large values, a step ends after so many bytes of them."""
 
 
 class View:
@@ -47,6 +50,8 @@ class View:
         """The last published offset."""
         self.tables: tuple[Table, ...] = (Table(clock()),)
         """Newest first; the first one is active, the others never change."""
+        self.table_bytes_max: int = TABLE_BYTES_MAX if before is None else before.table_bytes_max
+        """Payload at which a table freezes."""
         self.frozen_bytes = 0
         """Memory of the frozen tables, entry overhead counted in."""
         self.on_rotate: Callable[[], None] = lambda: None
@@ -92,7 +97,15 @@ class View:
     @property
     def keyspaces(self) -> list[str]:
         """Keyspaces that hold or held data."""
-        return sorted(self._names)
+        tables = self.tables
+        names = {name for name in self._names if self._in_tables(tables, self._prefixes[name])}
+        return sorted(names.union(self.tree.keyspaces))
+
+    @staticmethod
+    def _in_tables(tables: Sequence[Table], prefix: bytes) -> bool:
+        if any(table.slice(prefix, _after(prefix)) for table in tables[1:]):
+            return True
+        return any(key.startswith(prefix) for key in list(tables[0].entries))
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -123,7 +136,7 @@ class View:
                     self._rotate()
                     table, fresh, size, writes = self.tables[0], {}, 0, 0
             self._add(table, fresh, size, writes, records[-1].offset)
-            if table.full:
+            if len(table) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
     def publish_write(self, write: Any) -> None:
@@ -142,7 +155,7 @@ class View:
             table.payload_bytes += len(key) if value is None else len(key) + len(value)
             table.writes += 1
             table.last = self.last = write.offset
-            if table.full:
+            if len(entries) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
     def _add(self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int) -> None:
@@ -171,7 +184,8 @@ class View:
 
     @property
     def memory_bytes(self) -> int:
-        return self.frozen_bytes + self.tables[0].memory_bytes
+        active = self.tables[0]  # its own memory_bytes, spelt out: every write asks
+        return self.frozen_bytes + active.payload_bytes + ENTRY_OVERHEAD_BYTES * len(active.entries)
 
     @property
     def payload_bytes(self) -> int:
@@ -403,7 +417,8 @@ class Snapshot:
                 txn = self._need()
                 handle = self._handle(keyspace)
                 cursor = None if handle is None else txn.cursor(handle)
-                run = merge(cursor, self._tables, low, high, stop)
+                large = handle is not None and txn.stat(handle)["overflow_pages"] > 0
+                run = merge(cursor, self._tables, low, high, stop, large)
             size = CHUNK_MIN
             while True:
                 with self._lock:
@@ -423,8 +438,9 @@ class _Forward:
     """Merges LMDB's pairs and the tables' newer ones, chunk by chunk, in ascending order."""
 
     def __init__(
-        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None, large: bool
     ) -> None:
+        self._take = _take_bytes if large else _take
         self._tables = [t for t in tables if t.slice(low, high)]
         self._low, self._high = low, high
         self._stop = stop
@@ -462,8 +478,8 @@ class _Forward:
     def _fill(self, size: int) -> None:
         if self._pairs is None:
             return
-        self._items = list(islice(self._pairs, size))
-        if len(self._items) < size:
+        self._items, more = self._take(self._pairs, size)
+        if not more:
             self._pairs = None
         if self._stop is not None and self._items and self._items[-1][0] >= self._stop:
             del self._items[bisect_left(self._items, self._stop, key=_KEY) :]
@@ -474,8 +490,9 @@ class _Reverse:
     """The same in descending order."""
 
     def __init__(
-        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None, large: bool
     ) -> None:
+        self._take = _take_bytes if large else _take
         self._tables = [t for t in tables if t.slice(low, high)]
         self._low, self._high = low, high
         self._start = low[PREFIX_BYTES:]
@@ -509,13 +526,31 @@ class _Reverse:
     def _fill(self, size: int) -> None:
         if self._pairs is None:
             return
-        self._items = list(islice(self._pairs, size))
-        if len(self._items) < size:
+        self._items, more = self._take(self._pairs, size)
+        if not more:
             self._pairs = None
         if self._items and self._items[-1][0] < self._start:
             n = next(i for i, (key, _) in enumerate(self._items) if key < self._start)
             del self._items[n:]
             self._pairs = None
+
+
+def _take(pairs: Iterator[tuple[bytes, bytes]], size: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The next ``size`` pairs, and whether there may be more."""
+    items = list(islice(pairs, size))
+    return items, len(items) == size
+
+
+def _take_bytes(pairs: Iterator[tuple[bytes, bytes]], size: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The same, but not many more than CHUNK_BYTES: values of LMDB's overflow pages can be of any size."""
+    items: list[tuple[bytes, bytes]] = []
+    room = CHUNK_BYTES
+    for item in pairs:
+        items.append(item)
+        room -= len(item[1])
+        if len(items) == size or room <= 0:
+            return items, True
+    return items, False
 
 
 def _seek_before(cursor: Any, stop: bytes | None) -> bool:
