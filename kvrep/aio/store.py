@@ -178,8 +178,9 @@ class Store(Keyspace[bytes]):
     def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener(event)`` when roles change, records are dropped, followers come and go.
 
-        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls nothing but later
-        events (of more than 1000 waiting ones the oldest are dropped). Returns a function that ends it.
+        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls
+        nothing but later events (of more than 1000 waiting ones the oldest are dropped). Returns a function
+        that ends it.
         """
         return self._sync._node.events.listen(listener)
 

@@ -47,6 +47,10 @@ NO_TIMEOUT_S = 86_400.0
 _position = tuple.__new__  # half the price of a named tuple's own constructor
 
 
+def _nothing() -> None:
+    """What ``writable`` becomes when nothing can refuse a write at the door."""
+
+
 class Node:
     """Made by :meth:`open`. One role at a time: primary (``shipping``) or follower (``replaying``)."""
 
@@ -117,10 +121,7 @@ class Node:
         if not follower:
             self.engine.home.drop_unfinished()
         if follower:
-            from kvrep.runtime.replaying import Replaying
-
-            self.engine.writable = self.refuse_follower
-            self.replaying = Replaying(self, self.options.sources)
+            self.roles.be_follower(self.options.sources)
         elif self.options.listen is not None or len(self.engine.configuration.voters) > 1:
             from kvrep.runtime.shipping import Shipping
 
@@ -130,8 +131,8 @@ class Node:
         if self.options.listen is not None:
             self._listen()
         if self.shipping is not None:
-            self.shipping.start()
-        if self.replaying is not None:
+            self.roles.start_primary(self.shipping)
+        elif self.replaying is not None:
             self.replaying.start()
         if self.engine.unverified:
             self.verify_copy()
@@ -177,17 +178,18 @@ class Node:
         fenced: tuple[bytes, ...],
         unfenced: bool = False,
         forced: Configuration | None = None,
+        prepare: Callable[[], None] = _nothing,
     ) -> Write:
-        """Promise ``epoch`` to ourselves, durably, and order its first record.
+        """Promise ``epoch`` to ourselves, durably, and order its first record; see ``Engine.start_epoch``.
 
         ``forced`` replaces the configuration and begins a new branch: the two histories never join silently.
         """
         engine = self.engine
-        if not engine.home.promise(epoch, engine.home.store_id):
-            raise Error(f"epoch {epoch} is below what this node has promised")
         configuration = engine.configuration if forced is None else forced
         if not configuration.voters:
             configuration = self.first_configuration()
+        if self.address:
+            configuration = configuration.changed(engine.home.store_id, address=self.address)
         payload = {
             "lineage": engine.home.lineage,
             "branch": os.urandom(16) if forced is not None else engine.branch or engine.home.lineage,
@@ -199,8 +201,9 @@ class Node:
             "unfenced": unfenced,
             "forced": forced is not None,
         }
+        write = engine.start_epoch(epoch, payload, prepare)
         self.ack_timeout_s = configuration.ack_timeout_s
-        return engine.start_epoch(epoch, payload)
+        return write
 
     def first_configuration(self) -> Configuration:
         """That of a new store: its own options, itself the only voter."""
@@ -209,7 +212,7 @@ class Node:
             acks=options.acks if options.acks is not None else 0,
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
         )
-        return seed.with_voter(home.store_id, home.name, self.options.advertise or "")
+        return seed.with_voter(home.store_id, home.name, self.address)
 
     def _listen(self) -> None:
         from kvrep.runtime.service import NodeService
@@ -244,6 +247,12 @@ class Node:
         return shipping.epoch if shipping is not None and shipping.leading else 0
 
     @property
+    def fenced(self) -> bool:
+        """Whether it is primary by a full fence, or by force."""
+        shipping = self.shipping
+        return shipping is not None and shipping.leading and (shipping.fenced or shipping.forced)
+
+    @property
     def label(self) -> str:
         """For thread names and messages."""
         return self.engine.home.name or self.engine.home.path.name
@@ -267,7 +276,8 @@ class Node:
             with self._moved:
                 self._moved.notify_all()
             self.on_moved()
-            for part in (self.roles, self.shipping, self.replaying, self._server):
+            self.roles.stop(max(0.5, deadline - time.monotonic()))  # no role changes after this
+            for part in (self.shipping, self.replaying, self._server):
                 if part is not None:
                     part.stop(max(0.5, deadline - time.monotonic()))
             if self._verification is not None:
@@ -561,9 +571,10 @@ class Node:
 
     @property
     def primary_address(self) -> str:
-        if self.replaying is not None:
-            return self.replaying.primary_address or ""
-        return self.address
+        replaying, shipping = self.replaying, self.shipping
+        if replaying is not None:
+            return replaying.primary_address or ""
+        return shipping.primary_address if shipping is not None else self.address
 
     def _not_writable(self) -> str:
         committer = self.engine.committer
@@ -576,10 +587,6 @@ class Node:
         except Error as error:
             return error.message
         return ""
-
-
-def _nothing() -> None:
-    """What ``writable`` becomes when nothing can refuse a write at the door."""
 
 
 def _grpc(options: Options) -> Transport:

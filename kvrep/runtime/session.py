@@ -73,6 +73,8 @@ class FollowerSession:
         self._heeds_commits = True
         self._hurry = False
         self._asked_epoch = 0
+        self.settled_in: Configuration | None = None
+        """The configuration in which this follower is what it can be."""
         self.vote_refused = False
         """It cannot become a voter (its name is another voter's); said once."""
         self._ended = False
@@ -242,6 +244,8 @@ class FollowerSession:
         shared = view.epochs.common(view.last, hello.epochs, hello.last.offset)
         if shared >= hello.committed or self._shipping.forced or not self._engine.configuration.synchronous:
             return None
+        if hello.branch != view.branch:
+            return None  # a branch that ours was forced out of, which is how it comes to lack them
         text = (
             f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
             f" and {view.name} lacks them: it lost data"

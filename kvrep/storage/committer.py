@@ -154,8 +154,9 @@ class Committer:
     def take_place(self, owner: object, grant: Callable[[], None]) -> bool:
         """Ask for the writer's place; True when it is ours now, else ``grant`` is called when it is."""
         with self._order:
-            if self.closed is not None:
-                raise again(self.closed)
+            refused = self.closed or self.no_epoch
+            if refused is not None:
+                raise again(refused)
             if self._holder is None:
                 self._holder = owner
                 self._held_since_s = time.monotonic()
@@ -491,15 +492,36 @@ class Committer:
             self._queued_bytes -= sum(w.size for w in waiting)
             grants = [grant for _, grant in self._queue]
             self._queue.clear()
+            if self._holder is not None:
+                # What a transaction has read may be dropped before writes are taken again.
+                self._taken_back, self._holder = (self._holder, error), None
         complete_all(waiting, error)
         for grant in grants:
             grant()
 
-    def accept(self) -> None:
-        """Take writes again (a role changed back)."""
+    def end_epoch(self, error: Error) -> None:
+        """Write nothing more in this epoch: ``error`` refuses it until the next begins. ``lead`` is held.
+
+        What an interrupted leader has begun to write is written to its end first: later it would not fit.
+        """
         with self._order:
-            if not isinstance(self.closed, (StorageFailed, ClosedError)):
-                self.closed = None
+            self.no_epoch = error
+        if self._group is not None:
+            self._write_group()
+        self.epoch = 0
+
+    def begin_epoch(self, epoch: int, write: Write) -> None:
+        """Take writes in ``epoch``, ``write``, its start, before all others. ``lead`` is held.
+
+        Raises what has ended this committer for good.
+        """
+        with self._order:
+            if isinstance(self.closed, (StorageFailed, ClosedError)):
+                raise again(self.closed)
+            self.closed = self.no_epoch = None
+            self.epoch = epoch
+            self._ordered.insert(0, write)
+            self._queued_bytes += write.size
 
     # -- committing --------------------------------------------------------------------------------
 
@@ -548,12 +570,16 @@ class Committer:
         complete_all(record for record in done if type(record) is Write)
         self.on_committed(self.committed)
 
-    def append_records(self, records: Sequence[Record], data: bytes, tail: Tail, *, sync: bool) -> None:
+    def append_records(
+        self, records: Sequence[Record], data: bytes, tail: Tail, *, sync: bool, check: Callable[[], None]
+    ) -> None:
         """A follower's write: ``records`` as received, ``data`` their bytes. ``OSError`` as it comes.
 
-        The caller has checked that they join. They wait in ``pending`` until :meth:`commit_through`.
+        The caller has seen that they join; ``check`` raises what forbids them, once nothing can change that.
+        They wait in ``pending`` until :meth:`commit_through`.
         """
         with self.lead:
+            check()
             self.log.append([data], len(data), records[0].offset, tail, self.committed, sync=sync)
             with self._publishing, self._order:
                 self.pending.extend(records)
