@@ -228,7 +228,7 @@ class View:
         for table in self.tables:
             entries = table.entries
             if entries:
-                value = entries.get(prefix + key, _MISSING)
+                value: bytes | None = entries.get(prefix + key, _MISSING)
                 if value is not _MISSING:
                     return value
         try:
@@ -365,6 +365,7 @@ class Snapshot:
         with self._lock:
             txn = self._need()
             prefixed = self._view.prefix(keyspace) + key
+            value: bytes | None
             for table in self._tables:
                 value = table.entries.get(prefixed, _MISSING)
                 if value is not _MISSING:
