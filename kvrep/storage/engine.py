@@ -328,9 +328,12 @@ class Engine:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.order(write)
 
-    def commit(self, write: Write, deadline_s: float) -> None:
-        """Order a user's write and wait until its outcome is known or the deadline has passed."""
+    def commit(self, write: Write, timeout_s: float) -> None:
+        """Order a user's write and wait until its outcome is known or ``timeout_s`` have passed."""
         self.writable()
+        if self.view.memory_bytes < self._slow_bytes and self.committer.commit_alone(write):
+            return
+        deadline_s = time.monotonic() + timeout_s
         if self.view.memory_bytes >= self._slow_bytes:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.commit(write, deadline_s)
