@@ -90,6 +90,7 @@ class Replaying:
         """Unsynced bytes grant no credit: more of them than half of it would stop the primary."""
         self._busy = False
         """Whether a message is being dealt with: meanwhile the silence is our own."""
+        self._chance = random.SystemRandom()  # whoever seeds Python's own must not put followers in step
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -157,7 +158,7 @@ class Replaying:
     def _pause(self, failures: int) -> None:
         """Back off with jitter: retry for ever, never in step with others."""
         limit = min(self.options.reconnect_backoff_max_s, BACKOFF_MIN_S * 2 ** min(failures, 10))
-        self._stop.wait(random.uniform(limit / 2, limit))
+        self._stop.wait(self._chance.uniform(limit / 2, limit))
 
     def _give_up(self, error: Error) -> None:
         self._say("refused", str(error))
