@@ -301,9 +301,12 @@ class Engine:
         with committer.lead:  # no group is being encoded meanwhile
             committer.order(write)  # first: nobody orders anything before ``epoch`` is set
             committer.epoch, committer.no_epoch = epoch, None
-            offset = self.tail.offset + 1
-            self.epochs = self.epochs.with_epoch(epoch, offset)
+            last = self.tail.offset
+            offset = last + 1
+            # Cut first: the start of an epoch before may have been refused after it was ordered.
+            self.epochs = self.epochs.cut(last).with_epoch(epoch, offset)
             self.branch = payload["branch"]
+            self.configurations = [c for c in self.configurations if c[0] <= last]
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
         committer.kick()
         return write
