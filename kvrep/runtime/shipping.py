@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 
 from kvrep.errors import (
     AckTimeout,
-    ClosedError,
     Error,
     Fenced,
     NotEnoughFollowers,
     NotPrimary,
     Overloaded,
     ProtocolError,
-    RolledBack,
     StaleRead,
     StorageFailed,
     StorageFull,

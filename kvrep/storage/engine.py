@@ -343,15 +343,20 @@ class Engine:
             if not self.home.promise(epoch, self.home.store_id):
                 promised = self.home.promised_epoch
                 raise Fenced(f"epoch {promised} has been promised, above {epoch}", epoch=promised)
-            if self.epochs.last_epoch >= epoch:
-                raise Fenced(f"the log holds records of epoch {self.epochs.last_epoch}, not below {epoch}",
-                             epoch=self.epochs.last_epoch)  # fmt: skip
+            if self.tail.epoch >= epoch:
+                raise Fenced(
+                    f"the log ends in epoch {self.tail.epoch}, not below {epoch}", epoch=self.tail.epoch
+                )
             before = self.epochs, self.branches[:], self.configurations[:]
             prepare()
             committer.begin_epoch(epoch, write)
-            offset = self.tail.offset + 1
-            self.epochs = self.epochs.with_epoch(epoch, offset)
+            last = self.tail.offset
+            offset = last + 1
+            # Cut first: the start of an epoch before may have been refused after it was ordered.
+            self.epochs = self.epochs.cut(last).with_epoch(epoch, offset)
+            self.branches = [b for b in self.branches if b[0] <= last]
             self._note_branch(offset, payload["branch"])
+            self.configurations = [c for c in self.configurations if c[0] <= last] or self.configurations[:1]
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
             committer.write_group()
         if write.error is not None:
@@ -380,9 +385,19 @@ class Engine:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.order(write)
 
+    def submit(self, write: Write, timeout_s: float) -> None:
+        """Order a user's write for the background leader; waits for memory up to ``timeout_s``."""
+        self.writable()
+        if self.view.memory_bytes >= self._slow_bytes:
+            self._slow_down(time.monotonic() + timeout_s, deletes=_deletes_only(write))
+        self.committer.order(write)
+        self.committer.kick()  # always: who holds the lead lock need not look for new writes
+
     def commit(self, write: Write, timeout_s: float) -> None:
         """Order a user's write and wait until its outcome is known or ``timeout_s`` have passed."""
         self.writable()
+        if self.view.memory_bytes < self._slow_bytes and self.committer.commit_alone(write):
+            return
         deadline_s = time.monotonic() + timeout_s
         if self.view.memory_bytes >= self._slow_bytes:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
@@ -808,7 +823,8 @@ class Engine:
             committer.stop(max(0.1, deadline - time.monotonic()))
             if committer.lead.acquire(timeout=max(0.1, deadline - time.monotonic())):
                 committer.lead.release()  # a group under way in a caller's thread is in the log now
-                committer.advance()
+                if committer.epoch:  # without one, nothing here is ours to commit
+                    committer.advance()
             self._last_flush(deadline)
             stopped = self.flusher.stop(max(0.1, deadline - time.monotonic()))
             self.view.closed = ClosedError("the store is closed")
@@ -820,7 +836,9 @@ class Engine:
                 self._close_files(deadline)
                 return
             # Closing LMDB under a flush would end the interpreter, and a new opener would meet it.
-            log.warning("%s: a flush is still under way; the store stays locked until it ends", self.home.path)
+            log.warning(
+                "%s: a flush is still under way; the store stays locked until it ends", self.home.path
+            )
             name = f"kvrep-close-{self.home.name or self.home.path.name}"
             threading.Thread(target=self._close_later, name=name, daemon=True).start()
 
