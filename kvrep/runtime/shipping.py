@@ -83,6 +83,8 @@ class Shipping:
         self._superseded_s = 0.0
         self._superseded_address = ""
         """Where the node is that a higher epoch was promised to; empty when that is not known."""
+        self._led = False
+        """Whether an epoch of this role has begun: then it was replaced, not restarted."""
         self._held = False
         """Whether this node lacks what it had acknowledged: it never asks to be primary by itself."""
         self._replaced = False
@@ -320,9 +322,19 @@ class Shipping:
             problem = self._ahead(promotion)
             if problem:
                 self._problem = problem
-                return
+                if (
+                    not self._led
+                    or member_of(promotion.answer(promotion.ahead[0]).last.epoch) == self._member()
+                ):
+                    return
+                # Its records are to be fetched, which only a whole promotion does: see Roles.
+                self._replaced, self._superseded_by = True, promotion.epoch
+                self._superseded_s = time.monotonic() - self.options.heartbeat_timeout_s
             self._promotion = None
-        self._begin_with(promotion, unfenced=False)
+        if problem:
+            self.node.roles.seek()
+        else:
+            self._begin_with(promotion, unfenced=False)
 
     def _begin_with(self, promotion: Promotion, *, unfenced: bool) -> None:
         """Begin, unless a higher epoch was promised meanwhile or the promise cannot be stored."""
@@ -434,7 +446,7 @@ class Shipping:
             raise
         with self._lock:
             self._problem = ""
-            self._open = True
+            self._open = self._led = True
             sessions = list(self._sessions.values())
         with self._acked:
             self._acked.notify_all()
@@ -449,10 +461,11 @@ class Shipping:
             self._complaints.add(text)
             log.error("%s", text)
 
-    def superseded(self, store_id: bytes, seen: int, *, written: int) -> None:
+    def superseded(self, store_id: bytes, seen: int, *, written: int, follows: bool = False) -> None:
         """A voter has promised epoch ``seen``, above ours, and holds records of epoch ``written``.
 
-        This node may not write any more. If no primary of that epoch shows itself, it begins again above it.
+        This node may not write any more. If no primary of that epoch shows itself, it begins again above it:
+        soon, if the epoch is the voter's own and it ``follows`` all the same, because then it has given up.
         """
         if not self._votes(store_id):
             log.warning("%s: a store that does not vote claims epoch %d; ours is %d",
@@ -466,11 +479,14 @@ class Shipping:
             self._superseded_address = ""
             if written > self.epoch and member_of(written) != self._member():
                 self._replaced = True
+            voter = self.engine.configuration.voter(store_id)
+            if follows and voter is not None and voter.member == member_of(seen):
+                self._superseded_s -= self.options.heartbeat_timeout_s
         log.warning("%s: fenced by epoch %d", self.node.label, seen)
         self._fence(seen, "")
         self.node.roles.seek()
 
-    def _renew(self, now: float) -> None:
+    def renew(self, now: float) -> None:
         """A voter promised a higher epoch in which nobody has written since: be primary above it."""
         with self._lock:
             seen = self._superseded_by
@@ -857,7 +873,7 @@ class Shipping:
             if silent_s >= self.options.heartbeat_timeout_s:
                 session.end()
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
-        self._renew(now)
+        self.renew(now)
         if now >= self._unfenced_at and self._promotion is not None:
             self._begin_unfenced()
         self.slots.expire(connected)

@@ -116,6 +116,19 @@ def group(folder: Path, count: int, acks: Any) -> Iterator[Group]:
         made.close()
 
 
+def accepted(store: Store, key: bytes, value: bytes) -> kvrep.Position:
+    """Write; a promise that nobody uses any more may fence the primary for a moment."""
+
+    def attempt() -> kvrep.Position | None:
+        try:
+            return store.put(key, value)
+        except kvrep.RefusedError:
+            return None
+
+    found: kvrep.Position = until(attempt, what="a write to be taken")
+    return found
+
+
 def settled(store: Store) -> bool:
     """Whether a follower follows again, and no promise or epoch of a failed promotion is left in its log."""
     status = store.status()
@@ -230,13 +243,13 @@ def test_one_epoch_is_promised_to_one_store(tmp_path: Path) -> None:
 
 def test_after_its_promise_a_follower_takes_and_acks_nothing_of_the_old_epoch(tmp_path: Path) -> None:
     """The primary's write is neither stored by who promised away, nor acknowledged."""
-    with group(tmp_path, 2, 1) as g:
-        a, b = g.stores
+    with group(tmp_path, 3, "all") as g:
+        a, b, c = g.stores
         b.wait_for(a.put(b"k", b"1"), WAIT_S)
         a.reconfigure(ack_timeout_s=0.3)
         until(lambda: b.status().ack_timeout_s == 0.3 and not a.status().uncommitted_bytes)
-        promised = answer_promise(b._node, request(g, b, 90_002))
-        assert promised["promised"] == 90_002
+        promised = answer_promise(b._node, request(g, c, 90_003))
+        assert promised["promised"] == 90_003
         with pytest.raises((kvrep.RefusedError, kvrep.UnknownOutcome)):
             a.put(b"k", b"2")
         assert b.status().last_offset == promised["last"][1]
@@ -401,8 +414,7 @@ def test_close_at_any_moment_of_a_promotion(tmp_path: Path, step: int) -> None:
         assert c.closed
         g.network.strike = lambda who, address, method, after: None
         again = g.open("c", follow=a.address)
-        until(lambda: not a.status().not_writable or again.status().role is Role.PRIMARY)
-        again.wait_for(a.put(b"k", b"2"), WAIT_S)
+        again.wait_for(accepted(a, b"k", b"2"), WAIT_S)
         same(a, b, again)
 
 
@@ -418,3 +430,24 @@ def test_standing_tells_and_binds_nobody(tmp_path: Path) -> None:
         leader = answer_standing(a._node, {})
         assert (leader["primary_epoch"], leader["fenced"]) == (a.status().epoch, True)
         assert b._node.engine.home.promised_epoch == before
+
+
+def test_a_failed_promotion_whose_record_a_follower_got_is_overcome(tmp_path: Path) -> None:
+    """The primary was asked for its promise, then the candidate began, fed one voter, and vanished."""
+    with group(tmp_path, 3, 1) as g:
+        a, b, c = g.stores
+        b.wait_for(a.put(b"k", b"1"), WAIT_S)
+        c.wait_for(a.position, WAIT_S)
+        c.promote(timeout_s=5.0)
+        # a finds c and follows it, but not before it has been held up: its word reaches c, none comes back
+        epoch = c.status().epoch
+        until(lambda: b.status().last_offset == c.status().last_offset)
+        g.isolate(c, keep=0)
+        c.close()
+        until(lambda: a.status().role is Role.PRIMARY or a.status().source is not None)
+        if a.status().role is Role.FOLLOWER:
+            a.promote(timeout_s=5.0)
+        until(lambda: not a.status().not_writable, what="the old primary to go on")
+        assert a.status().epoch > epoch
+        b.wait_for(a.put(b"k", b"2"), WAIT_S)
+        same(a, b)
