@@ -111,6 +111,9 @@ def test_the_candidate_is_killed_at_each_step(tmp_path: Path, stride: int) -> No
                 voters(primary, "a", "b", "c")
                 key = b"before-%d" % kill_at
                 acked.append((key, accepted(primary, key, b"v")))
+                until(
+                    lambda node=node: len(node.run("db.status().voters")) == 3, what="b to know that it votes"
+                )
                 node.run("db._node.replaying.stop(5.0)")
                 key = b"fetched-%d" % kill_at
                 acked.append((key, accepted(primary, key, bytes(100))))  # the candidate lacks this one
