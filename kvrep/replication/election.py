@@ -123,7 +123,7 @@ class Standing:
     primary_epoch: int = 0
     """The epoch in which this node is primary: its start is in the log and no higher promise was given."""
     able: bool = True
-    """False: it bootstraps, restarted behind what it acknowledged, or its disk failed. Then it must not become
+    """False: it bootstraps, restarted behind what it acknowledged, or its disk failed. It must not become
     primary by itself, and its promise says nothing about what it has stored, so it gives none."""
     witness: bool = False
 
@@ -270,6 +270,8 @@ class Election:
         self._permit_until = 0.0
         self._heard = now
         self._gone = False
+        self._over = 0
+        """The newest epoch whose primary has resigned: what still arrives of it is old."""
         self._ask_at = now
         self._extra = self._random(settings.spread_s)
         self._deferred = False
@@ -281,6 +283,7 @@ class Election:
         self._known: dict[str, Answer] = {}
         """The newest answer of each peer, for addresses and names."""
         self._probing_until = 0.0
+        self._probe_at = INFINITY
         self._wanted = 0
         self._wanted_at = 0.0
         self._promotion: Promotion | None = None
@@ -310,7 +313,7 @@ class Election:
             return due if self._ticked < due else began + s.answer_timeout_s
         if self.phase is Phase.PROMISING:
             return self._wanted_at + s.answer_timeout_s
-        return min(self._due(), self._ticked + s.heartbeat_interval_s)
+        return min(self._due(), self._probe_at, self._ticked + s.heartbeat_interval_s)
 
     @property
     def leading_epoch(self) -> int:
@@ -366,7 +369,12 @@ class Election:
                     return self._give_up(now, "too few voters promised in time: " + self._missing())
                 return []
             case Phase.FOLLOWING:
-                return self._ask(now) if now >= self._due() else []
+                if now >= self._due():
+                    return self._ask(now)
+                if now >= self._probe_at:
+                    self._probe_at, self._probing_until = INFINITY, 0.0
+                    return self._probe(now)
+                return []
 
     def permit(self, until: float, now: float) -> list[Action]:
         """An outside service lets us try until then (and counts as one more vote); 0 takes it back."""
@@ -404,6 +412,8 @@ class Election:
     def heard_from_primary(self, primary: PrimarySeen, now: float) -> list[Action]:
         """The replication stream brought something of this primary. Cheap; for every heartbeat."""
         if primary.epoch < self.own.promised_epoch or self.leading_epoch >= primary.epoch:
+            return []
+        if primary.epoch <= self._over:
             return []
         self._believe(primary, now)
         return []
@@ -452,9 +462,10 @@ class Election:
     def _probe(self, now: float) -> list[Action]:
         """Look whether the primary that we believe in is still there."""
         primary = self.primary
-        if primary is None or now < self._probing_until or not primary.address:
+        if primary is None or not primary.address or now < self._probing_until:
             return []
         self._probing_until = now + self.settings.answer_timeout_s
+        self._probe_at = INFINITY
         return [self._question("look", (Peer(primary.name, primary.address),), now)]
 
     def _follow_nobody(self, now: float, problem: str) -> None:
@@ -475,7 +486,6 @@ class Election:
     # -- asking ------------------------------------------------------------------------------------
 
     def _ask(self, now: float) -> list[Action]:
-        own = self.own
         stands = self._could and not self._barred(now)
         peers = self._others()
         self.phase = Phase.ASKING
@@ -545,21 +555,30 @@ class Election:
 
     def on_no_answer(self, ask: Ask, name: str, why: WhyGone, now: float) -> list[Action]:
         """One of those asked cannot be reached, or did not answer in time."""
-        actions: list[Action] = []
-        primary = self.primary
-        is_primary = primary is not None and name == primary.name
-        if why is WhyGone.REFUSED and is_primary and not self._gone and ask.asked_at >= self._heard:
-            actions = self._is_gone(now)
+        actions = self._on_refused(ask, now) if self._refuses(name, why) else []
         if self._round is None or ask.number != self._round.number:
             return actions
         self._silent.add(name)
         return [*actions, *self._consider(now)]
+
+    def _refuses(self, name: str, why: WhyGone) -> bool:
+        primary = self.primary
+        return why is WhyGone.REFUSED and primary is not None and name == primary.name and not self._gone
+
+    def _on_refused(self, ask: Ask, now: float) -> list[Action]:
+        """Nobody listens where the primary was. What came from it after we asked may be a late message."""
+        if ask.asked_at >= self._heard:
+            return self._is_gone(now)
+        self._probe_at = now + self.settings.retry_s
+        return []
 
     def _learn(self, answer: Answer, now: float) -> list[Action]:
         """Somebody tells of a living primary. What we saw ourselves counts more than hearsay of the same."""
         alive = answer.alive
         own = self.own
         if alive is None or alive.epoch < own.promised_epoch or alive.store_id == own.store_id:
+            return []
+        if alive.epoch <= self._over:
             return []
         if own.lineage and answer.lineage != own.lineage:
             return []
@@ -874,15 +893,14 @@ class Election:
         return [self._question("lead", to, now, epoch=epoch, begun=begun)]
 
     def _lead_on(self, now: float) -> list[Action]:
-        actions = self._announce(now, begun=True)
         s = self.settings
         if now >= max(self.confirmed_until(now), self._pardoned_until):
             why = f"most voters have not confirmed this primary for {s.step_down_s:g} s"
-            return [*actions, *self._step_down(why, now)]
+            return self._step_down(why, now)
         if self._challenged_at and now >= self._challenged_at + 2 * s.patience_s:
             why = f"epoch {self._challenger} was promised to another node"
-            return [*actions, *self._step_down(why, now, self._challenger)]
-        return actions
+            return self._step_down(why, now, self._challenger)
+        return self._announce(now, begun=True)
 
     def _on_confirmation(self, ask: Ask, answer: Answer, now: float) -> list[Action]:
         epoch = self.leading_epoch
@@ -995,6 +1013,8 @@ class Election:
         own, epoch = self.own, question.epoch
         if epoch < own.promised_epoch:
             return False, f"this node has promised epoch {own.promised_epoch}", []
+        if epoch <= self._over:
+            return False, "its primary has resigned", []
         if self.leading_epoch >= epoch:
             return False, f"this node is primary in epoch {self.leading_epoch}", []
         if self.primary is not None and self.primary.epoch > epoch:
@@ -1023,6 +1043,7 @@ class Election:
         primary = self.primary
         if primary is None or (primary.store_id, primary.epoch) != (question.store_id, question.epoch):
             return []
+        self._over = question.epoch
         return self._is_gone(now)
 
     def on_promise_request(self, request: PromiseRequest, now: float) -> GivePromise | str:
