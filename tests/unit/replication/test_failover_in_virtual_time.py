@@ -197,7 +197,7 @@ def test_a_pause_of_all_changes_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_primary_that_wakes_late_cannot_acknowledge(seed: int) -> None:
-    """Frozen beyond its limit, it finds itself superseded, follows, and lost nothing that was acknowledged."""
+    """Frozen beyond its limit, it finds itself superseded, acknowledges nothing more, and follows."""
     group = Group(seed)
     old = group.form()
     group.writing(0.01)

@@ -538,6 +538,8 @@ class Group:
         def serve(primary: Node) -> object:
             if not primary.primary_epoch:
                 return "not primary"
+            if primary.streams.get(node.store_id, ("", 0))[1] > number:
+                return "an older stream than the one that is open"
             view = LogView(
                 store_id=primary.store_id,
                 name=primary.name,
