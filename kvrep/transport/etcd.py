@@ -201,7 +201,7 @@ class EtcdClient:
         except grpc.RpcError as error:
             if self._closed:
                 raise ClosedError("the etcd client is closed") from error
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # type: ignore[attr-defined]
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return False
             self._drop(channel)
             raise _mapped(error, endpoint) from error
