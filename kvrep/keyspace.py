@@ -386,12 +386,12 @@ class Batch(Generic[V]):
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Add a put, into this keyspace or another one of the same store."""
-        space: Keyspace[Any] = keyspace or self._space
+        space: Keyspace[Any] = self._space if keyspace is None else keyspace
         self._add(space._put(key, value))
 
     def delete(self, key: bytes, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Add a delete."""
-        space: Keyspace[Any] = keyspace or self._space
+        space: Keyspace[Any] = self._space if keyspace is None else keyspace
         self._add(space._delete(key))
 
     def _add(self, write: Write) -> None:
@@ -476,7 +476,7 @@ class Transaction(Generic[V]):
 
     def get(self, key: bytes, default: Any = None, *, keyspace: Keyspace[Any] | None = None) -> Any:
         """The value of ``key`` as of this transaction, its own writes included."""
-        space: Keyspace[Any] = keyspace or self._space
+        space: Keyspace[Any] = self._space if keyspace is None else keyspace
         key = check_key(key)
         self._place()
         value = self._raw(space, key)
@@ -494,12 +494,12 @@ class Transaction(Generic[V]):
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Set ``key`` when the transaction commits."""
-        space: Keyspace[Any] = keyspace or self._space
+        space: Keyspace[Any] = self._space if keyspace is None else keyspace
         self._add(space._put(key, value))
 
     def delete(self, key: bytes, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Remove ``key`` when the transaction commits; it need not exist."""
-        space: Keyspace[Any] = keyspace or self._space
+        space: Keyspace[Any] = self._space if keyspace is None else keyspace
         self._add(space._delete(key))
 
     def _add(self, write: Write) -> None:
@@ -539,7 +539,7 @@ class Transaction(Generic[V]):
         keyspace: Keyspace[Any] | None = None,
     ) -> Iterator[tuple[bytes, Any]]:
         """Pairs in key order as of this transaction; writes made while it runs are not seen by it."""
-        space: Keyspace[Any] = keyspace or self._space
+        space: Keyspace[Any] = self._space if keyspace is None else keyspace
         self._place()
         low, high = bounds(prefix, start, stop)
         if high is not None and low >= high:
@@ -681,6 +681,15 @@ class Snapshot:
         if keyspace is None:
             return self._name, self._codec.decode
         return keyspace._keyspace, keyspace._codec.decode
+
+    @property
+    def closed(self) -> bool:
+        return self._pinned.released
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step of a read is under way, for which the next read would wait."""
+        return self._pinned.busy
 
     def close(self) -> None:
         """Let go of the position. Idempotent."""

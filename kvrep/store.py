@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
 
 from kvrep.codecs import BYTES, Codec
-from kvrep.errors import ClosedError
 from kvrep.keyspace import Keyspace, Snapshot
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
@@ -60,8 +59,7 @@ class Store(Keyspace[bytes]):
         ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. Raises ``InvalidKeyspace``.
         """
         check_name(name)
-        if self._node.engine.closed:
-            raise ClosedError("the store is closed")
+        self._node.engine.need_alive()
         key = (name, codec.name)
         space = self._spaces.get(key)
         if space is None or space._codec is not codec:
@@ -70,6 +68,7 @@ class Store(Keyspace[bytes]):
 
     def keyspaces(self) -> list[str]:
         """The names of the keyspaces that hold or held data, sorted."""
+        self._node.engine.need_unforked()
         return sorted({DEFAULT_KEYSPACE, *self._node.engine.view.keyspaces})
 
     def snapshot(self) -> Snapshot:
@@ -84,6 +83,7 @@ class Store(Keyspace[bytes]):
     @property
     def position(self) -> Position:
         """What reads show now."""
+        self._node.engine.need_unforked()
         return self._node.engine.committed_position
 
     def wait_for(self, position: Position, timeout_s: float = 5.0) -> None:
@@ -92,18 +92,19 @@ class Store(Keyspace[bytes]):
         :class:`StaleRead` after ``timeout_s``; :class:`RolledBack` when the position is not part of this
         history any more.
         """
+        self._node.engine.need_unforked()
         self._node.wait_for(position, timeout_s)
 
     def resolve(self, position: Position) -> Outcome:
         """What became of a write whose outcome was unknown: committed, pending or rolled back."""
+        self._node.engine.need_unforked()
         return self._node.resolve(position)
 
     # -- the life of the store ---------------------------------------------------------------------
 
     def flush(self, timeout_s: float = 60.0) -> None:
         """Return once LMDB holds everything that is committed now. ``TimeoutError`` after ``timeout_s``."""
-        if self._node.engine.closed:
-            raise ClosedError("the store is closed")
+        self._node.engine.need_alive()
         if not self._node.engine.flush(timeout_s):
             raise TimeoutError(f"the flush was not done within {timeout_s:g} s")
 
@@ -135,6 +136,7 @@ class Store(Keyspace[bytes]):
 
     def status(self) -> Status:
         """Where this node and its followers stand, as one frozen value."""
+        self._node.engine.need_unforked()
         return self._node.status()
 
     def reconfigure(
@@ -148,6 +150,7 @@ class Store(Keyspace[bytes]):
 
         Returns its position. ``ValueError`` for a rule that does not exist; refusals as of ``put``.
         """
+        self._node.engine.need_alive()
 
         def change(now: Configuration) -> Configuration:
             new = now if acks is None else replace(now, acks=acks)
@@ -158,6 +161,7 @@ class Store(Keyspace[bytes]):
 
     def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
+        self._node.engine.need_alive()
 
         def change(now: Configuration) -> Configuration:
             voter = now.named(name)

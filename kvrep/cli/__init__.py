@@ -1,7 +1,7 @@
 """The ``kvrep`` command.
 
-One module per subcommand, each with ``configure(parser)`` and ``run(args)``. Modules import what they need
-inside ``run``, so that ``kvrep --help`` stays quick: storage and gRPC cost more than everything else together.
+One module per subcommand, each with ``configure(parser, name)`` and ``run(args)``. Modules import what they
+need inside ``run``, so that ``kvrep --help`` stays quick: storage and gRPC cost more than all the rest.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from kvrep.cli.exits import EXIT_HELP, Exit, UsageError, exit_code
+from kvrep.cli.exits import EXIT_HELP, Exit, exit_code
 from kvrep.errors import Error
 
-__all__ = ["main"]
+__all__ = ["describe", "main"]
 
 _COMMANDS = {
     "demo": "show kvrep at work: three nodes, real data, a crash, and the proof that nothing was lost",
@@ -45,13 +46,17 @@ examples:
 """
 
 
+_UNREACHABLE = re.compile(r"failed to connect to all addresses; last error: .*: ([^:]+)$")
+"""gRPC's words around the system's."""
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser; only the module of ``command`` is imported, the others show their one line."""
+def _parser(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser, and that of ``command``. Only its module is imported; the others show their one line."""
     parser = argparse.ArgumentParser(
         prog="kvrep",
         description="A key-value store inside your Python application, replicated to other machines.",
@@ -61,6 +66,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and end")
     parser.add_argument("--debug", action="store_true", help="show tracebacks (also after the subcommand)")
+    chosen = parser
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, line in _COMMANDS.items():
         sub = commands.add_parser(
@@ -71,39 +77,59 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             module = importlib.import_module(f"kvrep.cli.{_MODULES.get(name, name)}")
             module.configure(sub, name)
             # Its default must not undo one that came before the subcommand.
-            sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+            sub.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+            )
             sub.set_defaults(run=module.run)
+            chosen = sub
             sub.epilog = f"{sub.epilog or ''}\n\n{EXIT_HELP}".lstrip()
-    return parser
+    return parser, chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (see ``kvrep --help``)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = next((a for a in arguments if not a.startswith("-")), None)
-    parser = _parser(command)
-    args = parser.parse_args(arguments)
-    if args.version:
-        import kvrep
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        if "--debug" in arguments:
+            raise
+        print("interrupted", file=sys.stderr)
+        return Exit.INTERRUPTED
 
-        print(f"kvrep {kvrep.__version__}")
+
+def _main(arguments: list[str]) -> int:
+    args = _parse(arguments)
+    if args.version:
+        from importlib import metadata
+
+        print(f"kvrep {metadata.version('kvrep')}")
         return Exit.OK
     if args.command is None:
-        parser.print_help()
+        print("kvrep: name a command; 'kvrep --help' lists them", file=sys.stderr)
         return Exit.USAGE
     return _run(args)
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse. ``argparse`` takes no optional positional behind a flag: that one is put in its place here."""
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    parser, chosen = _parser(command)
+    args, rest = parser.parse_known_args(arguments)
+    last = getattr(args, "optional_last", None)
+    plain = len(rest) == 1 and (rest[0] == "-" or not rest[0].startswith("-"))
+    if last is not None and plain and getattr(args, last) is None:
+        setattr(args, last, rest.pop())
+    if rest:
+        chosen.error(f"not understood: {' '.join(rest)}")
+    return args
+
+
 def _run(args: argparse.Namespace) -> int:
-    """Every way a subcommand can end becomes an exit code and, at the most, one line on stderr."""
+    """Every way a subcommand can fail becomes an exit code and one line on stderr."""
     try:
         code: int = args.run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        return Exit.INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; the flush at exit must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,14 +146,10 @@ def describe(error: BaseException) -> str:
     """An error as one line, its hint included."""
     if isinstance(error, Error):
         text = error.message or (type(error).__doc__ or type(error).__name__).partition("\n")[0]
+        text = _UNREACHABLE.sub(r"\1", text)
         text = f"{text} ({error.hint})" if error.hint else text
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())
-
-
-def usage(message: str, hint: str = "") -> UsageError:
-    """For subcommands: the error to raise when arguments make no sense together."""
-    return UsageError(message, hint=hint)

@@ -23,8 +23,8 @@ __all__ = [
     "is_address",
     "options_of",
     "position",
-    "security",
     "seconds",
+    "security",
     "size",
 ]
 
@@ -207,7 +207,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             if isinstance(flag.kind, tuple):
                 group.add_argument(*flag.names, dest=flag.field, choices=flag.kind, help=said)
             else:
-                group.add_argument(*flag.names, dest=flag.field, type=flag.kind, help=said, metavar=_unit(flag))
+                group.add_argument(
+                    *flag.names, dest=flag.field, type=flag.kind, help=said, metavar=_unit(flag)
+                )
 
 
 def _unit(flag: Flag) -> str:

@@ -72,7 +72,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     widths = [max([len(h), *(len(row[i]) for row in rows)]) for i, h in enumerate(headers)]
 
     def line(cells: Sequence[str]) -> str:
-        parts = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        parts = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(parts).rstrip()
 
     return [line(headers), *(line(row) for row in rows)]
@@ -104,8 +107,8 @@ class Live:
     ) -> None:
         self._render = render
         self._plain = plain
-        self._stream = stream or sys.stdout
-        self._tty = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.stream = stream or sys.stdout
+        self._tty = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._interval_s = 0.1 if self._tty else plain_interval_s
         self._next_s = time.monotonic() + (0 if self._tty else plain_interval_s)
         self._height = 0
@@ -127,12 +130,12 @@ class Live:
         if self._tty:
             self._draw()
         else:
-            print(self._plain(), file=self._stream, flush=True)
+            print(self._plain(), file=self.stream, flush=True)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
         self._erase()
-        print(line, file=self._stream, flush=True)
+        print(line, file=self.stream, flush=True)
         if self._tty:
             self._draw()
 
@@ -141,14 +144,14 @@ class Live:
         lines = [clip(line, width - 1) for line in self._render()]
         up = f"\x1b[{self._height}F" if self._height else ""
         body = "".join(f"{line}\x1b[K\n" for line in lines)
-        self._stream.write(f"{up}{body}\x1b[J")
-        self._stream.flush()
+        self.stream.write(f"{up}{body}\x1b[J")
+        self.stream.flush()
         self._height = len(lines)
 
     def _erase(self) -> None:
         if self._height:
-            self._stream.write(f"\x1b[{self._height}F\x1b[J")
-            self._stream.flush()
+            self.stream.write(f"\x1b[{self._height}F\x1b[J")
+            self.stream.flush()
             self._height = 0
 
 
@@ -179,7 +182,7 @@ def bar(done: float, width: int = 30) -> str:
 class Progress:
     """Progress on stderr: a bar by ``rich`` on a terminal if it is installed, else a line every few seconds.
 
-    ``total`` is in the unit that :meth:`add` counts (bytes), ``None`` when not known. Use it in a ``with`` block.
+    ``total`` is in bytes, ``None`` when not known. Use it in a ``with`` block.
     """
 
     def __init__(self, what: str, total: int | None, *, quiet: bool = False, interval_s: float = 2.0) -> None:

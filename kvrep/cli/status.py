@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     del name
     parser.epilog = _EPILOG
     add_target(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object (with --watch: one a line)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (with --watch: one a line)"
+    )
     parser.add_argument("--watch", metavar="SECONDS", type=seconds, help="repeat until Ctrl-C")
     add_timeout(parser, 5.0, "how long to wait for the answer")
     add_security(parser)
@@ -38,13 +40,13 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kvrep.cli.exits import UsageError
-    from kvrep.cli.target import open_target
+    from kvrep.cli.target import open_reader
 
     if args.watch is not None and not is_address(args.target):
         raise UsageError("--watch needs the address of a running node: a store on disk does not change")
     if args.watch is not None:
         return _watch(args)
-    target = open_target(args)
+    target = open_reader(args)
     try:
         status = target.status()
     finally:
@@ -79,7 +81,9 @@ def _watch(args: argparse.Namespace) -> int:
 def render(status: dict[str, Any]) -> list[str]:
     """A status as people read it."""
     name = status["name"] or "(no name)"
-    lines = [style(f"{name}: {status['role']}", "bold") + (f" at {status['address']}" if status["address"] else "")]
+    lines = [
+        style(f"{name}: {status['role']}", "bold") + (f" at {status['address']}" if status["address"] else "")
+    ]
     lines += ["  " + line for line in key_values(_facts(status))]
     if status["source"] is not None:
         lines += ["", *_source(status["source"])]
@@ -137,10 +141,15 @@ def _source(source: dict[str, Any]) -> list[str]:
         ("from", f"{source['address']} {source['name']}".rstrip()),
         ("state", style(source["state"], "green" if source["state"] == "streaming" else "yellow")),
         ("behind", f"{number(source['lag_records'])} records, {binary(source['lag_bytes'])}"),
-        ("staleness", "not known" if source["staleness_s"] is None else f"at most {duration(source['staleness_s'])}"),
+        (
+            "staleness",
+            "not known" if source["staleness_s"] is None else f"at most {duration(source['staleness_s'])}",
+        ),
     ]
     if source["bootstrap_bytes_total"]:
-        facts.append(("copy", f"{binary(source['bootstrap_bytes'])} of {binary(source['bootstrap_bytes_total'])}"))
+        facts.append(
+            ("copy", f"{binary(source['bootstrap_bytes'])} of {binary(source['bootstrap_bytes_total'])}")
+        )
     if source["problem"] and source["state"] != "streaming":
         facts.append(("problem", source["problem"]))
     return ["source", *("  " + line for line in key_values(facts))]

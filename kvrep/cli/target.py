@@ -10,20 +10,33 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvrep.cli.arguments import is_address, security
 from kvrep.cli.exits import UsageError
-from kvrep.errors import Error, NotAStore, NotPrimary, PeerUnavailable, RefusedError, UnknownOutcome
+from kvrep.errors import NotAStore, NotPrimary, PeerUnavailable, StoreInUse, UnknownOutcome
 from kvrep.model.position import Position
 
 if TYPE_CHECKING:
+    from kvrep.runtime.node import Node
     from kvrep.storage.engine import Engine
     from kvrep.transport.security import Security
 
-__all__ = ["LocalTarget", "Op", "Range", "RemoteTarget", "Target", "connect", "open_target"]
+__all__ = [
+    "LocalReader",
+    "LocalWriter",
+    "Op",
+    "Range",
+    "Reader",
+    "RemoteTarget",
+    "Writer",
+    "connect",
+    "open_reader",
+    "open_writer",
+]
 
 Op = tuple[str, bytes, bytes | None]
 """(keyspace, key, value or ``None`` for a delete)."""
 
 CLIENT_MESSAGE_BYTES_MAX = (1 << 30) + (1 << 20)
 """The client takes whatever a node may hold; the node's own limits are the tighter ones."""
+CLOSE_S = 30.0
 GRACE_S = 2.0
 """How much longer than the node itself we wait for its answer."""
 
@@ -39,16 +52,22 @@ class Range(NamedTuple):
     limit: int | None = None
 
 
-class Target(Protocol):
-    """What data commands talk to. Errors are those of ``kvrep.errors``."""
+class Reader(Protocol):
+    """What reading commands talk to. Errors are those of ``kvrep.errors``."""
 
     def get(self, keyspace: str, key: bytes, at_least: Position | None) -> bytes | None: ...
-    def write(self, ops: list[Op]) -> Position:
-        """Atomic. ``RefusedError``: nothing was written; ``UnknownOutcome``: it may survive or not."""
-
     def scan(self, wanted: Range, at_least: Position | None) -> Iterator[list[tuple[bytes, bytes]]]: ...
     def keyspaces(self) -> list[str]: ...
     def status(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class Writer(Protocol):
+    """What writing commands talk to."""
+
+    def write(self, ops: list[Op]) -> Position:
+        """Atomic. ``RefusedError``: nothing was written; ``UnknownOutcome``: it may survive or not."""
+
     def close(self) -> None: ...
 
 
@@ -75,7 +94,9 @@ class RemoteTarget:
     ) -> None:
         self.close()
 
-    def call(self, method: str, request: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
+    def call(
+        self, method: str, request: Mapping[str, Any], *, timeout_s: float | None = None
+    ) -> dict[str, Any]:
         """Any unary method of the node; see ``kvrep/runtime/service.py``."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         return self._connection.call(method, {"timeout_s": limit, **request}, limit + GRACE_S)
@@ -128,65 +149,16 @@ class RemoteTarget:
         self._connection.close()
 
 
-class LocalTarget:
-    """A store on disk that no process has open. Reading begins no epoch and so changes no history.
+class LocalReader:
+    """A store on disk that no process has open. Reading begins no epoch, so it changes no history.
 
-    A store that belongs to a group is read as far as it is known to be committed, and not written:
-    its writes need the other nodes.
+    Of a store that belongs to a group, what is known to be committed is shown.
     """
 
-    def __init__(self, path: str, *, write: bool = False, create: bool = False, timeout_s: float = 10.0) -> None:
-        self.path = path
-        self.timeout_s = timeout_s
-        self._engine = self._open(create=create and write)
-        if write:
-            self._become_writer()
-
-    def _open(self, *, create: bool) -> Engine:
-        from kvrep.options import Options
-        from kvrep.storage.engine import Engine
-
-        if not create and not (Path(self.path) / "STORE").is_file():
-            raise NotAStore(f"there is no store at {self.path}", path=self.path, hint="check the path")
-        import os
-
-        engine = Engine.open(Path(self.path), Options(create=create), lineage=os.urandom(16) if create else b"")
-        if not self._has_peers(engine):
-            engine.committer.advance()
-        return engine
-
-    @staticmethod
-    def _has_peers(engine: Engine) -> bool:
-        """Whether somebody else may have a say in what this store holds."""
-        configuration = engine.configuration
-        alone = not configuration.voters or (
-            len(configuration.voters) == 1 and configuration.voter(engine.home.store_id) is not None
-        )
-        return not alone or configuration.synchronous or not engine.home.lineage
-
-    def _become_writer(self) -> None:
-        """Begin an epoch, as ``kvrep.open`` does, unless the store belongs to a group."""
-        from kvrep.options import Options
-        from kvrep.runtime.node import Node
-
-        if self._has_peers(self._engine):
-            self._engine.close(self.timeout_s)
-            raise NotPrimary(
-                f"the store at {self.path} belongs to a group of nodes, so it is not written alone",
-                hint="start it with 'kvrep serve' and write to the primary's address",
-                primary_address=None,
-                epoch=None,
-            )
-        self._node = Node(self._engine, Options(), None)
-        self._node._start(follower=False)
-
-    def __enter__(self) -> LocalTarget:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __init__(self, path: str) -> None:
+        self._engine = _open_engine(path)
+        if not _has_peers(self._engine):
+            self._engine.committer.advance()
 
     def get(self, keyspace: str, key: bytes, at_least: Position | None = None) -> bytes | None:
         from kvrep.runtime.checks import check_key, check_name
@@ -195,21 +167,6 @@ class LocalTarget:
         view = self._engine.view
         value: bytes | None = view.get(keyspace, view.admit(check_name(keyspace)), check_key(key))
         return value
-
-    def write(self, ops: list[Op]) -> Position:
-        from kvrep.runtime.checks import check_key, check_name, check_value
-        from kvrep.model.record import Kind, write_payload
-        from kvrep.storage.write import Write
-
-        size = 0
-        for name, key, value in ops:
-            self._engine.view.admit(check_name(name))
-            check_key(key)
-            if value is not None:
-                check_value(value, self._engine.options.value_bytes_max)
-            size += len(key) + len(value or b"") + 16
-        self._node.check_record_size(size)
-        return self._node.commit(Write(Kind.WRITE, write_payload(ops), size), self.timeout_s)
 
     def scan(self, wanted: Range, at_least: Position | None = None) -> Iterator[list[tuple[bytes, bytes]]]:
         from kvrep.keyspace import bounds
@@ -227,25 +184,93 @@ class LocalTarget:
         finally:
             snapshot.release()
 
-    def _check_reached(self, at_least: Position | None) -> None:
-        if at_least is not None:
-            from kvrep.options import Options
-            from kvrep.runtime.node import Node
-
-            Node(self._engine, Options(), None).wait_for(at_least, 0.0)
-
     def keyspaces(self) -> list[str]:
         return sorted({"default", *self._engine.view.keyspaces})
 
     def status(self) -> dict[str, Any]:
-        from kvrep.options import Options
-        from kvrep.runtime.node import Node
-
-        status = Node(self._engine, Options(), None).status().to_json()
+        status = self._node().status().to_json()
         return {**status, "role": "offline", "not_writable": "no process has it open", "primary_address": ""}
 
     def close(self) -> None:
-        self._engine.close(30.0)
+        self._engine.close(CLOSE_S)
+
+    def _check_reached(self, at_least: Position | None) -> None:
+        if at_least is not None:
+            self._node().wait_for(at_least, 0.0)
+
+    def _node(self) -> Node:
+        """A node without a role: it answers questions, and starts nothing."""
+        from kvrep.options import Options
+        from kvrep.runtime.node import Node
+
+        return Node(self._engine, Options(), None)
+
+
+class LocalWriter:
+    """A store on disk, opened as an application opens it. Any thread may use it.
+
+    A store that belongs to a group is refused: its writes need the other nodes.
+    """
+
+    def __init__(self, path: str, *, create: bool, timeout_s: float) -> None:
+        import kvrep
+
+        if not create or (Path(path) / "STORE").is_file():
+            _check_alone(path)
+        self._store = kvrep.open(path, create=create)
+        self._timeout_s = timeout_s
+
+    def write(self, ops: list[Op]) -> Position:
+        with self._store.batch(timeout_s=self._timeout_s) as batch:
+            for name, key, value in ops:
+                space = self._store.keyspace(name)
+                if value is None:
+                    batch.delete(key, keyspace=space)
+                else:
+                    batch.put(key, value, keyspace=space)
+        assert batch.position is not None
+        return batch.position
+
+    def close(self) -> None:
+        self._store.close(CLOSE_S)
+
+
+def _open_engine(path: str) -> Engine:
+    """The store at ``path`` without a role; ``NotAStore`` or ``StoreInUse`` with a hint for the command."""
+    from kvrep.options import Options
+    from kvrep.storage.engine import Engine
+
+    if not (Path(path) / "STORE").is_file():
+        raise NotAStore(f"there is no store at {path}", path=path, hint="check the path")
+    try:
+        return Engine.open(Path(path), Options(create=False), lineage=b"")
+    except StoreInUse as error:
+        error.hint = "ask the node that has it open, by its address"
+        raise
+
+
+def _check_alone(path: str) -> None:
+    """Refuse to write a store that belongs to a group."""
+    engine = _open_engine(path)
+    try:
+        if _has_peers(engine):
+            raise NotPrimary(
+                f"the store at {path} belongs to a group of nodes, so it is not written alone",
+                hint="start it with 'kvrep serve' and write to the primary's address",
+                primary_address=None,
+                epoch=None,
+            )
+    finally:
+        engine.close(CLOSE_S)
+
+
+def _has_peers(engine: Engine) -> bool:
+    """Whether somebody else may have a say in what this store holds."""
+    configuration = engine.configuration
+    if not configuration.voters:
+        return not engine.home.lineage  # empty: either new, or a follower that has not joined yet
+    others = [voter for voter in configuration.voters if voter.store_id != engine.home.store_id]
+    return bool(others) or configuration.synchronous
 
 
 def chunked(pairs: Iterable[tuple[bytes, bytes]], limit: int | None) -> Iterator[list[tuple[bytes, bytes]]]:
@@ -262,17 +287,31 @@ def chunked(pairs: Iterable[tuple[bytes, bytes]], limit: int | None) -> Iterator
         yield chunk
 
 
-def open_target(args: argparse.Namespace, *, write: bool = False, create: bool = False) -> Target:
-    """The TARGET argument, opened. A running node is asked once, so that later failures mean what they say."""
+def open_reader(args: argparse.Namespace) -> Reader:
+    """The TARGET argument, opened for reading."""
     if is_address(args.target):
         return connect(args, args.target)
-    if args.token_file or args.tls_cert or args.tls_ca:
+    _check_path_flags(args)
+    return LocalReader(args.target)
+
+
+def open_writer(args: argparse.Namespace) -> Writer:
+    """The TARGET argument, opened for writing; ``--create`` makes a store at a path."""
+    if is_address(args.target):
+        if args.create:
+            raise UsageError("--create is for a path; a running node has its store")
+        return connect(args, args.target)
+    _check_path_flags(args)
+    return LocalWriter(args.target, create=args.create, timeout_s=args.timeout_s)
+
+
+def _check_path_flags(args: argparse.Namespace) -> None:
+    if args.token_file or args.tls_cert or args.tls_key or args.tls_ca:
         raise UsageError(f"{args.target} is a path: --token-file and --tls-… are for addresses")
-    return LocalTarget(args.target, write=write, create=create, timeout_s=args.timeout_s)
 
 
 def connect(args: argparse.Namespace, address: str) -> RemoteTarget:
-    """A running node that has answered at least once."""
+    """A running node that has answered once, so that later failures mean what they say."""
     target = RemoteTarget(address, security(args), timeout_s=args.timeout_s)
     try:
         target.status()
@@ -280,11 +319,6 @@ def connect(args: argparse.Namespace, address: str) -> RemoteTarget:
         target.close()
         raise
     return target
-
-
-def is_refusal(error: Error) -> bool:
-    """Whether nothing was written and the same may simply be tried again."""
-    return isinstance(error, RefusedError)
 
 
 def _text(position: Position | None) -> str | None:

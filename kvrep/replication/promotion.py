@@ -124,6 +124,15 @@ class Promotion:
         return tuple(v.name for v in self._data_voters() if v.store_id not in promised)
 
     @property
+    def promised(self) -> tuple[bytes, ...]:
+        """The stores that promised this epoch."""
+        return tuple(self._promised())
+
+    def answer(self, voter: Voter) -> Promise:
+        """What a voter that has answered said last."""
+        return self._answers[voter.store_id]
+
+    @property
     def ahead(self) -> tuple[Voter, ...]:
         """The data voters that promised and whose log is more up to date than ours; the best first."""
         promised = self._promised()

@@ -30,6 +30,7 @@ from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
+    from kvrep.runtime.bootstrapping import Verification
     from kvrep.runtime.replaying import Replaying
     from kvrep.runtime.shipping import Shipping
     from kvrep.transport.interface import Server, Transport
@@ -54,6 +55,7 @@ class Node:
         self.replaying: Replaying | None = None
         self.ack_timeout_s = engine.configuration.ack_timeout_s
         self._server: Server | None = None
+        self._verification: Verification | None = None
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
@@ -102,6 +104,8 @@ class Node:
 
     def _start(self, follower: bool) -> None:
         self.engine.committer.on_committed = self._on_committed
+        if not follower:
+            self.engine.home.drop_unfinished()
         if follower:
             from kvrep.runtime.replaying import Replaying
 
@@ -119,6 +123,17 @@ class Node:
             self.shipping.start()
         if self.replaying is not None:
             self.replaying.start()
+        if self.engine.unverified:
+            self.verify_copy()
+
+    def verify_copy(self) -> None:
+        """Have the copy that this node received compared with its digests, in the background."""
+        from kvrep.runtime.bootstrapping import Verification
+
+        before = self._verification
+        if before is not None:
+            before.stop(5.0)
+        self._verification = Verification(self.engine, self.label)
 
     def _start_alone(self) -> None:
         """No follower has ever been: the epoch begins with the first write, and all that is logged holds."""
@@ -200,12 +215,12 @@ class Node:
     def close(self, timeout_s: float | None = None) -> None:
         """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread."""
         deadline = time.monotonic() + (self.options.close_timeout_s if timeout_s is None else timeout_s)
+        if os.getpid() != self._pid:
+            return  # a forked child: nothing here is ours, and nobody may ever let go of the locks
         with self._role_lock:
             if self._closed:
                 return
             self._closed = True
-            if os.getpid() != self._pid:
-                return  # a forked child: nothing here is ours
             self.engine.committer.refuse(ClosedError("the store is closed"))
             with self._moved:
                 self._moved.notify_all()
@@ -213,6 +228,8 @@ class Node:
             for part in (self.shipping, self.replaying, self._server):
                 if part is not None:
                     part.stop(max(0.5, deadline - time.monotonic()))
+            if self._verification is not None:
+                self._verification.stop(max(0.5, deadline - time.monotonic()))
             self.engine.close(max(0.5, deadline - time.monotonic()))
 
     # -- writing -----------------------------------------------------------------------------------
@@ -231,8 +248,7 @@ class Node:
         deadline = time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
         if acks is not None or level is not None:
             self._check_more(acks, level)
-        self.engine.order(write, deadline)
-        self.engine.committer.finish(write, deadline)
+        self.engine.commit(write, deadline)
         if write.error is not None or not write.done:
             self._raise_outcome(write)
         if acks is not None or level is not None:
@@ -334,21 +350,35 @@ class Node:
             epoch, offset = position
         except (TypeError, ValueError):
             raise TypeError(f"expected a Position, not {type(position).__name__}") from None
+        wanted = Position(epoch, offset)
         deadline = time.monotonic() + timeout_s
-        if self.engine.view.last < offset:
-            with self._moved:
-                self._waiting += 1
-                try:
-                    while self.engine.view.last < offset:
-                        if self._closed:
-                            raise ClosedError("the store is closed")
-                        left = deadline - time.monotonic()
-                        if left <= 0:
-                            raise self.stale(Position(epoch, offset), timeout_s)
-                        self._moved.wait(min(left, 0.25))
-                finally:
-                    self._waiting -= 1
-        self.check_history(Position(epoch, offset))
+        if self.reached(wanted):
+            return
+        with self._moved:
+            self._waiting += 1
+            try:
+                while not self.reached(wanted):
+                    if self._closed:
+                        raise ClosedError("the store is closed")
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise self.stale(wanted, timeout_s)
+                    self._moved.wait(min(left, 0.25))
+            finally:
+                self._waiting -= 1
+
+    def reached(self, position: Position) -> bool:
+        """Whether reads here show ``position``; :class:`RolledBack` when this history cannot contain it.
+
+        It cannot when a newer epoch is committed at or below it. An older one there means that this node
+        has not heard of the newer history yet.
+        """
+        epoch, offset = position
+        shown = self.engine.view.last
+        here = self.engine.epochs.epoch_at(min(offset, shown))
+        if here > epoch:
+            raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
+        return offset <= shown and (here == epoch or not offset)
 
     def stale(self, wanted: Position, timeout_s: float) -> StaleRead:
         """The error of a wait that ended without its position."""
@@ -360,10 +390,9 @@ class Node:
         )
 
     def check_history(self, position: Position) -> None:
-        """:class:`RolledBack` unless ``position``, which this node has reached, is part of its history."""
-        epoch, offset = position
-        if offset and self.engine.epochs.epoch_at(offset) != epoch:
-            raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
+        """:class:`RolledBack` or :class:`StaleRead` unless ``position`` is part of what is shown here."""
+        if not self.reached(position):
+            raise self.stale(position, 0.0)
 
     def freshen(
         self, at_least: Position | None, max_staleness_s: float | None, timeout_s: float | None
@@ -403,22 +432,23 @@ class Node:
         """What became of a write; never a guess."""
         epoch, offset = position
         engine = self.engine
-        if offset > engine.tail.offset and epoch >= engine.epochs.last_epoch:
-            return Outcome.PENDING
-        if not engine.epochs.holds(Position(epoch, offset), engine.tail.offset):
+        shown = engine.view.last
+        here = engine.epochs.epoch_at(min(offset, shown))
+        if here > epoch:
             return Outcome.ROLLED_BACK
-        return Outcome.COMMITTED if offset <= engine.view.last else Outcome.PENDING
+        # What is logged here and not committed says nothing: it can be cut itself.
+        return Outcome.COMMITTED if offset <= shown and here == epoch else Outcome.PENDING
 
     # -- configuration -----------------------------------------------------------------------------
 
     def reconfigure(self, change: Callable[[Configuration], Configuration], timeout_s: float) -> Position:
         """Log a changed configuration and wait until it is committed under the old and the new rule."""
         deadline = time.monotonic() + timeout_s
-        with self._role_lock:
-            self.engine.writable_as_primary()
-            if self.shipping is not None:
-                write = self.shipping.propose(change(self.engine.configuration), deadline)
-            else:
+        if self.shipping is not None:
+            write = self.shipping.propose(change, deadline)
+        else:
+            with self._role_lock:
+                self.engine.writable_as_primary()
                 write = self.engine.configure(change(self.engine.configuration))
         self.engine.committer.finish(write, deadline)
         if write.error is not None or not write.done:
@@ -457,7 +487,7 @@ class Node:
             primary_address=self.primary_address,
             followers=self.shipping.followers() if self.shipping is not None else (),
             source=self.replaying.status() if self.replaying is not None else None,
-            verified_through=state.verified,
+            verified_through=0 if engine.unverified else state.verified,
             diverged_at=state.diverged,
             memtable_bytes=engine.view.memory_bytes,
             log_bytes=committer.log.size,

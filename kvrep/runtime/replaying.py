@@ -9,7 +9,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvrep.errors import Error, NotPrimary, ProtocolError, StorageFailed, UpgradeRequired
+from kvrep.errors import (
+    Error,
+    LineageMismatch,
+    NotPrimary,
+    OpenError,
+    ProtocolError,
+    StorageFailed,
+    UpgradeRequired,
+)
 from kvrep.model.position import Position
 from kvrep.replication.messages import Credit, FromPrimary, Heartbeat, Hello, NeedBootstrap, Promise, Segment
 from kvrep.replication.receiver import (
@@ -26,6 +34,7 @@ from kvrep.replication.receiver import (
 )
 from kvrep.runtime.compression import decompressor, have_zstd
 from kvrep.status import SourceStatus
+from kvrep.transport.address import Address
 from kvrep.transport.interface import StreamEnded
 
 if TYPE_CHECKING:
@@ -37,12 +46,17 @@ __all__ = ["Replaying"]
 log = logging.getLogger("kvrep.replication")
 
 BACKOFF_MIN_S = 0.05
-SYNC_BYTES = 16 << 20
+SYNC_BYTES = 4 << 20
 """A follower that catches up syncs its log at least this often."""
+SOURCES_MAX = 16
 
 
 class _Reconnect(Exception):
     """The stream is over and a new one is to be opened at once."""
+
+
+class _Refused(ProtocolError):
+    """The primary refused us for a reason that does not go away by itself."""
 
 
 class Replaying:
@@ -57,6 +71,8 @@ class Replaying:
         self.bootstrap_bytes = 0
         self.bootstrap_bytes_total = 0
         self._sources = list(node.options.sources)
+        for source in self._sources:
+            _check_address(source)
         self._next_source = 0
         self._state = "connecting"
         self._problem = ""
@@ -70,6 +86,10 @@ class Replaying:
         self._connection: Connection | None = None
         self._decompress: Callable[[bytes], bytes] | None = None
         self._unsynced_bytes = 0
+        self._sync_bytes = min(SYNC_BYTES, node.options.credit_bytes // 2)
+        """Unsynced bytes grant no credit: more of them than half of it would stop the primary."""
+        self._busy = False
+        """Whether a message is being dealt with: meanwhile the silence is our own."""
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -117,6 +137,9 @@ class Replaying:
             except _Reconnect:
                 failures = 0
                 continue
+            except (LineageMismatch, _Refused) as error:
+                joined = False
+                self._say("refused", str(error))
             except Error as error:
                 joined = False
                 self._say("waiting", str(error))
@@ -158,6 +181,7 @@ class Replaying:
             return self._follow(connection, stream)
         finally:
             self._stream = None
+            self._busy = False
             self._forget_receiver()
             connection.close()
             self._connection = None
@@ -185,7 +209,11 @@ class Replaying:
         try:
             while True:
                 message = stream.receive()
+                self._busy = True
                 self._on_message(receiver, stream, connection, message)
+                with self._lock:
+                    receiver.last_heard = time.monotonic()
+                self._busy = False
         except StreamEnded as ended:
             self._after_end(ended, receiver)
         return receiver.epoch != 0
@@ -314,7 +342,7 @@ class Replaying:
             self._appended(receiver, stream, connection)
             return
         self._unsynced_bytes += len(action.data)
-        if self._unsynced_bytes >= SYNC_BYTES // 4:
+        if self._unsynced_bytes >= self._sync_bytes:
             self._sync(receiver, stream, connection)
 
     def _sync(self, receiver: Receiver, stream: Stream, connection: Connection) -> None:
@@ -332,8 +360,14 @@ class Replaying:
         """Durably promise, then answer with what the log holds at that moment."""
         engine = self.engine
         with engine.committer.lead:
-            engine.home.promise(epoch, b"")
+            if not engine.home.promise(epoch, b"") and not reply:
+                raise ProtocolError(f"epoch {epoch} is below {engine.home.promised_epoch}, promised before")
             tail = engine.tail
+            if reply and tail.offset < engine.home.vote_floor:
+                raise ProtocolError(
+                    f"this node has confirmed records up to {engine.home.vote_floor} and got a copy without them:"
+                    f" it does not vote before it has them again"
+                )
             answer = Promise(
                 epoch=engine.home.promised_epoch,
                 last=Position(tail.epoch, tail.offset),
@@ -352,21 +386,31 @@ class Replaying:
         from kvrep.runtime.bootstrapping import bootstrap
 
         self._say("bootstrapping", f"the primary's log starts at {action.first} ({action.reason})")
-        bootstrap(self, connection)
+        bootstrap(self, connection, action)
         self._say("joining")
         raise _Reconnect
 
     def _stop_with(self, reason: str, message: str, primary_address: str, final: bool) -> None:
-        if primary_address and primary_address not in self._sources:
-            self._sources.append(primary_address)
-            self._next_source = len(self._sources) - 2
-        if final:
-            self._say("refused", message)
-        raise (
-            NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None)
-            if (reason == "not-primary")
-            else ProtocolError(message)
-        )
+        if reason == "not-primary" and primary_address:
+            self._go_to(primary_address)
+        if reason == "lineage":
+            raise LineageMismatch(message)
+        if reason == "not-primary":
+            raise NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None)
+        raise _Refused(message) if final else ProtocolError(message)
+
+    def _go_to(self, address: str) -> None:
+        """Try this address next."""
+        if address not in self._sources:
+            try:
+                _check_address(address)
+            except Error as error:
+                log.warning("%s: told of a primary at %r: %s", self.node.label, address, error)
+                return
+            if len(self._sources) >= SOURCES_MAX:
+                del self._sources[len(self.options.sources)]
+            self._sources.append(address)
+        self._next_source = self._sources.index(address) - 1
 
     # -- the clock ---------------------------------------------------------------------------------
 
@@ -378,7 +422,7 @@ class Replaying:
             stream = self._stream
             with self._lock:
                 receiver = self._receiver
-                silent = receiver is not None and receiver.expired(time.monotonic())
+                silent = receiver is not None and not self._busy and receiver.expired(time.monotonic())
             if silent and stream is not None and self._state != "bootstrapping":
                 stream.cancel()
 
@@ -415,6 +459,14 @@ class Replaying:
             bootstrap_bytes=self.bootstrap_bytes,
             bootstrap_bytes_total=self.bootstrap_bytes_total,
         )
+
+
+def _check_address(address: str) -> None:
+    """``OpenError`` unless it is a ``"host:port"`` that one can connect to."""
+    try:
+        Address.parse(address)
+    except ValueError as error:
+        raise OpenError(f"cannot follow {address!r}: {error}", hint='give "host:port"') from error
 
 
 def _now_us() -> int:

@@ -36,6 +36,7 @@ class NodeService:
             "resolve": self._resolve,
             "wait": self._wait,
             "digests": self._digests,
+            "marks": self._marks,
             "keyspaces": self._keyspaces,
         }
 
@@ -120,6 +121,19 @@ class NodeService:
         engine = self._node.engine
         engine.flush(_timeout(request) or 60.0)
         return engine.recompute_digests()
+
+    def _marks(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The digests kept at the last digest mark, where every node cuts its flush: nothing is recomputed.
+
+        They can be compared between nodes while writes go on.
+        """
+        del request
+        state = self._node.engine.tree.state
+        position = self._node.engine.position_at(state.mark) if state.mark else None
+        return {
+            "mark": None if position is None else str(position),
+            "digests": {name: value.to_bytes(16, "big") for name, value in state.mark_digests.items()},
+        }
 
     def _keyspaces(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """The names of the keyspaces that hold or held data, sorted; the default one always."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from kvrep.replication.messages import (
     Refused,
     Segment,
     SlotState,
+    Truncate,
     Welcome,
 )
 from kvrep.replication.progress import Progress, State
@@ -37,7 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FollowerSession"]
 
+log = logging.getLogger("kvrep.replication")
+
 COMPRESS_BYTES_MIN = 512
+PARTS_MAX = 4096
+"""Parts that a follower takes of one record."""
 
 
 class FollowerSession:
@@ -60,6 +66,14 @@ class FollowerSession:
         self._signal = Signal()
         # Protects progress and sender: the reader reports, the sender thread asks.
         self._lock = threading.Lock()
+        # Held while it is decided how the Hello is answered, and at the end: the reader does that, and any
+        # thread that begins an epoch. Taken before the locks of Shipping, never after them.
+        self._joining = threading.Lock()
+        self._feeding = False
+        """Set when the Welcome is in the outbox: records may follow it."""
+        self._asked_epoch = 0
+        self.vote_refused = False
+        """It cannot become a voter (its name is another voter's); said once."""
         self._ended = False
         self._last_message = False
         self._slots_told_s = 0.0
@@ -68,8 +82,14 @@ class FollowerSession:
     # -- what others ask ---------------------------------------------------------------------------
 
     @property
-    def streaming(self) -> bool:
-        return self._sender is not None and not self._ended
+    def feeding(self) -> bool:
+        """Whether records are sent, or may be."""
+        return self._feeding and not self._ended
+
+    def silent_s(self, now: float) -> float:
+        """For how long a follower that is being fed has not been heard of."""
+        progress = self.progress
+        return now - progress.last_heard if progress is not None and self.feeding else 0.0
 
     @property
     def store_id(self) -> bytes:
@@ -86,20 +106,29 @@ class FollowerSession:
         self._last_message = True
         self._signal.set()
 
-    def fence(self, epoch: int) -> None:
-        """Ask for a promise."""
-        if self.progress is not None and self.progress.state is State.JOINING:
-            self.progress.enter(State.FENCING)
+    def proceed(self) -> None:
+        """Answer the Hello as things stand now: ask for a promise, or join. Any thread, repeatedly."""
+        with self._joining:
+            hello, progress = self.hello, self.progress
+            if hello is None or progress is None or self._sender is not None:
+                return
+            if self._last_message or self._ended:
+                return
+            asking, epoch = self._shipping.stage()
+            if asking:
+                self._fence(progress, asking)
+            elif epoch:
+                if progress.state is State.FENCING:
+                    progress.enter(State.JOINING)
+                self._join(hello)
+
+    def _fence(self, progress: Progress, epoch: int) -> None:
+        if progress.state is State.JOINING:
+            progress.enter(State.FENCING)
+        if self._asked_epoch != epoch:
+            self._asked_epoch = epoch
             self._outbox.append(Fence(epoch=epoch))
             self._signal.set()
-
-    def resume(self) -> None:
-        """The epoch has begun: answer the Hello that has been waiting."""
-        if self.hello is None or self.progress is None or self._sender is not None or self._last_message:
-            return
-        if self.progress.state is State.FENCING:
-            self.progress.enter(State.JOINING)
-        self._join(self.hello)
 
     # -- the reader --------------------------------------------------------------------------------
 
@@ -111,6 +140,9 @@ class FollowerSession:
         elif type(message) is Hello:
             self._on_hello(message)
         elif type(message) is Promise:
+            if self.progress is None:
+                raise ProtocolError("a promise before the Hello")
+            self.progress.last_heard = time.monotonic()
             self._shipping.on_promise(self, message)
         else:
             raise ProtocolError(f"{type(message).__name__} is not for a primary")
@@ -123,7 +155,7 @@ class FollowerSession:
             with self._lock:
                 moved = sender.on_ack(ack, time.monotonic())
         except Fenced as error:
-            self._shipping.superseded(error.epoch)
+            self._shipping.superseded(self.store_id, error.epoch, written=0)
             raise
         if moved:
             self._shipping.on_ack(self, ack)
@@ -137,9 +169,8 @@ class FollowerSession:
         self._signal.set()
 
     def _on_hello(self, hello: Hello) -> None:
-        if self._sender is not None:
-            raise ProtocolError("a Hello in a stream that has joined")
-        self.hello = hello
+        if self.hello is not None:
+            raise ProtocolError("a second Hello in one stream")
         self.progress = Progress(
             store_id=hello.store_id,
             name=hello.name,
@@ -147,14 +178,12 @@ class FollowerSession:
             voter=hello.voter,
             last_heard=time.monotonic(),
         )
+        self.hello = hello
         refused = refusal(hello, self._view()) or self._shipping.admit(self)
         if refused is not None:
             self.end(refused)
             return
-        if self._shipping.collecting:
-            self._shipping.greeted(self)
-        else:
-            self._join(hello)
+        self._shipping.greeted(self)
 
     def _view(self) -> LogView:
         engine, shipping = self._engine, self._shipping
@@ -177,8 +206,10 @@ class FollowerSession:
         plan = plan_join(hello, view)
         if isinstance(plan, Continue):
             plan = self._check_running(plan, hello, view)
+        elif isinstance(plan, Truncate | NeedBootstrap):
+            plan = self._check_loss(hello, view) or plan
         if isinstance(plan, Superseded):
-            self._shipping.superseded(plan.epoch)
+            self._shipping.superseded(hello.store_id, plan.epoch, written=hello.last.epoch)
             self.end(Refused(reason="superseded", message=f"epoch {plan.epoch} is newer", epoch=plan.epoch))
         elif isinstance(plan, Continue):
             self._welcome(plan, hello)
@@ -188,6 +219,22 @@ class FollowerSession:
             self._outbox.append(plan)
             self._last_message = True  # after a Truncate or a bootstrap the follower opens a new stream
             self._signal.set()
+
+    def _check_loss(self, hello: Hello, view: LogView) -> Refused | None:
+        """Refuse to replace what a follower knows to be committed, where that can only be our own loss.
+
+        Under a synchronous rule every promotion finds what is committed, so a primary that lacks it lost its
+        disk or was restored from an older copy. Only force may go on then.
+        """
+        shared = view.epochs.common(view.last, hello.epochs, hello.last.offset)
+        if shared >= hello.committed or self._shipping.forced or not self._engine.configuration.synchronous:
+            return None
+        text = (
+            f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
+            f" and {view.name} lacks them: it lost data"
+        )
+        log.error("%s", text)
+        return Refused(reason="unfenced", message=text, epoch=view.epoch)
 
     def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:
         try:
@@ -205,20 +252,17 @@ class FollowerSession:
         now = time.monotonic()
         epoch = self._shipping.epoch
         self.progress.join(plan.at, hello.credit_bytes, epoch, now)
-        self._outbox.append(
-            Welcome(
-                lineage=engine.home.lineage,
-                branch=engine.branch,
-                store_id=engine.home.store_id,
-                name=engine.home.name,
-                epoch=epoch,
-                protocol=plan.protocol,
-                features=features,
-                heartbeat_interval_ms=round(options.heartbeat_interval_s * 1000),
-                last=plan.at,
-            )
+        welcome = Welcome(
+            lineage=engine.home.lineage,
+            branch=engine.branch,
+            store_id=engine.home.store_id,
+            name=engine.home.name,
+            epoch=epoch,
+            protocol=plan.protocol,
+            features=features,
+            heartbeat_interval_ms=round(options.heartbeat_interval_s * 1000),
+            last=plan.at,
         )
-        self._shipping.joined(self, plan.at.offset)
         self._sender = Sender(
             self.progress,
             epoch=epoch,
@@ -228,12 +272,17 @@ class FollowerSession:
             linger_s=0.0 if engine.configuration.synchronous else 0.001,
             now=now,
         )
+        # Once the Welcome has left, the reader may get an ack and the sender may ship: both are ready.
+        self._outbox.append(welcome)
+        self._feeding = True
+        self._shipping.joined(self, plan.at.offset)
         self._signal.set()
 
     def on_closed(self, error: Exception | None) -> None:
-        self._ended = True
-        if self.progress is not None and self.progress.state is not State.GONE:
-            self.progress.enter(State.GONE)
+        with self._joining:
+            self._ended = True
+            if self.progress is not None and self.progress.state is not State.GONE:
+                self.progress.enter(State.GONE)
         self._shipping.left(self, error)
         self._signal.set()
 
@@ -245,16 +294,28 @@ class FollowerSession:
                 return self._outbox.popleft()
             if self._last_message:
                 return None
-            if self._sender is None:
-                patience = self._opened_s + self._options.heartbeat_timeout_s - time.monotonic()
-                if patience <= 0 and self.hello is None:
-                    return None  # connected and said nothing
-                self._signal.wait(patience if self.hello is None else 60.0)
+            if not self._feeding or self._sender is None:
+                if not self._await_join():
+                    return None
                 continue
             message = self._step(self._sender)
             if message is not None:
                 return message
         return None
+
+    def _await_join(self) -> bool:
+        """Wait for the Hello, or for the epoch; False when the follower says nothing."""
+        now, timeout = time.monotonic(), self._options.heartbeat_timeout_s
+        progress = self.progress
+        heard = self._opened_s if progress is None else progress.last_heard
+        if now - heard >= timeout:
+            return False
+        if progress is None:
+            self._signal.wait(heard + timeout - now)
+        elif not self._signal.wait(self._options.heartbeat_interval_s) and self._asked_epoch:
+            # Asked again now and then: both sides see that the other one lives.
+            self._outbox.append(Fence(epoch=self._asked_epoch))
+        return True
 
     def _step(self, sender: Sender) -> FromPrimary | None:
         """What the sender wants next; ``None`` after a wait."""
@@ -286,7 +347,7 @@ class FollowerSession:
         assert run is not None
         with self._lock:
             sender.sent_segment(run.first, run.last, len(run.data), time.monotonic(), committed)
-        bytes_max = self._options.segment_bytes_max
+        bytes_max = max(self._options.segment_bytes_max, -(-len(run.data) // PARTS_MAX))
         if run.first == run.last and len(run.data) > bytes_max:
             self._outbox.extend(self._parts(run, sender.epoch, committed, bytes_max))
             return self._outbox.popleft()
@@ -345,5 +406,9 @@ def wants_vote(session: FollowerSession, configuration: Configuration) -> bool:
     """Whether this follower is to become a voter: named, direct, willing, and not one yet."""
     hello = session.hello
     return (
-        hello is not None and bool(hello.name) and hello.voter and configuration.voter(hello.store_id) is None
+        hello is not None
+        and bool(hello.name)
+        and hello.voter
+        and not session.vote_refused
+        and configuration.voter(hello.store_id) is None
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrep.errors import (
@@ -14,14 +15,17 @@ from kvrep.errors import (
     NotEnoughFollowers,
     NotPrimary,
     Overloaded,
+    ProtocolError,
+    StaleRead,
 )
 from kvrep.model.configuration import Acks, Configuration
-from kvrep.model.position import Position, member_of
+from kvrep.model.position import EPOCH_MAX, Position, member_of
 from kvrep.replication.acks import CommitTracker, Level
 from kvrep.replication.messages import Ack, Promise, Refused, SlotState
 from kvrep.replication.promotion import Promotion
 from kvrep.runtime.session import FollowerSession, wants_vote
 from kvrep.runtime.slots import Slots
+from kvrep.runtime.spooling import Spools
 from kvrep.status import FollowerStatus
 from kvrep.storage.write import Write
 
@@ -32,6 +36,8 @@ __all__ = ["Shipping"]
 
 log = logging.getLogger("kvrep.replication")
 
+ASK_S_MAX = 3.0
+"""How long an asynchronous primary waits at its start for followers that were voters."""
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -47,42 +53,84 @@ class Shipping:
         """The epoch that this node feeds in; 0 while it is collecting promises."""
         self.fenced = False
         """Whether that epoch was made by a full fence."""
+        self.forced = False
+        """Whether it was made by force: then followers may be told to drop what they know to be committed."""
         self.slots = Slots(self.engine.home.path / "SLOTS")
-        # Protects everything below. Taken inside the committer's locks, never the other way round.
+        self.spools = Spools(self)
+        # Protects everything below. Taken inside the committer's ``lead`` and before its ``_order``, never
+        # the other way round; no session is called while it is held.
         self._lock = threading.Lock()
         self._sessions: dict[bytes, FollowerSession] = {}
+        self._joined: dict[bytes, FollowerSession] = {}
+        """Those whose join is verified: they can store a copy."""
         self._promotion: Promotion | None = None
         self._tracker: CommitTracker | None = None
+        self._open = False
+        """Whether the epoch start is in order, so that writes may follow it."""
         self._configuring: Write | None = None
         self._problem = "this node is not a primary yet"
         self._superseded_by = 0
+        self._superseded_s = 0.0
+        self._replaced = False
+        """Whether records of another primary of a higher epoch were seen: this node must not go on."""
+        self._announced = 0
+        """The last offset that followers were told to fetch."""
         self._stopped = False
-        # Announces acks to writes that wait for more than the commit rule.
+        # Announces acks to writes that wait for more than the commit rule, and the begin of the epoch.
         self._acked = threading.Condition()
         self._more_waiting = 0
 
     # -- becoming primary --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin an epoch, or begin to collect the promises that it takes."""
-        engine, home = self.engine, self.engine.home
+        """Begin an epoch, or begin to collect the promises that it takes.
+
+        With ``acks=0`` the voters are asked, too, for as long as those that are there need to connect; then
+        this node goes on without the others, marked as unfenced.
+        """
+        engine = self.engine
         engine.writable = self._check_writable
         engine.keep_from = self._keep_from
         engine.on_tick = self._tick
-        configuration = engine.configuration
-        epoch = self.node.next_epoch()
-        if not configuration.voters or not configuration.synchronous:
-            # Alone, or asynchronous: there is nobody whose promise could show what was acknowledged.
-            others = [v for v in configuration.voters if v.store_id != home.store_id]
-            self._begin(epoch, (home.store_id,), unfenced=bool(others))
+        if engine.tail.offset > engine.committer.committed:
+            engine.view.withheld = self._await_epoch
+        self._become(0)
+        if not engine.configuration.synchronous and self._promotion is not None:
+            self._await_begin(min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5))
+            self._begin_unfenced()
+
+    def _become(self, seen: int) -> None:
+        """Ask for promises of an epoch above ``seen``; begin at once where nobody has to be asked."""
+        engine, home = self.engine, self.engine.home
+        effective, proposed = self._configurations()
+        epoch = self.node.next_epoch(seen)
+        if not effective.voters:
+            self._begin(epoch, (home.store_id,), unfenced=False)
             return
-        if configuration.voter(home.store_id) is None:
+        if engine.configuration.voter(home.store_id) is None:
             self._problem = "this node is not a voter of its own configuration"
             return
         home.promise(epoch, home.store_id)
+        rules = () if proposed is None else (proposed[1],)
+        own = self._own_promise(epoch)
         with self._lock:
-            self._promotion = Promotion(configuration, home.store_id, epoch, self._own_promise(epoch))
+            self._promotion = Promotion(effective, home.store_id, epoch, own, proposed=rules)
         self._try_to_begin()
+
+    def _configurations(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
+        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet.
+
+        The commit mark lags, so what lies above it is taken for uncommitted. Nobody proposes before the one
+        before is committed: only the last one can be uncommitted, and the one before it is in effect.
+        """
+        distinct: list[tuple[int, Configuration]] = []
+        for offset, configuration in self.engine.configurations:
+            if not distinct or distinct[-1][1] != configuration:
+                distinct.append((offset, configuration))
+        offset, newest = distinct[-1]
+        if len(distinct) == 1 or offset <= self.engine.committer.committed or not distinct[-2][1].voters:
+            return newest, None
+        return distinct[-2][1], (offset, newest)
 
     def _own_promise(self, epoch: int) -> Promise:
         engine = self.engine
@@ -94,107 +142,159 @@ class Shipping:
             epochs=engine.epochs,
         )
 
-    @property
-    def collecting(self) -> bool:
-        return self._promotion is not None
+    def stage(self) -> tuple[int, int]:
+        """(the epoch that promises are asked for, the epoch that this node feeds in); 0 for none."""
+        with self._lock:
+            return (self._promotion.epoch if self._promotion is not None else 0), self.epoch
 
     def greeted(self, session: FollowerSession) -> None:
-        """A follower said Hello while promises are collected."""
-        promotion = self._promotion
-        if promotion is None:
-            session.resume()
-            return
+        """A follower said Hello, and is admitted."""
         hello = session.hello
         assert hello is not None
-        if hello.promised_epoch > promotion.epoch or hello.last.epoch > promotion.epoch:
-            self._again_above(max(hello.promised_epoch, hello.last.epoch))
-            return
-        session.fence(promotion.epoch)
+        seen = max(hello.promised_epoch, hello.last.epoch)
+        if self._asking_below(seen) and self._votes(hello.store_id):
+            self._again_above(seen)
+        session.proceed()
 
     def on_promise(self, session: FollowerSession, promise: Promise) -> None:
         """A follower answered a Fence."""
-        promotion = self._promotion
-        if promotion is None:
-            session.resume()
-            return
         with self._lock:
-            promotion.on_promise(session.store_id, promise)
-        if promise.epoch > promotion.epoch:
+            if self._promotion is not None:
+                self._promotion.on_promise(session.store_id, promise)
+        if self._asking_below(promise.epoch) and self._votes(session.store_id):
             self._again_above(promise.epoch)
-            return
         self._try_to_begin()
+        session.proceed()
+
+    def _asking_below(self, seen: int) -> bool:
+        asking = self.stage()[0]
+        return 0 < asking < seen
+
+    def _votes(self, store_id: bytes) -> bool:
+        """Whether the word of this store can bind us: strangers cannot fence a primary."""
+        return any(c.voter(store_id) is not None for _, c in self.engine.configurations[-8:])
 
     def _again_above(self, seen: int) -> None:
-        """Somebody promised a higher epoch: try again above it."""
-        engine, home = self.engine, self.engine.home
+        """Somebody promised a higher epoch: ask again above it."""
+        home = self.engine.home
+        epoch = self._next_epoch(seen)
+        if not epoch:
+            return
+        home.promise(epoch, home.store_id)
+        own = self._own_promise(epoch)
+        effective, proposed = self._configurations()
+        rules = () if proposed is None else (proposed[1],)
         with self._lock:
             promotion = self._promotion
-            if promotion is None or promotion.epoch > seen:
+            if promotion is None or promotion.epoch >= epoch:
                 return
-            epoch = self.node.next_epoch(seen)
-            home.promise(epoch, home.store_id)
-            self._promotion = Promotion(engine.configuration, home.store_id, epoch, self._own_promise(epoch))
+            self._promotion = Promotion(effective, home.store_id, epoch, own, proposed=rules)
             sessions = list(self._sessions.values())
         for session in sessions:
-            session.end(Refused(reason="starting", message="promises are asked for again", epoch=epoch))
+            session.proceed()
+
+    def _next_epoch(self, seen: int) -> int:
+        """An epoch of ours above ``seen``; 0 when there is none."""
+        epoch = self.node.next_epoch(seen)
+        if epoch <= EPOCH_MAX:
+            return epoch
+        log.error(
+            "%s: a voter claims to have promised epoch %d, the last one there is", self.node.label, seen
+        )
+        return 0
 
     def _try_to_begin(self) -> None:
         with self._lock:
             promotion = self._promotion
-            if promotion is None:
+            if promotion is None or self._stopped:
                 return
             if not promotion.enough:
                 names = ", ".join(promotion.missing)
+                count = promotion.needed - 1
                 self._problem = (
-                    f"this node waits for the promises of {promotion.needed - 1} more voters"
-                    f" ({names}) before it may write again"
+                    f"this node was primary before and waits for the promises of {count} of its voters"
+                    f" before it may write again (missing: {names})"
                 )
                 return
-            home = self.engine.home
-            voter = promotion._rules[0].voter(home.store_id)
-            member = voter.member if voter is not None else 0
-            strangers = [
-                v for v in promotion.ahead
-                if member_of(promotion._answers[v.store_id].last.epoch) != member
-            ]  # fmt: skip
-            if strangers:
-                # A primary commits nothing that is not durable here, so what its own followers have beyond
-                # it was never acknowledged. What another primary wrote may have been.
-                self._problem = (
-                    f"{strangers[0].name} holds records of another primary that this node lacks;"
-                    " follow it instead"
-                )
+            problem = self._ahead(promotion)
+            if problem:
+                self._problem = problem
                 return
-            fenced = tuple(promotion._promised())
+            fenced = promotion.promised
             epoch = promotion.epoch
             self._promotion = None
         self._begin(epoch, fenced, unfenced=False)
 
+    def _ahead(self, promotion: Promotion) -> str:
+        """Why the log of a voter that has promised forbids to begin; empty when it does not.
+
+        A primary commits nothing that is not durable here, so what its own followers have beyond it was never
+        acknowledged, unless this node lost its disk. What another primary wrote may have been. (Asynchronous
+        primaries that lost their unsynced tail go on without it.)
+        """
+        mine, own = self._member(), promotion.own.last
+        for voter in promotion.ahead:
+            promise = promotion.answer(voter)
+            if member_of(promise.last.epoch) != mine:
+                return (
+                    f"{voter.name} holds records of another primary that this node lacks; follow it instead"
+                )
+            if promise.committed > own.offset and self.engine.configuration.synchronous:
+                return (
+                    f"{voter.name} knows records through {promise.committed} as committed, and this node, which"
+                    f" acknowledged them, ends at {own.offset}: it lost data; follow {voter.name} instead"
+                )
+        return ""
+
+    def _member(self) -> int:
+        voter = self.engine.configuration.voter(self.engine.home.store_id)
+        return voter.member if voter is not None else 0
+
+    def _await_begin(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with self._acked:
+            while self._promotion is not None and not self._stopped:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                self._acked.wait(left)
+
+    def _begin_unfenced(self) -> None:
+        """Go on without those that did not answer, as only the asynchronous mode may."""
+        with self._lock:
+            promotion = self._promotion
+            if promotion is None or self._stopped or self._ahead(promotion):
+                return
+            self._promotion = None
+        log.warning("%s: goes on without the promises of %s", self.node.label, ", ".join(promotion.missing))
+        self._begin(promotion.epoch, promotion.promised, unfenced=True)
+
     def _begin(self, epoch: int, fenced: tuple[bytes, ...], *, unfenced: bool) -> None:
         engine = self.engine
         committer = engine.committer
-        committed = committer.committed
-        effective = engine.configuration_at(committed)
-        newest = engine.configurations[-1]
-        first = self.node.first_configuration() if not newest[1].voters else newest[1]
+        effective, proposed = self._configurations()
         tracker = CommitTracker(
-            effective[1] if effective[1].voters else first,
+            effective if effective.voters else self.node.first_configuration(),
             engine.home.store_id,
             epoch_start=engine.tail.offset + 1,
-            committed=committed,
-            proposed=newest if newest[0] > max(committed, effective[0]) else None,
+            committed=committer.committed,
+            proposed=proposed,
         )
-        self._tracker = tracker
-        self.fenced = not unfenced
-        self.epoch = epoch
+        with self._lock:
+            self._tracker = tracker
+            self.fenced = not unfenced
+            self.epoch = epoch
         committer.rule = self._rule
         engine.on_configuration = self._on_configuration
         write = self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced)
-        self._problem = ""
         with self._lock:
+            self._problem = ""
+            self._open = True
             sessions = list(self._sessions.values())
+        with self._acked:
+            self._acked.notify_all()
         for session in sessions:
-            session.resume()
+            session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         write.when_done(self._begun)
 
@@ -202,13 +302,53 @@ class Shipping:
         if write.error is not None:
             log.error("%s: the epoch start could not be written: %s", self.node.label, write.error)
 
-    def superseded(self, epoch: int) -> None:
-        """A follower has promised, or holds, a newer epoch: this node may not write any more."""
-        if epoch <= self._superseded_by:
+    def superseded(self, store_id: bytes, seen: int, *, written: int) -> None:
+        """A voter has promised epoch ``seen``, above ours, and holds records of epoch ``written``.
+
+        This node may not write any more. If no primary of that epoch shows itself, it begins again above it.
+        """
+        if not self._votes(store_id):
+            log.warning("%s: a store that does not vote claims epoch %d; ours is %d",
+                        self.node.label, seen, self.epoch)  # fmt: skip
             return
-        self._superseded_by = epoch
-        log.warning("%s: fenced by epoch %d", self.node.label, epoch)
-        self.engine.committer.refuse(Fenced(f"epoch {epoch} is newer than {self.epoch}", epoch=epoch))
+        with self._lock:
+            if not self.epoch or seen <= max(self._superseded_by, self.epoch):
+                return
+            self._superseded_by = seen
+            self._superseded_s = time.monotonic()
+            if written > self.epoch and member_of(written) != self._member():
+                self._replaced = True
+        log.warning("%s: fenced by epoch %d", self.node.label, seen)
+        self.engine.committer.refuse(Fenced(f"epoch {seen} is newer than {self.epoch}", epoch=seen))
+
+    def _renew(self, now: float) -> None:
+        """A voter promised a higher epoch in which nobody has written since: be primary above it."""
+        with self._lock:
+            seen = self._superseded_by
+            if not seen or self._replaced or self._stopped:
+                return
+            if now - self._superseded_s < self.options.heartbeat_timeout_s:
+                return
+        if not self._next_epoch(seen):
+            return
+        with self._lock:
+            self._superseded_by = 0
+            self._tracker = None
+            self._open = False
+            self.epoch = 0
+            self._problem = f"this node asks to be primary above epoch {seen}"
+            sessions = list(self._sessions.values())
+            self._sessions.clear()
+            self._joined.clear()
+        log.warning("%s: nobody became primary in epoch %d; this node tries again above it",
+                    self.node.label, seen)  # fmt: skip
+        for session in sessions:
+            session.end(Refused(reason="starting", message="promises are asked for again"))
+        committer = self.engine.committer
+        with committer.lead:
+            committer.epoch = 0
+        committer.accept()
+        self._become(seen)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -216,18 +356,20 @@ class Shipping:
         tracker = self._tracker
         if tracker is None:
             return 0
+        if self._announced < self.engine.tail.offset and self._joined:
+            self.on_written()  # a follower joined while the group was written
         with self._lock:
             return tracker.local_durable(durable)
 
     def _check_writable(self) -> None:
         tracker = self._tracker
-        if tracker is None:
+        if tracker is None or not self._open:
             raise NotPrimary(self._problem, hint="start the missing voters", epoch=self.epoch,
                              primary_address=None)  # fmt: skip
         if tracker.configuration.acks == 0 and tracker.proposed is None:
             return
         with self._lock:
-            missing = tracker.missing(self._sessions)
+            missing = tracker.missing(self._joined)
             needed = tracker.configuration.copies_wanted
         if missing:
             raise NotEnoughFollowers(
@@ -238,13 +380,38 @@ class Shipping:
 
     def on_written(self) -> None:
         """The log has grown: ship before it is flushed here."""
-        for session in list(self._sessions.values()):
+        self._announced = self.engine.tail.offset
+        for session in list(self._joined.values()):
             session.wake()
+
+    def _await_epoch(self) -> None:
+        """A read of a primary that restarted with records above its commit mark.
+
+        Some of them may have been acknowledged, so nothing is shown before the epoch start is committed, and
+        all of them with it. ``StaleRead`` when that takes longer than an ack may take.
+        """
+        deadline = time.monotonic() + self.node.ack_timeout_s
+        with self._acked:
+            while self.engine.view.withheld is not None and not self._stopped:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise StaleRead(
+                        "this node was primary before and cannot tell yet which of its last writes count:"
+                        f" {self._problem or 'its epoch start is not committed'}",
+                        position=self.engine.committed_position,
+                        hint="start the missing voters",
+                    )
+                self._acked.wait(left)
 
     def on_committed(self, committed: int) -> None:
         """Followers are told when nothing else is on its way to them."""
-        del committed
-        for session in list(self._sessions.values()):
+        if self.engine.view.withheld is not None:
+            tracker = self._tracker
+            if tracker is not None and committed >= tracker.epoch_start:
+                with self._acked:
+                    self.engine.view.withheld = None
+                    self._acked.notify_all()
+        for session in list(self._joined.values()):
             session.wake()
 
     def shippable(self) -> int:
@@ -252,26 +419,39 @@ class Shipping:
 
     # -- configurations ----------------------------------------------------------------------------
 
-    def propose(self, configuration: Configuration, deadline_s: float) -> Write:
-        """Order a configuration record; one at a time, after the epoch start is committed."""
+    def propose(self, change: Callable[[Configuration], Configuration], deadline_s: float) -> Write:
+        """Order a changed configuration; one at a time, after the epoch start is committed."""
         while True:
             with self._lock:
-                tracker = self._tracker
-                if tracker is None:
-                    raise NotPrimary(self._problem, primary_address=None, epoch=self.epoch)
-                ready = tracker.committed >= tracker.epoch_start and tracker.proposed is None
-                if ready and (self._configuring is None or self._configuring.done):
-                    write = self.engine.configure(configuration)
-                    self._configuring = write
+                if self._open and self._may_configure():
+                    old = self.engine.configuration
+                    new = change(old)
+                    write = self._configuring = self.engine.configure(new)
                     break
+            self.engine.writable_as_primary()
             if time.monotonic() >= deadline_s:
-                raise Overloaded("another configuration change is not committed yet")
+                raise Overloaded("another configuration change, or the epoch itself, is not committed yet")
             with self._acked:
                 self._more_waiting += 1
                 self._acked.wait(0.02)
                 self._more_waiting -= 1
+        for voter in old.voters:
+            if new.voter(voter.store_id) is None:
+                self.slots.remove(voter.store_id, removed=True)
+        for voter in new.voters:
+            self.slots.remove(voter.store_id, removed=False)
         self.engine.committer.kick()
         return write
+
+    def _may_configure(self) -> bool:
+        """Whether no other change is under way. The lock is held."""
+        tracker, write = self._tracker, self._configuring
+        return (
+            tracker is not None
+            and tracker.proposed is None
+            and tracker.committed >= tracker.epoch_start
+            and (write is None or write.done)
+        )
 
     def _on_configuration(self, offset: int, configuration: Configuration) -> None:
         """A configuration record is in the log, and not committed yet."""
@@ -283,27 +463,22 @@ class Shipping:
     def _admit_voter(self, session: FollowerSession) -> None:
         """Make a follower that has caught up a voter, unless another change is under way."""
         hello = session.hello
-        configuration = self.engine.configuration
-        if hello is None or not wants_vote(session, configuration):
-            return
+        assert hello is not None
         with self._lock:
-            tracker = self._tracker
-            if (
-                tracker is None
-                or tracker.proposed is not None
-                or tracker.committed < tracker.epoch_start
-                or (self._configuring is not None and not self._configuring.done)
+            configuration = self.engine.configuration
+            if not (
+                self._open
+                and self._joined.get(hello.store_id) is session
+                and wants_vote(session, configuration)
+                and self._may_configure()
             ):
                 return
             try:
                 new = configuration.with_voter(hello.store_id, hello.name, hello.address)
-            except ValueError as error:
-                log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
-                return
-            try:
                 self._configuring = self.engine.configure(new)
-            except Error as error:
-                log.warning("%s: %s cannot become a voter now: %s", self.node.label, hello.name, error)
+            except (ValueError, Error) as error:
+                session.vote_refused = isinstance(error, ValueError)
+                log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
                 return
         log.info("%s: %s becomes a voter", self.node.label, hello.name)
         self.engine.committer.kick()
@@ -322,6 +497,7 @@ class Shipping:
                 return Refused(reason="closing", message=f"{self.node.label} is closing")
             old = self._sessions.get(hello.store_id)
             self._sessions[hello.store_id] = session
+            self._joined.pop(hello.store_id, None)
             if self._tracker is not None:
                 self._tracker.left(hello.store_id)
         if old is not None and old is not session:
@@ -332,7 +508,8 @@ class Shipping:
         """A follower needs a snapshot: from now on the log is kept for it."""
         hello = session.hello
         if hello is not None:
-            applied = self.engine.tree.state.applied.offset
+            kept = self.spools.position_for(hello.store_id)
+            applied = self.engine.tree.state.applied.offset if kept is None else kept
             self.slots.note(
                 hello.store_id, name=hello.name, address=hello.address, voter=hello.voter, acked=applied
             )
@@ -341,36 +518,44 @@ class Shipping:
         """The join is verified: what the follower holds counts from here on."""
         hello = session.hello
         assert hello is not None
+        with self._lock:
+            if self._sessions.get(hello.store_id) is not session:
+                return  # it has left already
+            self._joined[hello.store_id] = session
         if hello.name:
             self.slots.note(
                 hello.store_id, name=hello.name, address=hello.address, voter=hello.voter, acked=at
             )
+        self.spools.joined(hello.store_id)
         self.engine.committer.on_written = self.on_written
 
     def on_ack(self, session: FollowerSession, ack: Ack) -> None:
         """A follower progressed: perhaps something is committed now."""
         store_id = session.store_id
-        if self._sessions.get(store_id) is not session:
+        if not self._count(session, store_id, ack):
             return
-        self._count(store_id, ack.synced, ack.written, ack.visible)
         self.slots.acked(store_id, ack.synced)
         if self._more_waiting:
             with self._acked:
                 self._acked.notify_all()
-        if self.engine.tail.offset - ack.synced <= ADMIT_LAG_RECORDS and wants_vote(
-            session, self.engine.configuration
+        if (
+            self.engine.tail.offset - ack.synced <= ADMIT_LAG_RECORDS
+            and wants_vote(session, self.engine.configuration)
+            and not self.slots.removed(store_id)
         ):
             self._admit_voter(session)
 
-    def _count(self, store_id: bytes, synced: int, written: int, visible: int) -> None:
-        tracker = self._tracker
-        if tracker is None:
-            return
+    def _count(self, session: FollowerSession, store_id: bytes, ack: Ack) -> bool:
+        """Count an ack, unless its stream was replaced or has ended."""
         with self._lock:
-            committed = tracker.acked(store_id, synced, written, visible)
+            tracker = self._tracker
+            if tracker is None or self._joined.get(store_id) is not session:
+                return False
+            committed = tracker.acked(store_id, ack.synced, ack.written, ack.visible)
         committer = self.engine.committer
         if committed > committer.committed:
             committer.commit_through(committed)
+        return True
 
     def left(self, session: FollowerSession, error: Exception | None) -> None:
         """A stream ended."""
@@ -379,9 +564,10 @@ class Shipping:
             if self._sessions.get(store_id) is not session:
                 return
             del self._sessions[store_id]
+            self._joined.pop(store_id, None)
             if self._tracker is not None:
                 self._tracker.left(store_id)
-            if not self._sessions:
+            if not self._joined:
                 self.engine.committer.on_written = None
         if error is not None:
             log.info("%s: the stream of %s ended: %s", self.node.label, session.peer, error)
@@ -398,22 +584,35 @@ class Shipping:
 
     def _keep_from(self) -> int:
         """What trimming must leave: all that slots need, unless they need more than the cap."""
-        log_size = self.engine.committer.log.size
-        keep = self.slots.keep_from()
-        while keep is not None and log_size > self.options.retention_bytes_max:
-            slowest = self.slots.slowest()
-            slot = self.slots.drop(slowest) if slowest is not None else None
-            if slot is None:
+        engine_log, bytes_max = self.engine.committer.log, self.options.retention_bytes_max
+        while (slowest := self.slots.slowest()) is not None:
+            slot = self.slots.get(slowest)
+            if slot is None or engine_log.bytes_after(slot.acked) <= bytes_max:
                 break
+            self.slots.drop(slowest)
             log.warning(
                 "%s: the slot of %s is released: the log kept for it exceeds retention_bytes_max",
                 self.node.label, slot.name or slot.store_id,
             )  # fmt: skip
-            keep = self.slots.keep_from()
+        keep = self.slots.keep_from()
         committed = self.engine.committer.committed
         return committed + 1 if keep is None else min(keep, committed + 1)
 
     def _tick(self) -> None:
+        """Twice a second: what needs no event to happen."""
+        now = time.monotonic()
+        with self._lock:
+            joined = list(self._joined.values())
+            connected = set(self._sessions)
+        for session in joined:
+            # Its own sender would see it, too, unless the network has taken it in and does not let go.
+            silent_s = session.silent_s(now)
+            if silent_s >= self.options.heartbeat_timeout_s:
+                session.end()
+                self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
+        self._renew(now)
+        self.slots.expire(connected)
+        self.spools.tick()
         self.slots.save()
 
     # -- writes that ask for more ------------------------------------------------------------------
@@ -438,7 +637,7 @@ class Shipping:
         if tracker is None:
             return
         with self._lock:
-            possible = tracker.reachable(self._sessions)
+            possible = tracker.reachable(self._joined)
         if needed > possible:
             raise NotEnoughFollowers(
                 f"the write asks for {needed} copies, {possible} can be made now",
@@ -454,7 +653,7 @@ class Shipping:
             try:
                 while (reached := self.copies_at(position.offset, level)) < needed:
                     left = deadline_s - time.monotonic()
-                    if left <= 0:
+                    if left <= 0 or self._stopped:
                         raise AckTimeout(
                             f"the write at {position} is committed;"
                             f" {reached} of the {needed} copies asked for are {level}",
@@ -488,7 +687,7 @@ class Shipping:
                         name=slot.name,
                         store_id=slot.store_id,
                         address=slot.address,
-                        state="gone",
+                        state="bootstrapping" if self.spools.serving(store_id) else "gone",
                         voter=self.engine.configuration.voter(store_id) is not None,
                         connected=False,
                         sent=slot.acked,
@@ -535,12 +734,14 @@ class Shipping:
         return records, engine_log.bytes_after(acked), seconds
 
     def stop(self, timeout_s: float) -> None:
-        """End all streams and save the slots."""
-        del timeout_s
+        """End all streams and copies, save the slots."""
         with self._lock:
             self._stopped = True
             sessions = list(self._sessions.values())
+        with self._acked:
+            self._acked.notify_all()
         for session in sessions:
             session.end(Refused(reason="closing", message=f"{self.node.label} is closing"))
         self.engine.committer.on_written = None
+        self.spools.close(timeout_s)
         self.slots.save(now=True)

@@ -16,9 +16,12 @@ __all__ = ["Slot", "Slots"]
 log = logging.getLogger("kvrep.replication")
 
 SAVE_INTERVAL_S = 5.0
+UNNAMED_KEPT_S = 600.0
+"""A follower without a name is forgotten when it has not been heard of for so long: its slot only serves
+its bootstrap."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slot:
     """One follower: how far it has confirmed, so that the log it still needs is kept."""
 
@@ -26,9 +29,12 @@ class Slot:
     name: str
     address: str
     voter: bool
+    """Whether it was willing to vote when it last joined."""
     acked: int
     seen_s: float
     """Wall clock of the last sign of life, for people."""
+    removed: bool = False
+    """Taken off the voters by hand: it is not made one again until somebody says so."""
 
 
 class Slots:
@@ -39,8 +45,10 @@ class Slots:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Protects the map and the file.
+        # Protects the map; never held during I/O, because every ack takes it.
         self._lock = threading.Lock()
+        # Held while the file is written.
+        self._saving = threading.Lock()
         self._slots: dict[bytes, Slot] = {}
         self._saved_s = 0.0
         self._dirty = False
@@ -60,28 +68,55 @@ class Slots:
         return self._slots.get(store_id)
 
     def all(self) -> list[tuple[bytes, Slot]]:
+        """Copies, by store id."""
         with self._lock:
-            return sorted(self._slots.items())
+            return [(i, replace(slot)) for i, slot in sorted(self._slots.items())]
 
     def note(self, store_id: bytes, *, name: str, address: str, voter: bool, acked: int) -> None:
         """Remember a follower that has joined."""
         with self._lock:
-            self._slots[store_id] = Slot(store_id.hex(), name, address, voter, acked, time.time())
+            old = self._slots.get(store_id)
+            removed = old is not None and old.removed
+            self._slots[store_id] = Slot(store_id.hex(), name, address, voter, acked, time.time(), removed)
             self._dirty = True
 
     def acked(self, store_id: bytes, offset: int) -> None:
         """A follower confirmed through ``offset``."""
+        slot = self._slots.get(store_id)
+        if slot is None or offset <= slot.acked:
+            return
+        with self._lock:
+            slot.acked = max(slot.acked, offset)
+            slot.seen_s = time.time()
+            self._dirty = True
+
+    def remove(self, store_id: bytes, *, removed: bool) -> None:
+        """Note that a follower shall not (or may again) become a voter."""
         with self._lock:
             slot = self._slots.get(store_id)
-            if slot is not None and offset > slot.acked:
-                self._slots[store_id] = replace(slot, acked=offset, seen_s=time.time())
+            if slot is not None:
+                slot.removed = removed
                 self._dirty = True
+
+    def removed(self, store_id: bytes) -> bool:
+        """Whether somebody took this store off the voters."""
+        slot = self._slots.get(store_id)
+        return slot is not None and slot.removed
 
     def drop(self, store_id: bytes) -> Slot | None:
         """Forget a follower; its log is no longer kept."""
         with self._lock:
             self._dirty = True
             return self._slots.pop(store_id, None)
+
+    def expire(self, connected: set[bytes]) -> None:
+        """Forget unnamed followers that have been away for long."""
+        before = time.time() - UNNAMED_KEPT_S
+        with self._lock:
+            for store_id, slot in list(self._slots.items()):
+                if not slot.name and slot.seen_s < before and store_id not in connected:
+                    del self._slots[store_id]
+                    self._dirty = True
 
     def keep_from(self) -> int | None:
         """The first offset that some follower still needs; ``None`` without followers."""
@@ -94,12 +129,13 @@ class Slots:
 
     def save(self, *, now: bool = False) -> None:
         """Write the file if something changed and the last time is some seconds ago, or ``now``."""
-        with self._lock:
-            if not self._dirty or (not now and time.monotonic() - self._saved_s < SAVE_INTERVAL_S):
-                return
-            self._dirty = False
-            self._saved_s = time.monotonic()
-            data = json.dumps([asdict(slot) for slot in self._slots.values()]).encode()
+        with self._saving:
+            with self._lock:
+                if not self._dirty or (not now and time.monotonic() - self._saved_s < SAVE_INTERVAL_S):
+                    return
+                self._dirty = False
+                self._saved_s = time.monotonic()
+                data = json.dumps([asdict(slot) for slot in self._slots.values()]).encode()
             try:
                 write_atomically(self._path, data)
             except OSError as error:

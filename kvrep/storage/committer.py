@@ -1,8 +1,9 @@
 """Group commit: callers that arrive together share one write and one flush of the log.
 
 A caller puts its write in order under a lock that never covers I/O. Whoever finds no leader leads: it takes
-what is in order, writes it as one group, wakes the next leader first and then its own group. A background
-thread leads for those who cannot (pipelined writes, asyncio).
+what is in order, writes it as one group, names its *heir*, wakes it and then its own group. As long as an
+heir is named, the others leave the lead to it: they would only queue up at the lead lock, in groups of one
+or two writes. A background thread leads for those who cannot (pipelined writes, asyncio).
 
 A transaction holds the *place*: from its first read to its append nothing else is put in order; writes that
 arrive meanwhile stand behind it.
@@ -26,7 +27,7 @@ from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
-from kvrep.storage.write import Write, complete_all
+from kvrep.storage.write import Write, complete_all, complete_one
 
 __all__ = ["Committer"]
 
@@ -35,13 +36,20 @@ GROUP_BYTES_MAX = 4 << 20
 LOOK_UP_S = 0.05
 
 
+def _as_durable(durable: int) -> int:
+    """The rule of a node without followers: what is durable here is committed."""
+    return durable
+
+
 class _Group:
     """Writes taken together, and how far they have come."""
 
-    __slots__ = ("frames", "length", "special", "tail", "writes")
+    __slots__ = ("frames", "length", "queued_bytes", "special", "tail", "writes")
 
-    def __init__(self, writes: list[Write]) -> None:
+    def __init__(self, writes: list[Write], queued_bytes: int) -> None:
         self.writes = writes
+        self.queued_bytes = queued_bytes
+        """What of them is counted as queued."""
         self.frames: list[bytes] | None = None
         self.length = 0
         self.tail: Tail | None = None
@@ -76,7 +84,7 @@ class Committer:
         self.closed: Error | None = None
         """Set once: why no write is taken any more."""
         self.failure: StorageFailed | None = None
-        self.rule: Callable[[int], int] = lambda durable: durable
+        self.rule: Callable[[int], int] = _as_durable
         """Durable offset here -> committed offset. Replaced by the replication of a primary."""
         self.on_written: Callable[[], None] | None = None
         """Called by the leader when a group is written but not yet flushed: shipping may begin."""
@@ -101,6 +109,8 @@ class Committer:
         # Held by whoever writes to the log.
         self.lead = threading.Lock()
         self._group: _Group | None = None
+        # The write whose thread was asked to lead next. Set under _order; cleared by whoever leads.
+        self._heir: Write | None = None
         # Held while committed records are published; orders them.
         self._publishing = threading.Lock()
         self._kick = threading.Event()
@@ -193,6 +203,9 @@ class Committer:
                 break
             except RuntimeError:  # grew or shrank while it was copied
                 continue
+        # What an interrupted leader left behind although it is published would hide newer writes.
+        committed = self.committed
+        pending = [w for w in pending if w.offset > committed]
         seen = {id(w) for w in pending}
         taken = [w for w in taken if id(w) not in seen]
         seen.update(id(w) for w in taken)
@@ -200,40 +213,119 @@ class Committer:
 
     # -- leading -----------------------------------------------------------------------------------
 
+    def commit(self, write: Write, deadline_s: float) -> None:
+        """``order`` and ``finish`` in one."""
+        if not self._ordered and self._heir is None and not self.lead.locked():
+            with self.lead:
+                done = self._write_alone(write)
+            if done:
+                if self._ordered:
+                    self.hand_over()
+                return
+        write.awaited = True
+        self.order(write)
+        self.finish(write, deadline_s)
+
     def finish(self, write: Write, deadline_s: float) -> None:
         """Lead or wait until ``write`` is done or ``time.monotonic()`` passes ``deadline_s``."""
         while not write.done:
-            if not write.offset and (write.lead or not self.lead.locked()):
-                write.lead = False
-                with self.lead:
-                    if not write.offset and not write.done:
-                        self._write_group()
-                self._after_group()
+            if not write.offset and (write.lead or self._lead_is_free()):
+                self._lead(write)
                 if write.done:
                     return
             left = deadline_s - time.monotonic()
             if left <= 0:
-                return
-            write.park(min(left, LOOK_UP_S))
+                break
+            # From here on, who hands over finds us; who did before has left the lead free.
+            write.attach()
+            if not write.offset and self._lead_is_free():
+                continue
+            if not write.park(min(left, LOOK_UP_S)):
+                self._heir = None  # if one was asked, it did not come
             if not write.done and 0 < write.offset <= self.committed:
                 write.complete()
+        if write.lead:  # asked to lead, but the outcome or the deadline came first
+            write.lead = False
+            self._heir = None
+            self.hand_over()
 
-    def _after_group(self) -> None:
-        """The lead lock is free again: hand over, then publish what may be published."""
-        self._hand_over()
+    def _lead_is_free(self) -> bool:
+        return self._heir is None and not self.lead.locked()
+
+    def _lead(self, write: Write) -> None:
+        """Write the group that ``write`` is in, name the next leader, and publish what may be published."""
+        with self.lead:
+            write.lead = False
+            self._heir = None
+            if not write.offset and not write.done:
+                self._write_group()
+            heir = self._name_heir() if self._ordered else None
+        if heir is not None:
+            heir.wake()
+        else:
+            self.hand_over()
         self.advance()
 
-    def _hand_over(self) -> None:
-        """Ask a waiting thread, or else the background thread, to write the next group."""
-        if not self._ordered or self.lead.locked():
-            return
+    def _write_alone(self, write: Write) -> bool:
+        """The short way of a single write that nobody stands beside; False when it cannot be taken.
+
+        It does what ``order``, ``_write_group`` and ``commit_through`` do, in the same order, without their
+        queues. The lead lock is held, nothing is pending and the rule is this node's own: so the write is
+        committed as soon as it is durable. An interrupt leaves the group as ``_write_group`` does.
+        """
+        log = self.log
         with self._order:
-            nxt = next((w for w in self._ordered[:16] if w.has_waiter), None)
-        if nxt is None:
-            self.kick()
-        else:
-            nxt.lead = True
-            nxt.wake()
+            if (
+                self._ordered
+                or self._holder is not None
+                or self._group is not None
+                or self.pending
+                or self.rule is not _as_durable
+                or self.on_written is not None
+                or write.kind
+                or self.closed is not None
+            ):
+                return False
+            self._group = group = _Group([write], 0)
+        try:
+            (before, _, running), epoch = log.tail, self.epoch
+            frame, running = self._encode(before + 1, epoch, self._wall_us(), 0, write.payload, running)
+            write.epoch = epoch
+            group.length = len(frame)
+            group.tail = tail = Tail(before + 1, epoch, running)
+            group.frames = frames = [frame]
+            log.append(frames, group.length, before + 1, tail, self.committed, sync=self.sync)
+        except Exception as error:
+            self._failed(group, error)
+            return True
+        write.offset = before + 1
+        with self._publishing:
+            self.view.publish_write(write)
+            self.committed = before + 1
+        self._group = None
+        complete_one(write)
+        self.on_committed(before + 1)
+        return True
+
+    def _name_heir(self) -> Write | None:
+        """Choose a write whose thread sleeps; that thread is to lead next."""
+        with self._order:
+            for write in self._ordered[:16]:
+                if write.has_waiter:
+                    write.lead = True
+                    self._heir = write
+                    return write
+        return None
+
+    def hand_over(self) -> None:
+        """After the lead lock was held: have somebody write what was put in order meanwhile."""
+        if not self._ordered or self.lead.locked() or self._heir is not None:
+            return
+        heir = self._name_heir()
+        if heir is not None:
+            heir.wake()
+        elif not all(write.awaited for write in self._ordered[:16]):
+            self.kick()  # the others' threads are on their way and find the lead free
 
     def _take(self) -> _Group | None:
         group = self._group
@@ -249,7 +341,7 @@ class Committer:
                 count += 1
                 if count >= GROUP_WRITES_MAX or size >= GROUP_BYTES_MAX:
                     break
-            group = _Group(ordered[:count])
+            group = _Group(ordered[:count], size)
             self._group = group
             self._ordered = ordered[count:]
         return group
@@ -317,7 +409,7 @@ class Committer:
         with self._order:
             self.pending.extend(group.writes)
             self.pending_bytes += size
-            self._queued_bytes -= size
+            self._queued_bytes -= group.queued_bytes
         self._group = None
 
     def _failed(self, group: _Group, error: Exception) -> None:
@@ -338,7 +430,7 @@ class Committer:
     def _fail(self, group: _Group, error: Exception) -> None:
         self._group = None
         with self._order:
-            self._queued_bytes -= sum(w.size for w in group.writes)
+            self._queued_bytes -= group.queued_bytes
         complete_all(group.writes, error)
 
     def fail_storage(self, error: BaseException) -> StorageFailed:
@@ -387,17 +479,22 @@ class Committer:
         """Publish every record through ``offset`` and tell those who wait. Any thread."""
         done: list[Write | Record] = []
         with self._publishing:
-            if offset <= self.committed:
+            pending, last = self.pending, self.committed
+            if offset <= last:
                 return
-            pending = self.pending
             size = 0
-            for record in pending:
-                if record.offset > offset:
-                    break
-                done.append(record)
-            if done:
-                self.view.publish(done)
-            self.committed = min(offset, done[-1].offset) if done else self.committed
+            fresh: list[Write | Record] = []
+            with self._order:  # held by whoever adds to ``pending``
+                for record in pending:
+                    if record.offset > offset:
+                        break
+                    done.append(record)
+                    if record.offset > last:  # else an interrupted leader has published or queued it before
+                        last = record.offset
+                        fresh.append(record)
+            if fresh:
+                self.view.publish(fresh)
+                self.committed = last
             for record in done:
                 pending.popleft()
                 if type(record) is Write:
@@ -414,7 +511,7 @@ class Committer:
         """
         with self.lead:
             self.log.append([data], len(data), records[0].offset, tail, self.committed, sync=sync)
-            with self._publishing:
+            with self._publishing, self._order:
                 self.pending.extend(records)
 
     def drop_pending(self, above: int) -> list[Write | Record]:
@@ -432,6 +529,16 @@ class Committer:
         with self._publishing:
             self.view.rebuild(applied, records)
             self.committed = self.view.last
+
+    def replace(self, log: Log, view: View, committed: int) -> list[Write | Record]:
+        """Go on with another copy and its log; returns what was pending in the old one. ``lead`` is held."""
+        with self._publishing:
+            dropped = list(self.pending)
+            self.pending = deque()
+            with self._order:
+                self.pending_bytes = 0
+            self.log, self.view, self.committed = log, view, committed
+        return dropped
 
     # -- the background leader ---------------------------------------------------------------------
 

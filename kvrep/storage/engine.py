@@ -6,6 +6,7 @@ It knows nothing of networks. Who may write, and when a record counts as committ
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -20,26 +21,31 @@ import msgpack
 
 from kvrep.errors import (
     ClosedError,
+    ConfigurationMismatch,
     Error,
     ForkedError,
     LogCorrupt,
+    OpenError,
     Overloaded,
     ProtocolError,
+    RolledBack,
     StorageFull,
     again,
 )
 from kvrep.model.codec import FRAME_BYTES, decode
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable, Position
-from kvrep.model.record import Kind, Record
+from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record
 from kvrep.options import Options
 from kvrep.storage.committer import Committer
-from kvrep.storage.digest import Hasher
+from kvrep.storage.copying import PinnedState
+from kvrep.storage.digest import DIGEST_MODULUS, Hasher
 from kvrep.storage.flusher import Flusher
-from kvrep.storage.home import Home
+from kvrep.storage.home import COPY, Home
 from kvrep.storage.log import Run, Tail
+from kvrep.storage.log_file import fsync_directory
 from kvrep.storage.memtable import Table
-from kvrep.storage.recovery import recover
+from kvrep.storage.recovery import fresh, recover
 from kvrep.storage.rescue import save_records
 from kvrep.storage.tree import State, Tree, digests_in, digests_out
 from kvrep.storage.view import Snapshot, View
@@ -94,13 +100,19 @@ class Engine:
         """Called when a configuration record is in the log, before it can be committed."""
         self.on_tick: Callable[[], None] = lambda: None
         """Called on the flush thread about twice a second."""
+        self._slow_bytes = options.memtable_bytes_max // 2
+        """Memory of unflushed writes from which on writers are slowed."""
         self.marks = True
         """Whether this node, as primary, puts digest marks into the log."""
+        self.unverified = (home.generation / COPY).exists()
+        """Whether this is a received copy whose digest has not been recomputed yet."""
         self.recovered_bytes = 0
         self.rescued: list[Path] = []
         self._marked = tree.state.mark
         self._closed = False
         self._synced_s = time.monotonic()
+        self._seen = -1
+        """The end of the log at the last tick."""
         # Makes close() run once.
         self._close_lock = threading.Lock()
 
@@ -109,7 +121,10 @@ class Engine:
     @classmethod
     def open(cls, path: Path, options: Options, *, lineage: bytes) -> Engine:
         """Open or create the store at ``path``; ``lineage`` is for a new one (empty: adopted later)."""
-        home = Home.open(path, create=options.create, name=options.name, lineage=lineage)
+        try:
+            home = Home.open(path, create=options.create, name=options.name, lineage=lineage)
+        except OSError as error:
+            raise OpenError(f"cannot open the store at {path}: {error.strerror}") from error
         tree = None
         try:
             generation = home.generation
@@ -123,10 +138,15 @@ class Engine:
             )
             engine = cls(home, tree, options)
             engine._recover(generation / "log")
-        except BaseException:
+            if home.created:  # the marker comes last: a creation that ends before is begun anew
+                fsync_directory(generation / "data")
+                home.finish_creation()
+        except BaseException as error:
             if tree is not None:
                 tree.close(1.0)
             home.close()
+            if isinstance(error, OSError):
+                raise OpenError(f"cannot open the store at {path}: {error.strerror}") from error
             raise
         _guard_forks()
         _open_engines.add(engine)
@@ -155,6 +175,7 @@ class Engine:
             rescue=self.home.rescue,
             replay=replay,
             epoch_of=lambda run: tail_epoch,
+            expected=state.logged_in == self._copy_id,
         )
         if found.rescue_path is not None:
             log.warning(
@@ -162,6 +183,12 @@ class Engine:
                 self.home.path, found.unfinished_bytes, found.rescue_path,
             )  # fmt: skip
             self.rescued.append(found.rescue_path)
+        names = {name for record in pending if record.kind == Kind.WRITE for name in record.payload[::2]}
+        try:
+            self._check_keyspaces(names.union(self.tree.keyspaces))
+        except Error:
+            found.log.abandon()
+            raise
         committed = max(state.applied.offset, min(found.committed, found.log.tail.offset))
         self.committer = Committer(
             found.log,
@@ -187,6 +214,16 @@ class Engine:
             busy=self.committer.lead.locked,
             flush_limit=lambda: self.flush_limit(),
         )
+
+    def _check_keyspaces(self, names: set[str]) -> None:
+        most = self.options.keyspaces_max
+        if len(names | {DEFAULT_KEYSPACE}) > most:
+            raise ConfigurationMismatch(
+                f"the store has {len(names | {DEFAULT_KEYSPACE})} keyspaces, keyspaces_max allows {most}",
+                option="keyspaces_max",
+                given=most,
+                stored=len(names),
+            )
 
     def _decode_recovered(self, run: Run, before: Record | None) -> list[Record]:
         del before
@@ -249,12 +286,12 @@ class Engine:
         committer = self.committer
         write = Write(Kind.EPOCH, dict(payload), 256)
         with committer.lead:  # no group is being encoded meanwhile
+            committer.order(write)  # first: nobody orders anything before ``epoch`` is set
             committer.epoch = epoch
             offset = self.tail.offset + 1
             self.epochs = self.epochs.with_epoch(epoch, offset)
             self.branch = payload["branch"]
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
-        committer.order(write)
         committer.kick()
         return write
 
@@ -274,9 +311,16 @@ class Engine:
     def order(self, write: Write, deadline_s: float) -> None:
         """Put a user's write in order; waits for memory, not for the disk. Raises what refuses it."""
         self.writable()
-        if self.flusher.behind >= 0.5:
+        if self.view.memory_bytes >= self._slow_bytes:
             self._slow_down(deadline_s)
         self.committer.order(write)
+
+    def commit(self, write: Write, deadline_s: float) -> None:
+        """Order a user's write and wait until its outcome is known or the deadline has passed."""
+        self.writable()
+        if self.view.memory_bytes >= self._slow_bytes:
+            self._slow_down(deadline_s)
+        self.committer.commit(write, deadline_s)
 
     def admit_now(self) -> float:
         """For callers that may not block: seconds to wait before ordering (0: go on). Raises refusals."""
@@ -329,8 +373,6 @@ class Engine:
         return records
 
     def _append_failed(self, error: OSError) -> None:
-        import errno
-
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             try:
                 self.committer.log.undo_append()
@@ -399,6 +441,80 @@ class Engine:
         self.tree.hasher = Hasher(lineage)
         self.committer.log.lineage = lineage
 
+    def pinned(self) -> PinnedState:
+        """What LMDB holds now beside what its state record says of it."""
+        with self.flusher.hold:
+            return PinnedState(self.tree)
+
+    def verified(self, pinned: PinnedState, differing: dict[str, tuple[int, int]]) -> None:
+        """A received copy was compared with its digests, and these are off by so much.
+
+        They are put right: from now on they tell what is really here, and later marks show the difference, too.
+        """
+        at = pinned.state.applied.offset
+        with self.flusher.hold:
+            if not pinned.of(self.tree):
+                return  # the next copy is live already
+            state = self.tree.state
+            self.unverified = False
+            if not differing:
+                state.verified = max(state.verified, at)
+                (self.home.generation / COPY).unlink(missing_ok=True)
+            elif not state.diverged:
+                state.diverged = at
+            for name, (digest, count) in differing.items():
+                for digests in (state.digests, state.mark_digests):
+                    digests[name] = (digests.get(name, 0) + digest) % DIGEST_MODULUS
+                state.counts[name] = state.counts.get(name, 0) + count
+        if differing:
+            log.error("%s: keyspaces %s of the copy received at record %d differ from their digests",
+                      self.home.path, ", ".join(differing), at)  # fmt: skip
+
+    def replace_copy(self, generation: Path, tree: Tree, lineage: bytes) -> None:
+        """Make a received copy (``tree``, in ``generation``) the live one, in place: who holds this engine,
+        a keyspace or a snapshot goes on. Reads see the old copy until the new one is live.
+
+        Raises ``OSError`` or :class:`ClosedError` and then has changed nothing, or :class:`StorageFailed` when
+        it is not known which copy the next open will find.
+        """
+        directory = generation / "log"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        for path in (directory, generation / "data", generation):
+            fsync_directory(path)
+        committer, flusher, state = self.committer, self.flusher, tree.state
+        fresh_log = fresh(directory, lineage, file_bytes=self.options.log_file_bytes, tail=state.applied)
+        with self._close_lock:
+            if self._closed:
+                raise ClosedError("the store is closed")
+            with flusher.hold, committer.lead:
+                self._switch(generation, lineage)
+                old_tree, old_log = self.tree, committer.log
+                state.verified = state.diverged = 0
+                self.unverified = True
+                view = self.view.succeed(tree)
+                self.tree = tree
+                self.epochs, self.branch = state.epochs, state.branch
+                self.configurations = [(state.configured_at, state.configuration)]
+                dropped = committer.replace(fresh_log, view, state.applied.offset)
+                flusher.replace(view, tree)
+                self.view = view
+            old_log.abandon()
+            old_tree.retire()
+            self.home.drop_old()
+        for record in dropped:
+            if type(record) is Write:
+                record.complete(RolledBack("another history took the place of this write",
+                                           position=Position(record.epoch, record.offset)))  # fmt: skip
+        committer.on_committed(committer.committed)
+
+    def _switch(self, generation: Path, lineage: bytes) -> None:
+        try:
+            self.home.switch(generation.name, lineage)
+        except OSError as error:
+            if self.home.switched_to(generation.name):
+                raise self.committer.fail_storage(error) from error
+            raise
+
     # -- the flush's hooks -------------------------------------------------------------------------
 
     def _before_flush(self) -> None:
@@ -427,6 +543,7 @@ class Engine:
         if self.committer.log.synced < last:
             self.sync()
         state.applied = Tail(last, self.epochs.epoch_at(last), self.committer.log.running_at(last))
+        state.logged_in = self._copy_id
         state.epochs = self.epochs.cut(last)
         state.configured_at, state.configuration = self.configuration_at(last)
         state.branch = self.branch
@@ -454,7 +571,8 @@ class Engine:
     def trim(self) -> int:
         """Unlink log files that nobody needs; returns how many."""
         options = self.options
-        needed = min(self.tree.state.applied.offset + 1, self.keep_from())
+        # The file with the last applied record stays, to show the next open that the log is not lost.
+        needed = min(self.tree.state.applied.offset, self.keep_from())
         return self.committer.log.trim(
             needed,
             bytes_kept=options.retention_bytes,
@@ -471,11 +589,43 @@ class Engine:
             self._synced_s = now
             if self.committer.log.synced < self.tail.offset:
                 self.sync()
+        self._prove_idle()
         if self.committer.log.wants_spare:
             try:
                 self.committer.log.prepare_spare()
             except OSError as error:
                 log.warning("%s: no room to prepare the next log file: %s", self.home.path, error)
+
+    def _prove_idle(self) -> None:
+        """When nothing was written since the last look, put a mark behind the last records."""
+        committer = self.committer
+        offset, self._seen = self._seen, self.tail.offset
+        if offset != self._seen or committer.log.marked or committer.failure is not None:
+            return
+        if not committer.lead.acquire(blocking=False):
+            return
+        try:
+            if self.tail.offset == offset and (committer.sync or committer.log.synced == offset):
+                committer.log.mark(committer.committed)
+        except OSError as error:
+            self._mark_failed(error)
+        finally:
+            committer.lead.release()
+            committer.kick()
+
+    def _mark_failed(self, error: OSError) -> None:
+        """A mark is not needed: that there is no room for it harms nobody."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise self.committer.fail_storage(error) from error
+        try:
+            self.committer.log.undo_append()
+        except OSError as second:
+            raise self.committer.fail_storage(second) from second
+
+    @property
+    def _copy_id(self) -> str:
+        """Which copy of the data this is, beside which log."""
+        return f"{self.home.store_id.hex()}/{self.home.generation.name}"
 
     def _fail(self, error: BaseException) -> None:
         self.committer.fail_storage(error)
@@ -538,8 +688,23 @@ class Engine:
         self.committer.closed = error
         self.committer._order = threading.Lock()
         self.committer.lead = threading.Lock()
-        self.view.closed = error
-        self.home.close()
+        self.writable = self._refuse_forked
+        self.view.forked(error)
+        self.home.forked()
+
+    def _refuse_forked(self) -> None:
+        raise again(self.committer.closed or ForkedError())
+
+    def need_alive(self) -> None:
+        """Raise :class:`ClosedError` or :class:`ForkedError` when this engine is of no use any more."""
+        if self._closed:
+            self.need_unforked()
+            raise ClosedError("the store is closed")
+
+    def need_unforked(self) -> None:
+        """Raise :class:`ForkedError` in a forked child."""
+        if isinstance(self.committer.closed, ForkedError):
+            raise again(self.committer.closed)
 
     def close(self, timeout_s: float) -> None:
         """Flush, mark the log, end the threads, close the files. Idempotent; keeps to its deadline."""

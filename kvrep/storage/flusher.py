@@ -66,6 +66,8 @@ class Flusher:
         self._answered = 0
         self._stop = False
         self._poke = threading.Event()
+        # Held during every step of the thread: who takes it finds no flush under way.
+        self.hold = threading.Lock()
         self._thread: threading.Thread | None = None
         view.on_rotate = self._poke.set
 
@@ -81,6 +83,14 @@ class Flusher:
             self._thread.join(timeout_s)
             return not self._thread.is_alive()
         return True
+
+    def replace(self, view: View, tree: Tree) -> None:
+        """Go on with another copy. ``hold`` is held."""
+        self.view, self.tree = view, tree
+        view.on_rotate = self._poke.set
+        with self._changed:
+            self.full = None
+            self._changed.notify_all()
 
     # -- asked by others ---------------------------------------------------------------------------
 
@@ -124,8 +134,9 @@ class Flusher:
             self._poke.wait(TICK_S)
             self._poke.clear()
             try:
-                self._tick()
-                self._step()
+                with self.hold:
+                    self._tick()
+                    self._step()
             except StorageFull as error:
                 self._standstill(error)
             except Error as error:
@@ -152,7 +163,8 @@ class Flusher:
             self._before()
             self.view.rotate()
             target = self.view.last
-            while (oldest := self.view.tables[-1]).last and oldest.last <= target and not self._stop:
+            # Not "while there are older tables": a scan may join one of them with newer writes meanwhile.
+            while self.tree.state.applied.offset < target and not self._stop:
                 if not self._flush_some(everything=wanted):
                     break
             if wanted:

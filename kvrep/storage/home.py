@@ -9,6 +9,8 @@
     gen-000001/data   LMDB          gen-000001/log   the log
     rescue/    records that had to be dropped
     spool/     copies under way to a follower
+    gen-000002/COPY    what has arrived of a copy that is being received; in a live generation: the copy's
+                       digest has not been verified yet
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ import msgpack
 from kvrep.errors import ConfigurationMismatch, CorruptionError, NotAStore, OpenError, StoreInUse, UpgradeRequired
 from kvrep.storage.log_file import fsync_directory
 
-__all__ = ["Home", "write_atomically"]
+__all__ = ["COPY", "Home", "write_atomically"]
 
 FORMAT = 1
+COPY = "COPY"
 _PARTS = {"LOCK", "IDENTITY", "STORE", "CURRENT", "rescue", "spool"}
 
 
@@ -121,7 +124,7 @@ class Home:
             if not create:
                 raise NotAStore(f"there is no store at {path}", path=str(path), hint="check the path")
             try:
-                path.mkdir(parents=True, mode=0o700)
+                _make_directory(path)
             except OSError as error:
                 raise OpenError(f"cannot create {path}: {error.strerror}") from error
         if not path.is_dir():
@@ -163,6 +166,14 @@ class Home:
         self._lock_fd = fd
 
     def close(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._lock_fd >= 0:
+            # Said aloud: a child that another thread is starting just now has the descriptor, too.
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        self.forked()
+
+    def forked(self) -> None:
+        """Let go of the descriptor and leave the lock to whoever else has it."""
         if self._lock_fd >= 0:
             fd, self._lock_fd = self._lock_fd, -1
             os.close(fd)
@@ -183,15 +194,19 @@ class Home:
             )
         for old in self.path.glob("gen-*"):
             shutil.rmtree(old)  # a creation that was interrupted: the marker is written last
+        _fsync_parent(self.path)  # the opener that made the directory may not have lived to do it
         store_id = os.urandom(16)
         self._identity.create({"store_id": store_id, "name": name or "", "promised": 0, "promised_to": b""})
         for part in ("data", "log"):
             (self.path / "gen-000001" / part).mkdir(parents=True, mode=0o700)
         fsync_directory(self.path / "gen-000001")
         self.switch("gen-000001", lineage)
-        marker = {"format": FORMAT, "store_id": store_id.hex()}
-        write_atomically(self.path / "STORE", json.dumps(marker).encode())
         self.created = True
+
+    def finish_creation(self) -> None:
+        """Write the marker of a new store, whose parts are all on the disk now. Durable on return."""
+        marker = {"format": FORMAT, "store_id": self.store_id.hex()}
+        write_atomically(self.path / "STORE", json.dumps(marker).encode())
 
     def _load(self, name: str | None) -> None:
         marker = self._json("STORE")
@@ -207,9 +222,7 @@ class Home:
         self._current = self._json("CURRENT")
         if not self.generation.is_dir():
             raise NotAStore(f"{self.generation} is missing", path=str(self.generation))
-        for old in self.path.glob("gen-*"):
-            if old != self.generation:
-                shutil.rmtree(old, ignore_errors=True)
+        self._clean()
         if name is not None and name != self.name:
             if self.name:
                 raise ConfigurationMismatch(
@@ -220,6 +233,23 @@ class Home:
                     hint="open it under its own name, or leave the name out",
                 )
             self._identity.store({**self._identity.data, "name": name})
+
+    def _clean(self) -> None:
+        """Remove what nobody goes on with: old generations, spooled copies; a copy half received stays."""
+        for old in self.path.glob("gen-*"):
+            if old != self.generation and not (old == self.next_generation() and (old / COPY).exists()):
+                shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.spool, ignore_errors=True)
+
+    def drop_old(self) -> None:
+        """Remove the generations before the live one. What is open in them stays readable."""
+        for old in self.path.glob("gen-*"):
+            if old.name < self.generation.name:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def drop_unfinished(self) -> None:
+        """Remove a copy that is half received: this node does not follow any more."""
+        shutil.rmtree(self.next_generation(), ignore_errors=True)
 
     def _json(self, part: str) -> dict[str, Any]:
         try:
@@ -276,6 +306,15 @@ class Home:
     def spool(self) -> Path:
         return self.path / "spool"
 
+    @property
+    def vote_floor(self) -> int:
+        """The offset below which this node's log lacks what it once confirmed: till then it may not vote."""
+        return int(self._identity.data.get("vote_floor", 0))
+
+    def set_vote_floor(self, offset: int) -> None:
+        """Durable on return."""
+        self._identity.store({**self._identity.data, "vote_floor": offset})
+
     def next_generation(self) -> Path:
         """Where a bootstrap builds its copy; not live until :meth:`switch`."""
         number = int(self.generation.name.partition("-")[2]) + 1
@@ -287,6 +326,26 @@ class Home:
         current = {"generation": generation, "lineage": lineage.hex()}
         write_atomically(self.path / "CURRENT", json.dumps(current).encode())
         self._current = current
+
+    def switched_to(self, generation: str) -> bool:
+        """After a failed :meth:`switch`: whether the next open would find ``generation`` live."""
+        return bool(self._json("CURRENT").get("generation") == generation)
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and what is missing above it, each durable with its name."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, mode=0o700)
+    for made in reversed(missing):
+        _fsync_parent(made)
+
+
+def _fsync_parent(path: Path) -> None:
+    """Make the name of ``path`` durable, where its directory may be read at all."""
+    try:
+        fsync_directory(path.parent)
+    except PermissionError:
+        pass
 
 
 def _holder(raw: bytes) -> tuple[int | None, str | None]:

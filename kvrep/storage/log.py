@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kvrep.errors import LogTrimmed
 from kvrep.model.codec import FRAME, FRAME_BYTES, walk
-from kvrep.storage.log_file import HEADER_BYTES, FileHeader, LogFile, fsync_directory
+from kvrep.storage.log_file import GROUP_BYTES, HEADER_BYTES, FileHeader, LogFile, fsync_directory
 
 __all__ = ["START", "Log", "Run", "Tail", "file_path", "log_paths"]
 
@@ -183,6 +183,12 @@ class Log:
         self._capacity = 0
         self._next_sequence = files[-1].header.sequence + 1 if files else 1
         self._recent = _Recent()
+        self._recent_wanted = False
+        """Set by the first read: a log that nobody ships from keeps nothing in memory."""
+        self._mark_at = -1
+        """Where in the present file the newest mark stands, -1 if there is none."""
+        self._index_from = 0
+        """Where in the present file the next group is to be put into its index."""
         # Readers hold it while they read; trim and cut hold it while they close and unlink files.
         self._files_lock = threading.Lock()
         # Held while the spare file is made or taken.
@@ -198,15 +204,23 @@ class Log:
         With ``sync`` they are durable on return; else after :meth:`sync`. ``OSError`` means nothing was
         added. The caller is the only writer.
         """
-        file = self._file_for(length)
+        file = self._current
+        if file is None or file.end + length + 512 > self._capacity:
+            file = self._file_for(length)
+        at = file.end
+        # With durability "os" more may be committed than is synced: a mark must never prove what is not.
+        committed = min(committed, self.synced)
         end = file.write_group(records, length, first, self.synced, committed, sync=sync)
-        self._indexes[file.header.sequence].add(first, file.end or HEADER_BYTES)
+        if at >= self._index_from:
+            self._indexes[file.header.sequence].add(first, at or HEADER_BYTES)
+            self._index_from = at + INDEX_STEP_BYTES
         file.end = end
         self.tail = tail
         if sync:
             self.synced = tail.offset
-        data = records[0] if len(records) == 1 else b"".join(records)
-        self._recent.add(Run(first, tail.offset, data))
+        if self._recent_wanted:
+            data = records[0] if len(records) == 1 else b"".join(records)
+            self._recent.add(Run(first, tail.offset, data))
 
     def undo_append(self) -> None:
         """After a failed :meth:`append`: make sure that no trace of it can be found. ``OSError`` if that fails."""
@@ -238,9 +252,11 @@ class Log:
         self._capacity = file.size()
         with self._files_lock:
             self._indexes[header.sequence] = SparseIndex(complete=True)
-            self._files = [*self._files, file]
-            self._next_sequence += 1
+            # An interrupt may have ended an earlier try here: that file has the same number, and is empty.
+            self._files = [*(f for f in self._files if f.header.sequence != header.sequence), file]
+            self._next_sequence = header.sequence + 1
             self._current = file
+            self._index_from, self._mark_at = 0, -1
         return file
 
     def prepare_spare(self) -> None:
@@ -266,14 +282,21 @@ class Log:
             current.sync()
         self.synced = max(self.synced, offset)
 
+    @property
+    def marked(self) -> bool:
+        """Whether everything in the present file is proven by a mark behind it."""
+        current = self._current
+        return current is None or current.end == 0 or self._mark_at == current.end - GROUP_BYTES
+
     def mark(self, committed: int) -> None:
         """Write an empty group that proves the records before it, and sync it."""
         current = self._current
-        if current is None or current.end == 0:
+        if current is None or self.marked:
             return
         self.sync()
-        end = current.write_group((), 0, self.tail.offset + 1, self.synced, committed, sync=True)
-        current.end = end
+        at, committed = current.end, min(committed, self.synced)
+        current.end = current.write_group((), 0, self.tail.offset + 1, self.synced, committed, sync=True)
+        self._mark_at = at
 
     def seal(self) -> None:
         """Leave the present file for good, cut to what it holds; the next append starts a new one."""
@@ -312,6 +335,7 @@ class Log:
         """
         if first > self.tail.offset:
             return None
+        self._recent_wanted = True
         run = self._recent.read(first, bytes_max)
         return run if run is not None else self._read_files(first, bytes_max)
 
@@ -340,8 +364,7 @@ class Log:
         for file in self._files:
             if file.header.first == offset + 1:
                 return file.header.running_before
-        run = self.read(offset, 1)
-        assert run is not None
+        run = self._recent.read(offset, 1) or self._read_files(offset, 1)
         running: int = FRAME.unpack_from(run.data)[1]
         return running
 
@@ -427,6 +450,7 @@ class Log:
                 del self._indexes[oldest.header.sequence]
                 oldest.path.unlink(missing_ok=True)
                 oldest.close()
+            fsync_directory(self.directory)  # one by one, so that a power loss cannot leave a hole
             gone += 1
 
     def cut(self, tail: Tail) -> None:
@@ -464,6 +488,14 @@ class Log:
                 file.end = end
                 self._indexes[file.header.sequence] = SparseIndex(complete=False)
                 return
+
+    def abandon(self) -> None:
+        """Close all files as they are: another log took this one's place. Readers find it empty."""
+        with self._files_lock:
+            files, self._files, self._current = self._files, [], None
+            for file in files:
+                file.close()
+            self._recent = _Recent()
 
     def close(self) -> None:
         """Close all files; unlink what was made ahead. No other call may be under way."""

@@ -167,6 +167,12 @@ class LogFile:
             os.close(fd)
             raise
 
+    @staticmethod
+    def headless(path: Path) -> bool:
+        """Whether nothing was ever written where the header stands."""
+        with open(path, "rb") as file:
+            return not file.read(HEADER_BYTES).strip(b"\0")
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -189,12 +195,15 @@ class LogFile:
             prefix = self.header.encode()
             at = HEADER_BYTES
         head = self.group_header(at, length, first, synced, committed)
-        buffers = [prefix + head, *records]
         position = at - len(prefix)
         total = len(prefix) + GROUP_BYTES + length
         flags = os.RWF_DSYNC if sync else 0
-        if len(buffers) > 64:
-            buffers = [b"".join(buffers)]
+        if len(records) == 1 and length < 4096:
+            buffers = [prefix + head + records[0]]
+        elif len(records) < 64:
+            buffers = [prefix + head, *records]
+        else:
+            buffers = [b"".join((prefix, head, *records))]
         written = os.pwritev(self.fd, buffers, position, flags)
         if written != total:
             self._write_rest(b"".join(buffers), position, written, flags)
@@ -210,7 +219,9 @@ class LogFile:
 
     def undo(self) -> None:
         """Wipe the header of a group that failed half-way, so that no later open can find it."""
-        os.pwritev(self.fd, [bytes(HEADER_BYTES + GROUP_BYTES)], self.end, os.RWF_DSYNC)
+        length = min(HEADER_BYTES + GROUP_BYTES, self.size() - self.end)
+        if length > 0:  # writing beyond the end of the file would need the room that there is not
+            os.pwritev(self.fd, [bytes(length)], self.end, os.RWF_DSYNC)
 
     def sync(self) -> None:
         os.fdatasync(self.fd)

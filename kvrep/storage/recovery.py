@@ -59,16 +59,23 @@ def recover(
     rescue: Path,
     replay: Callable[[Run], None],
     epoch_of: Callable[[Run], int],
+    expected: bool = False,
 ) -> Recovered:
     """Open the log in ``directory``; feed ``replay`` every run of records above ``applied``, in order.
 
+    ``expected``: record ``applied`` must be in the log (it is not in that of a copy that was received).
     ``epoch_of`` tells the epoch of the last record of a run. Raises :class:`LogCorrupt`, and then has
     changed nothing.
     """
     (directory / SPARE).unlink(missing_ok=True)
-    files = _open_files(directory, lineage)
+    files, unfinished = _open_files(directory, lineage)
     try:
-        return _recover(directory, lineage, applied, files, file_bytes, rescue, replay, epoch_of)
+        if expected and (not files or files[0].header.first > applied.offset):
+            raise LogCorrupt(f"record {applied.offset} is not in the log any more", path=str(directory), at=0)
+        result = _recover(directory, lineage, applied, files, file_bytes, rescue, replay, epoch_of)
+        if unfinished is not None:
+            _drop_headless(unfinished, result, rescue)
+        return result
     except BaseException:
         for file in files:
             file.close()
@@ -121,17 +128,20 @@ def _recover(
     return result
 
 
-def _open_files(directory: Path, lineage: bytes) -> list[LogFile]:
+def _open_files(directory: Path, lineage: bytes) -> tuple[list[LogFile], Path | None]:
+    """The files with a header, oldest first, and the newest one if it never got a header."""
     files: list[LogFile] = []
+    unfinished: Path | None = None
     paths = log_paths(directory)
     try:
         for i, path in enumerate(paths):
             file = LogFile.open(path, writable=True)
             if file is None:
-                if i < len(paths) - 1:
+                # The header is written with the first group, into the same sector: so a header that is
+                # neither whole nor wholly missing is damage.
+                if i < len(paths) - 1 or not LogFile.headless(path):
                     raise LogCorrupt(f"{path.name} has no valid header", path=str(path), at=0)
-                path.unlink()  # made, but never written to
-                fsync_directory(directory)
+                unfinished = path
                 break
             files.append(file)
             if file.header.lineage != lineage:
@@ -143,7 +153,7 @@ def _open_files(directory: Path, lineage: bytes) -> list[LogFile]:
         for file in files:
             file.close()
         raise
-    return files
+    return files, unfinished
 
 
 def _start_file(files: list[LogFile], applied: Tail) -> int:
@@ -228,23 +238,33 @@ def _finish_last(file: LogFile, scan: _Scan, result: Recovered, rescue: Path) ->
     rest = file.read(file.end, file.size() - file.end).rstrip(b"\0")
     if rest:
         result.unfinished_bytes = len(rest)
-        result.rescue_path = _save_unfinished(rescue, file, rest)
+        result.rescue_path = _save_unfinished(rescue, file.path, file.end, rest)
     if file.end > scan.unproven_at:
-        again = file.read(scan.unproven_at, file.end - scan.unproven_at)
-        os.pwrite(file.fd, again, scan.unproven_at)
+        again = memoryview(file.read(scan.unproven_at, file.end - scan.unproven_at))
+        done = 0
+        while done < len(again):
+            done += os.pwrite(file.fd, again[done:], scan.unproven_at + done)
     os.truncate(file.fd, file.end)
     os.fsync(file.fd)
 
 
-def _save_unfinished(rescue: Path, file: LogFile, rest: bytes) -> Path:
+def _drop_headless(path: Path, result: Recovered, rescue: Path) -> None:
+    """Remove a file that was made and perhaps written to, but never got its header."""
+    rest = path.read_bytes().rstrip(b"\0")
+    if rest:
+        result.unfinished_bytes += len(rest)
+        result.rescue_path = _save_unfinished(rescue, path, 0, rest)
+    path.unlink()
+    fsync_directory(path.parent)
+
+
+def _save_unfinished(rescue: Path, source: Path, at: int, rest: bytes) -> Path:
     rescue.mkdir(exist_ok=True)
-    path = rescue / f"unfinished-{time.time_ns()}-{file.path.stem}-{file.end}.bin"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, rest)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    path = rescue / f"unfinished-{time.time_ns()}-{source.stem}-{at}.bin"
+    with open(path, "xb") as file:
+        file.write(rest)
+        file.flush()
+        os.fsync(file.fileno())
     fsync_directory(rescue)
     return path
 

@@ -19,7 +19,7 @@ from typing import Any
 import lmdb
 import msgpack
 
-from kvrep.errors import ClosedError, CorruptionError, NotAStore, OpenError, StorageFailed, StorageFull
+from kvrep.errors import ClosedError, ConfigurationMismatch, CorruptionError, NotAStore, OpenError, StorageFailed, StorageFull
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
@@ -55,6 +55,8 @@ class State:
     """The last mark at which our digests were compared with the primary's, and equal."""
     diverged: int = 0
     """The first mark at which they were not."""
+    logged_in: str = ""
+    """The copy (store id and generation) whose own log holds record ``applied``: it must be found there."""
 
     def pack(self) -> bytes:
         data: bytes = msgpack.packb(
@@ -70,6 +72,7 @@ class State:
                 "mark_digests": _digests_out(self.mark_digests),
                 "verified": self.verified,
                 "diverged": self.diverged,
+                "logged_in": self.logged_in,
             }
         )
         return data
@@ -89,6 +92,7 @@ class State:
             mark_digests=digests_in(raw["mark_digests"]),
             verified=raw["verified"],
             diverged=raw["diverged"],
+            logged_in=raw.get("logged_in", ""),
         )
 
     def copy(self) -> State:
@@ -141,6 +145,8 @@ class Tree:
         self._count_lock = threading.Condition()
         self._live = 0
         self._closing = False
+        self._close_at_end = False
+        """Whether whoever ends the last read closes the environment, too."""
         self._idle: list[Any] = []
 
     @classmethod
@@ -177,21 +183,33 @@ class Tree:
             with lmdb_errors("opening"):
                 env.reader_check()
                 tree = cls(env, path, lineage)
-                tree._load()
+            tree._load()
+        except lmdb.DbsFullError:
+            env.close()
+            raise ConfigurationMismatch(
+                f"the store has more keyspaces than keyspaces_max={keyspaces_max} allows",
+                option="keyspaces_max",
+                given=keyspaces_max,
+            ) from None
         except BaseException:
             env.close()
             raise
         return tree
 
     def _load(self) -> None:
+        with lmdb_errors("opening"):
+            self._load_state()
         with self.env.begin() as txn:
-            raw = txn.get(STATE_KEY, db=self._meta)
-            if raw is not None:
-                self.state = State.unpack(raw)
             names = [bytes(key) for key in txn.cursor().iternext(keys=True, values=False)]
         for name in names:
             if name != META:
                 self._handles[name.decode()] = self.env.open_db(name, create=False)
+
+    def _load_state(self) -> None:
+        with self.env.begin() as txn:
+            raw = txn.get(STATE_KEY, db=self._meta)
+            if raw is not None:
+                self.state = State.unpack(raw)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -216,6 +234,8 @@ class Tree:
         try:
             value: bytes | None = txn.get(key, None, handle)
             return value
+        except lmdb.BadValsizeError:
+            return None  # no key can have that length
         finally:
             pool.append(txn)
             if pool is not self._idle:
@@ -245,6 +265,9 @@ class Tree:
             self._live -= 1
             if self._closing:
                 self._count_lock.notify_all()
+            last = self._close_at_end and self._live == 0
+        if last:
+            self.env.close()
 
     def _drain(self, pool: list[Any]) -> None:
         while pool:
@@ -258,6 +281,11 @@ class Tree:
         """After a commit: reads begin anew, idle transactions end, so that they pin no old pages."""
         old, self._idle = self._idle, []
         self._drain(old)
+
+    @property
+    def meta(self) -> Any:
+        """The database of our own, which holds the state record."""
+        return self._meta
 
     def count(self, txn: Any, keyspace: str) -> int:
         handle = self._handles.get(keyspace)
@@ -294,10 +322,10 @@ class Tree:
             except BaseException:
                 txn.abort()
                 raise
-        self._handles.update(created)
         self.state = state
         self.generation += 1
         self.refresh()
+        self._handles.update(created)  # last: a read transaction from before the commit does not know them
         return state
 
     def _apply(
@@ -321,13 +349,15 @@ class Tree:
         state.digests[keyspace] = (state.digests.get(keyspace, 0) + change) % DIGEST_MODULUS
         state.counts[keyspace] = state.counts.get(keyspace, 0) + len(puts) - len(old)
 
-    def digest(self, keyspace: str, breathe: Callable[[], None] = lambda: None) -> tuple[int, int]:
-        """(digest, count) recomputed from what LMDB holds, for ``verify``."""
+    def digest(
+        self, keyspace: str, breathe: Callable[[], None] = lambda: None, read: Any = None
+    ) -> tuple[int, int]:
+        """(digest, count) recomputed from what LMDB holds, for ``verify``; as ``read`` sees it, if given."""
         handle = self._handles.get(keyspace)
         total = count = 0
         if handle is None:
             return 0, 0
-        txn = self.begin()
+        txn = self.begin() if read is None else read
         try:
             items: list[tuple[bytes, bytes]] = []
             for item in txn.cursor(handle):
@@ -339,7 +369,8 @@ class Tree:
                     breathe()
             return (total + self.hasher.sum(items)) % DIGEST_MODULUS, count + len(items)
         finally:
-            self.end(txn)
+            if read is None:
+                self.end(txn)
 
     # -- room --------------------------------------------------------------------------------------
 
@@ -392,6 +423,19 @@ class Tree:
         if home:
             self.env.close()
         return home
+
+    def retire(self) -> None:
+        """Another copy took this one's place: begin no more reads, and close when the last one has ended."""
+        with self._count_lock:
+            self._closing = True
+            self._live += 1
+        self.refresh()
+        with self._count_lock:
+            self._live -= 1
+            self._close_at_end = True
+            last = self._live == 0
+        if last:
+            self.env.close()
 
 
 def _pages(stat: dict[str, int]) -> int:

@@ -32,7 +32,15 @@ CHUNK_MIN, CHUNK_MAX = 32, 1024
 class View:
     """The memtables of a store and the reads over them and LMDB."""
 
-    def __init__(self, tree: Tree, *, keyspaces_max: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        *,
+        keyspaces_max: int,
+        clock: Callable[[], float] = time.monotonic,
+        before: View | None = None,
+    ) -> None:
+        """``before``: the view whose place this one takes; its lock is held, and shared from now on."""
         self.tree = tree
         self.clock = clock
         self.last = tree.state.applied.offset
@@ -43,12 +51,16 @@ class View:
         """Memory of the frozen tables, entry overhead counted in."""
         self.on_rotate: Callable[[], None] = lambda: None
         """Called (under the lock, so it must only signal) when a table froze."""
-        self._lock = threading.Lock()
-        self._prefixes: dict[str, bytes] = {}
-        self._names: list[str] = []
+        self._lock: threading.Lock = threading.Lock() if before is None else before._lock
+        self._prefixes: dict[str, bytes] = {} if before is None else before._prefixes
+        self._names: list[str] = [] if before is None else before._names
         self._keyspaces_max = keyspaces_max
-        self._snapshots: set[Snapshot] = set()
+        self._snapshots: set[Snapshot] = set() if before is None else before._snapshots
+        self.successor: View | None = None
+        """The view that took this one's place; reads that came too late go on there."""
         self.closed: Error | None = None
+        self.withheld: Callable[[], None] | None = None
+        """Called before a read while it is not known yet what is committed; returns when it is, or raises."""
         for name in tree.keyspaces:
             self.prefix(name)
 
@@ -114,6 +126,25 @@ class View:
             if table.full:
                 self._rotate()
 
+    def publish_write(self, write: Any) -> None:
+        """The same for one record of kind ``WRITE``."""
+        payload = write.payload
+        if len(payload) != 2 or len(payload[1]) != 2:
+            self.publish((write,))
+            return
+        name, (key, value) = payload
+        with self._lock:
+            table = self.tables[0]
+            entries = table.entries
+            if not entries:
+                table.born_s = self.clock()
+            entries[(self._prefixes.get(name) or self.prefix(name)) + key] = value
+            table.payload_bytes += len(key) if value is None else len(key) + len(value)
+            table.writes += 1
+            table.last = self.last = write.offset
+            if table.full:
+                self._rotate()
+
     def _add(
         self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int
     ) -> None:
@@ -161,7 +192,8 @@ class View:
         gone = set(map(id, tables))
         with self._lock:
             self.tables = tuple(t for t in self.tables if id(t) not in gone)
-            self.frozen_bytes -= sum(t.memory_bytes for t in tables)
+            # Counted anew: a table may have been joined with its neighbour while it was flushed.
+            self.frozen_bytes = sum(t.memory_bytes for t in self.tables[1:])
 
     def rebuild(self, applied: int, records: Sequence[Any]) -> None:
         """Replace all tables by ``records``, which follow what LMDB holds. Snapshots keep what they have."""
@@ -179,25 +211,43 @@ class View:
         """The newest committed value of ``key``; ``None`` when there is none. Any thread, no lock."""
         if self.closed is not None:
             raise again(self.closed)
+        if self.withheld is not None:
+            self.withheld()
         for table in self.tables:
             entries = table.entries
             if entries:
                 value = entries.get(prefix + key, _MISSING)
                 if value is not _MISSING:
                     return value
-        return self.tree.get(keyspace, key)
+        try:
+            return self.tree.get(keyspace, key)
+        except ClosedError:
+            if self.successor is None:
+                raise
+        return self.successor.get(keyspace, prefix, key)
+
+    def succeed(self, tree: Tree) -> View:
+        """A view of another copy that takes this one's place: the same keyspace prefixes and snapshots."""
+        with self._lock:
+            self.successor = View(tree, keyspaces_max=self._keyspaces_max, clock=self.clock, before=self)
+        return self.successor
 
     def capture(self, position: Callable[[int], Position], age_max_s: float) -> Snapshot:
         """One committed position, held."""
         if self.closed is not None:
             raise again(self.closed)
+        if self.withheld is not None:
+            self.withheld()
         with self._lock:
-            self._rotate_for_capture()
-            tables, last = self.tables[1:], self.last
-            txn = self.tree.begin()
-            snapshot = Snapshot(self, tables, txn, position(last), self.clock() + age_max_s)
-            self._snapshots.add(snapshot)
-        return snapshot
+            successor = self.successor
+            if successor is None:
+                self._rotate_for_capture()
+                tables, last = self.tables[1:], self.last
+                txn = self.tree.begin()
+                snapshot = Snapshot(self, tables, txn, position(last), self.clock() + age_max_s)
+                self._snapshots.add(snapshot)
+                return snapshot
+        return successor.capture(position, age_max_s)
 
     def _rotate_for_capture(self) -> None:
         """Freeze what is active; small neighbours are joined so that frequent scans keep the list short."""
@@ -229,6 +279,14 @@ class View:
         for snapshot in list(self._snapshots):
             snapshot.release()
 
+    def forked(self, error: Error) -> None:
+        """In a forked child: reads raise ``error``; nothing of the parent's is touched."""
+        self.closed = error
+        self._lock = threading.Lock()  # another thread of the parent may have held them
+        for snapshot in list(self._snapshots):
+            snapshot.dead = error
+            snapshot._lock = threading.Lock()
+
     def forget(self, snapshot: Snapshot) -> None:
         self._snapshots.discard(snapshot)
 
@@ -247,25 +305,41 @@ class Snapshot:
         self._tables = tables
         self._txn = txn
         self._expired = False
+        self.dead: Error | None = None
+        """Set in a forked child, where the pinned read is not ours to end."""
         # Protects the LMDB transaction: one operation at a time, and none after release.
         self._lock = threading.Lock()
 
     def release(self, *, expired: bool = False) -> None:
         """End the pinned read. Idempotent."""
+        if self.dead is not None:
+            return
         with self._lock:
-            txn, self._txn = self._txn, None
-            if txn is None:
-                return
+            self._end(expired)
+        self._view.forget(self)
+
+    def _end(self, expired: bool) -> None:
+        txn, self._txn = self._txn, None
+        if txn is not None:
             self._expired = expired
             self._tables = ()
             self._tree.end(txn)
-        self._view.forget(self)
 
     @property
     def released(self) -> bool:
         return self._txn is None
 
+    @property
+    def busy(self) -> bool:
+        """Whether another thread is in the middle of a step."""
+        return self._lock.locked()
+
     def _need(self) -> Any:
+        """The pinned read. The lock is held."""
+        if self.dead is not None:
+            raise again(self.dead)
+        if self._view.clock() >= self.expires_s:  # the flush thread, which looks after this, may be busy
+            self._end(expired=True)
         txn = self._txn
         if txn is None:
             if self._expired:
@@ -283,7 +357,7 @@ class Snapshot:
                 value = table.entries.get(prefixed, _MISSING)
                 if value is not _MISSING:
                     return value
-            handle = self._tree.handle(keyspace)
+            handle = self._handle(keyspace)
             value = None if handle is None else txn.get(key, None, handle)
             return value  # noqa: RET504 - mypy needs the name
 
@@ -314,7 +388,9 @@ class Snapshot:
         self, keyspace: str, start: bytes, stop: bytes | None, *, reverse: bool, release: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:
         """Pairs with ``start <= key < stop`` in key order; with ``release`` the snapshot ends with the scan."""
-        return chain.from_iterable(self._chunks(keyspace, start, stop, reverse, release))
+        chunks = self._chunks(keyspace, start, stop, reverse, release)
+        next(chunks)  # from here on dropping it releases the snapshot; a generator never begun would not
+        return chain.from_iterable(chunks)
 
     def _chunks(
         self, keyspace: str, start: bytes, stop: bytes | None, reverse: bool, release: bool
@@ -324,6 +400,7 @@ class Snapshot:
         high = _after(prefix) if stop is None else prefix + stop
         merge = _Reverse if reverse else _Forward
         try:
+            yield []
             with self._lock:
                 txn = self._need()
                 handle = self._handle(keyspace)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kvrep.model.position import Position
 
-__all__ = ["Inbox", "Write", "complete_all"]
+__all__ = ["Inbox", "Write", "complete_all", "complete_one"]
 
 # Protects the callbacks of all writes; held for a few instructions, and only where there are callbacks.
 _callbacks_lock = threading.Lock()
@@ -29,7 +29,8 @@ class Write:
     """
 
     __slots__ = (
-        "_callbacks", "_waiter", "done", "epoch", "error", "inbox", "kind", "lead", "offset", "payload", "size",
+        "_callbacks", "_waiter", "awaited", "done", "epoch", "error", "inbox", "kind", "lead", "offset",
+        "payload", "size",
     )  # fmt: skip
 
     def __init__(self, kind: int, payload: Any, size: int) -> None:
@@ -43,6 +44,8 @@ class Write:
         self.done = False
         self.lead = False
         """Set when the waiting thread is asked to write the next group."""
+        self.awaited = False
+        """A thread is going to wait for it. To be set before the write is put in order."""
         self.inbox: Inbox | None = None
         """Told when done. To be set before the write is put in order."""
         self._waiter: threading.Lock | None = None
@@ -52,15 +55,19 @@ class Write:
     def position(self) -> Position:
         return Position(self.epoch, self.offset)
 
-    def park(self, timeout_s: float) -> None:
-        """Sleep until done, asked to lead, or ``timeout_s``. Only one thread may wait for one write."""
-        waiter = self._waiter
-        if waiter is None:
+    def attach(self) -> None:
+        """Let the present thread be found by :meth:`wake`. Only one thread may wait for one write."""
+        if self._waiter is None:
             waiter = threading.Lock()
             waiter.acquire()
             self._waiter = waiter
-        if not (self.done or self.lead):
-            waiter.acquire(timeout=timeout_s)
+
+    def park(self, timeout_s: float) -> bool:
+        """Sleep until done or asked to lead; False after ``timeout_s``. Returns early now and then."""
+        self.attach()
+        waiter = self._waiter
+        assert waiter is not None
+        return self.done or self.lead or waiter.acquire(timeout=timeout_s)
 
     @property
     def has_waiter(self) -> bool:
@@ -76,7 +83,7 @@ class Write:
 
     def complete(self, error: BaseException | None = None) -> None:
         """Tell the outcome. Once; later calls change nothing."""
-        complete_all((self,), error)
+        complete_one(self, error)
 
     def when_done(self, callback: Callable[[Write], None]) -> None:
         """Call ``callback(write)`` once done, on the thread that completes it, or now if it is done.
@@ -95,6 +102,20 @@ class Write:
             callbacks, self._callbacks = self._callbacks, None
         for callback in callbacks or ():
             callback(self)
+
+
+def complete_one(write: Write, error: BaseException | None = None) -> None:
+    """Tell the outcome of one write."""
+    if write.done:
+        return
+    write.error = error
+    write.done = True
+    if write._waiter is not None:
+        write.wake()
+    if write._callbacks is not None:
+        write._call_back()
+    if write.inbox is not None:
+        write.inbox.deliver((write,))
 
 
 def complete_all(writes: Iterable[Write], error: BaseException | None = None) -> None:

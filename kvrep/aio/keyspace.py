@@ -1,0 +1,247 @@
+"""The ordered map of the asyncio face: the twin of :mod:`kvrep.keyspace`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from itertools import islice
+from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
+
+from kvrep import keyspace as sync
+from kvrep.aio.core import Core
+from kvrep.aio.reading import paced
+from kvrep.aio.writing import Batch, Transaction, WriteFuture
+from kvrep.model.position import Position
+
+__all__ = ["Keyspace"]
+
+V = TypeVar("V")
+D = TypeVar("D")
+_MISSING: Any = object()
+
+
+class Keyspace(Generic[V]):
+    """A named, ordered map from bytes to values, every change of which is durable.
+
+    Writes return the :class:`kvrep.Position` at which they are committed. It may be used on several loops.
+    """
+
+    __iter__: ClassVar[None] = None
+
+    def __init__(self, core: Core, plain: sync.Keyspace[V]) -> None:
+        self._core = core
+        self._plain = plain
+
+    def __repr__(self) -> str:
+        return f"<kvrep.aio.{type(self).__name__} {self._plain._keyspace!r}>"
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @overload
+    async def get(
+        self, key: bytes, default: None = None, *, at_least: Position | None = None,
+        max_staleness_s: float | None = None, timeout_s: float | None = None,
+    ) -> V | None: ...  # fmt: skip
+    @overload
+    async def get(
+        self, key: bytes, default: D, *, at_least: Position | None = None,
+        max_staleness_s: float | None = None, timeout_s: float | None = None,
+    ) -> V | D: ...  # fmt: skip
+    async def get(
+        self,
+        key: bytes,
+        default: Any = None,
+        *,
+        at_least: Position | None = None,
+        max_staleness_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """The committed value of ``key``, or ``default``. Read on the loop: it takes microseconds.
+
+        ``at_least`` waits (up to ``timeout_s``, default 5) until this node has that position;
+        ``max_staleness_s`` raises :class:`StaleRead` when a follower may be further behind than that.
+        """
+        if at_least is not None:
+            await self._core.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
+        if max_staleness_s is not None:
+            await self._core.freshen(max_staleness_s, 1.0 if timeout_s is None else timeout_s)
+        return self._plain.get(key, default)
+
+    def __getitem__(self, key: bytes) -> Awaitable[V]:
+        """``await keyspace[key]``; ``KeyError`` if it is missing."""
+        return self._item(key)
+
+    async def _item(self, key: bytes) -> V:
+        return self._plain[key]
+
+    def __contains__(self, key: object) -> bool:
+        """``key in keyspace``, without await: a point read."""
+        return key in self._plain
+
+    async def count(self) -> int:
+        """How many keys there are; ``len`` of the other face."""
+        return await self._core.read(len, self._plain)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for key, _ in self.scan():
+            yield key
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> AsyncIterator[tuple[bytes, V]]:
+        """Pairs in key order (descending with ``reverse``) as of one position: ``async for key, value in …``.
+
+        ``start`` is included, ``stop`` is not, whatever the direction; both are whole keys and are
+        combined with ``prefix``. The position is taken at the first step and held until the scan ends or is
+        dropped; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        """
+        return paced(
+            self._core,
+            lambda: self._plain.scan(prefix=prefix, start=start, stop=stop, reverse=reverse, limit=limit),
+        )
+
+    def keys(self) -> AsyncIterator[bytes]:
+        """All keys in order."""
+        return self.__aiter__()
+
+    def items(self) -> AsyncIterator[tuple[bytes, V]]:
+        """All pairs in key order."""
+        return self.scan()
+
+    async def values(self) -> AsyncIterator[V]:
+        """All values in the order of their keys."""
+        async for _, value in self.scan():
+            yield value
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        key: bytes,
+        value: V,
+        *,
+        acks: int | Literal["majority", "all"] | None = None,
+        level: Literal["synced", "visible"] | None = None,
+        timeout_s: float | None = None,
+    ) -> Position:
+        """Store ``value`` under ``key`` and return the position once it is committed.
+
+        ``acks`` and ``level`` ask this write to wait for more than the store's rule (never less).
+        Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
+        the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``). When the task
+        is cancelled here, the outcome is not known either.
+        """
+        return await self._core.commit(self._plain._put(key, value), timeout_s, acks, level)
+
+    async def delete(
+        self,
+        key: bytes,
+        *,
+        acks: int | Literal["majority", "all"] | None = None,
+        level: Literal["synced", "visible"] | None = None,
+        timeout_s: float | None = None,
+    ) -> Position:
+        """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
+        return await self._core.commit(self._plain._delete(key), timeout_s, acks, level)
+
+    def submit_put(self, key: bytes, value: V) -> WriteFuture:
+        """Order the write and return its future at once, without await.
+
+        Refusals are raised here, outcomes by the future. It cannot wait: at a bound on unfinished work it
+        raises :class:`Overloaded`; await earlier futures then.
+        """
+        return self._submit(self._plain._put(key, value))
+
+    def submit_delete(self, key: bytes) -> WriteFuture:
+        """Like :meth:`submit_put`, for :meth:`delete`."""
+        return self._submit(self._plain._delete(key))
+
+    def _submit(self, write: Any) -> WriteFuture:
+        self._core.submit(write)
+        return WriteFuture(self._core, write)
+
+    async def compare_and_set(
+        self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
+    ) -> Position | None:
+        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key in both.
+
+        Returns the position, or ``None`` when the key was something else (then nothing was written).
+        """
+        txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
+        async with txn:
+            now = await txn.get(key)
+            if now != expected:
+                return None
+            if value is None:
+                txn.delete(key)
+            else:
+                txn.put(key, value)
+        return txn.position
+
+    async def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
+        """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
+        return await self.compare_and_set(key, expected=None, value=value, timeout_s=timeout_s)
+
+    async def setdefault(self, key: bytes, default: Any = None) -> Any:
+        """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
+        async with self.transaction() as txn:
+            value = await txn.get(key)
+            if value is not None:
+                return value
+            txn.put(key, default)
+        return default
+
+    async def pop(self, key: bytes, default: Any = _MISSING) -> Any:
+        """Remove ``key`` and return its value. Atomic."""
+        async with self.transaction() as txn:
+            value = await txn.get(key)
+            if value is not None:
+                txn.delete(key)
+                return value
+        if default is _MISSING:
+            raise KeyError(key)
+        return default
+
+    async def popitem(self) -> tuple[bytes, V]:
+        """Remove and return the pair with the smallest key. Atomic."""
+        async with self.transaction() as txn:
+            async for key, value in txn.scan(limit=1):
+                txn.delete(key)
+                return key, value
+        raise KeyError("the keyspace is empty")
+
+    async def update(self, other: Any = (), /, **more: Any) -> None:
+        """Store many pairs in one atomic batch."""
+        if more:
+            raise TypeError("keys are bytes, so keyword arguments cannot name them")
+        pairs: Iterable[tuple[bytes, V]] = other.items() if isinstance(other, Mapping) else other
+        async with self.batch() as batch:
+            for key, value in pairs:
+                batch.put(key, value)
+
+    async def clear(self) -> None:
+        """Remove every key: a sequence of bounded atomic records, not one."""
+        while keys := await self._core.read(self._first_keys):
+            async with self.batch() as batch:
+                for key in keys:
+                    batch.delete(key)
+
+    def _first_keys(self) -> list[bytes]:
+        return list(islice(iter(self._plain), sync.CLEAR_KEYS))
+
+    def batch(self, *, timeout_s: float | None = None) -> Batch[V]:
+        """``async with keyspace.batch() as batch:`` collects writes; its end commits them as one record."""
+        return Batch(self, timeout_s)
+
+    def transaction(self, *, timeout_s: float | None = None) -> Transaction[V]:
+        """``async with keyspace.transaction() as txn:`` reads and writes serializably, one at a time.
+
+        An exception inside, cancellation included, rolls it back. Other writers wait from its first read on,
+        so keep it short; past ``transaction_age_max_s`` it raises :class:`TransactionExpired`.
+        """
+        return Transaction(self, timeout_s)

@@ -1,0 +1,195 @@
+"""Store: the one object a user of the asyncio face holds; the twin of :mod:`kvrep.store`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Generator
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, TypeVar, Unpack, overload
+
+from kvrep import store as sync
+from kvrep.aio.core import Core, Threads
+from kvrep.aio.keyspace import Keyspace
+from kvrep.aio.reading import Snapshot
+from kvrep.codecs import BYTES, Codec
+from kvrep.model.configuration import Acks
+from kvrep.model.position import Position
+from kvrep.options import OpenOptions, Options
+from kvrep.runtime.node import Node
+from kvrep.status import Outcome, Status
+
+__all__ = ["Store", "open"]
+
+V = TypeVar("V")
+
+
+def open(path: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Opening:
+    """``db = await kvrep.aio.open(path)``, or ``async with kvrep.aio.open(path) as db:``.
+
+    Options and errors are those of :func:`kvrep.open`.
+
+    A task that is cancelled while it opens a store leaves it to be closed again in the background; until then
+    another open gets :class:`StoreInUse`.
+    """
+    return Opening(path, options)
+
+
+class Opening:
+    """A store about to be opened: await it, or use it in an ``async with`` block, which closes the store."""
+
+    def __init__(self, path: str | os.PathLike[str], options: OpenOptions) -> None:
+        self._path = path
+        self._options = options
+        self._store: Store | None = None
+
+    def __await__(self) -> Generator[Any, None, Store]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Store:
+        self._store = await self._open()
+        return self._store
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._store is not None
+        await self._store.close()
+
+    async def _open(self) -> Store:
+        options = Options.of(self._options)
+        threads = Threads(options.name or os.path.basename(os.path.abspath(self._path)))
+        job = threads.calls.submit(Node.open, self._path, options)
+        try:
+            node = await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            if not job.cancel():
+                threads.calls.submit(_close_again, job)
+            threads.end(wait=False)
+            raise
+        except BaseException:
+            threads.end()
+            raise
+        return Store(Core(node, threads))
+
+
+def _close_again(job: Future[Node]) -> None:
+    """Nobody waits for the store any more. On a thread."""
+    if job.exception() is None:
+        job.result().close()
+
+
+class Store(Keyspace[bytes]):
+    """An open store; itself the default keyspace. Close it with :meth:`close` or an ``async with`` block.
+
+    One object for life: role changes and network failures never invalidate it. Its coroutines may run on any
+    loop of any thread, not in a forked child (:class:`ForkedError`).
+    """
+
+    def __init__(self, core: Core) -> None:
+        plain = sync.Store(core.node)
+        super().__init__(core, plain)
+        self._sync = plain
+
+    def __repr__(self) -> str:
+        return repr(self._sync).replace("kvrep.Store", "kvrep.aio.Store")
+
+    # -- more maps ---------------------------------------------------------------------------------
+
+    @overload
+    def keyspace(self, name: str) -> Keyspace[bytes]: ...
+    @overload
+    def keyspace(self, name: str, *, codec: Codec[V]) -> Keyspace[V]: ...
+    def keyspace(self, name: str, *, codec: Codec[Any] = BYTES) -> Keyspace[Any]:
+        """The keyspace ``name`` (1 to 64 of ``a-z 0-9 _ -``); it exists once something is put into it.
+
+        ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. Raises ``InvalidKeyspace``.
+        """
+        return Keyspace(self._core, self._sync.keyspace(name, codec=codec))
+
+    def keyspaces(self) -> list[str]:
+        """The names of the keyspaces that hold or held data, sorted."""
+        return self._sync.keyspaces()
+
+    def snapshot(self) -> Snapshot:
+        """The whole store at one position: ``async with db.snapshot() as view:``, or await it and close it.
+
+        It keeps old pages of LMDB alive; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        """
+        return Snapshot(self._core, self._sync.snapshot)
+
+    # -- positions ---------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position:
+        """What reads show now."""
+        return self._sync.position
+
+    async def wait_for(self, position: Position, timeout_s: float = 5.0) -> None:
+        """Return once reads here show ``position``: read your writes, on any node.
+
+        :class:`StaleRead` after ``timeout_s``; :class:`RolledBack` when the position is not part of this
+        history any more.
+        """
+        await self._core.wait_for(position, timeout_s)
+
+    def resolve(self, position: Position) -> Outcome:
+        """What became of a write whose outcome was unknown: committed, pending or rolled back."""
+        return self._sync.resolve(position)
+
+    # -- the life of the store ---------------------------------------------------------------------
+
+    async def flush(self, timeout_s: float = 60.0) -> None:
+        """Return once LMDB holds everything that is committed now. ``TimeoutError`` after ``timeout_s``."""
+        await self._core.call(self._sync.flush, timeout_s)
+
+    async def close(self, timeout_s: float | None = None) -> None:
+        """Flush, end all threads, give the directory back. Idempotent, keeps to its deadline.
+
+        Nothing acknowledged is lost, whether or not the deadline suffices for the flush. Cancelling a task
+        that waits for it does not stop it.
+        """
+        await self._core.close(timeout_s)
+
+    async def __aenter__(self) -> Store:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._sync.closed
+
+    # -- the cluster -------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """``"host:port"`` where this node can be reached; empty when it does not listen."""
+        return self._sync.address
+
+    def status(self) -> Status:
+        """Where this node and its followers stand, as one frozen value."""
+        return self._sync.status()
+
+    async def reconfigure(
+        self,
+        *,
+        acks: Acks | None = None,
+        ack_timeout_s: float | None = None,
+        timeout_s: float = 10.0,
+    ) -> Position:
+        """Change the commit rule, on the primary: a record that holds once committed under both rules.
+
+        Returns its position. ``ValueError`` for a rule that does not exist; refusals as of ``put``.
+        """
+        return await self._core.call(
+            lambda: self._sync.reconfigure(acks=acks, ack_timeout_s=ack_timeout_s, timeout_s=timeout_s)
+        )
+
+    async def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+        """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
+        return await self._core.call(lambda: self._sync.remove_voter(name, timeout_s=timeout_s))

@@ -1,0 +1,67 @@
+"""What every test gets: a place for a store, and a check that nothing is left over."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LEFT_OVER_S = 5.0
+
+
+def _threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith("kvrep") and t.is_alive()}
+
+
+def _files() -> set[str]:
+    """The regular files that this process has open, each with its descriptor."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if target.startswith("/") and not target.startswith(("/dev/", "/proc/")):
+            found.add(f"{fd} -> {target}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """After the test: no thread of ours and no file that it opened may be left."""
+    threads, files = _threads(), _files()
+    yield
+    deadline = time.monotonic() + LEFT_OVER_S
+    while (extra := (_threads() - threads) | (_files() - files)) and time.monotonic() < deadline:
+        gc.collect()
+        threading.Event().wait(0.02)
+    assert not extra, f"left over: {sorted(extra)}"
+
+
+@pytest.fixture
+def store_path(tmp_path: Path) -> Path:
+    """Where a test's store may be made; nothing is there yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder like ``tmp_path``, on a file system in memory if there is one: for tests that sync a lot."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="kvrep-test-", dir=memory) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def memory_store(memory_path: Path) -> Path:
+    """Where a store may be made in ``memory_path``; nothing is there yet."""
+    return memory_path / "store"

@@ -1,0 +1,130 @@
+"""What a disk may hold after a crash at any point of a workload, opened and checked, image by image."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import crash_workload
+import pytest
+
+from kvrep.testing.crash import (
+    Image,
+    Promises,
+    RecorderUnavailable,
+    Trace,
+    build_recorder,
+    images,
+    record,
+)
+from kvrep.testing.crashcheck import check_images
+
+SEED = 20261121
+RECOVERIES = 4
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorder, built once."""
+    try:
+        return build_recorder(tmp_path_factory.mktemp("recorder"))
+    except RecorderUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A place for images: in memory where there is such a place, since thousands of files are written."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 1 << 30:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="kvrep-images-") as name:
+        yield Path(name)
+
+
+def traced(folder: Path, recorder: Path, *arguments: str) -> Trace:
+    root = folder / "root"
+    root.mkdir(exist_ok=True)
+    command = [sys.executable, crash_workload.__file__, str(root), *arguments]
+    return record(command, root, recorder)
+
+
+def promises(durability: str, states: tuple[str, ...] | None = None) -> Promises:
+    options: dict[str, Any] = {**crash_workload.OPTIONS, "durability": durability}
+    return Promises("store", states or crash_workload.states(), options)
+
+
+@pytest.mark.parametrize(("durability", "at_least"), [("sync", 900), ("os", 1000)])
+def test_every_crash_keeps_the_promises(durability: str, at_least: int, folder: Path, recorder: Path) -> None:
+    """Whatever a crash leaves opens without help and holds what was promised, wholly, and nothing else."""
+    trace = traced(folder, recorder, durability)
+
+    count, problems = check_images(
+        images(trace, seed=SEED, samples=6), promises(durability), folder=folder / "images"
+    )
+
+    assert problems == [], "\n".join(map(str, problems))
+    assert count >= at_least
+
+
+@pytest.mark.parametrize("durability", ["sync", "os"])
+def test_a_crash_while_recovering_keeps_them_too(durability: str, folder: Path, recorder: Path) -> None:
+    """The open after a crash may crash itself, anywhere; what it has shown once stays."""
+    trace = traced(folder, recorder, durability)
+    states = crash_workload.states()
+    damaged = [i for i in images(trace, seed=SEED, samples=6) if i.what == "a random choice" and i.begun]
+    count = 0
+    for image in damaged[:: len(damaged) // RECOVERIES][:RECOVERIES]:
+        shutil.rmtree(folder / "root")
+        (folder / "root").mkdir()
+        image.write(folder / "root")
+        allowed = states[image.safe : image.begun + 1]
+        again = traced(folder, recorder, durability, "recover", str(len(allowed)))
+        shown = next(m for m in again.marks if m.startswith("states ")).split()[1:]
+        assert shown[0] in allowed
+
+        checked, problems = check_images(
+            images(again, seed=SEED, samples=2, begun=len(allowed) - 1),
+            promises(durability, (*allowed, *shown)),
+            folder=folder / f"images-{image.number}",
+        )
+
+        assert problems == [], f"recovering from {image}:\n" + "\n".join(map(str, problems))
+        count += checked
+    assert count >= 25 * RECOVERIES
+
+
+@pytest.mark.parametrize("fault", crash_workload.FAULTS)
+def test_images_find_deliberate_faults(fault: str, folder: Path, recorder: Path) -> None:
+    """A store that forgets one of its syncs is caught: so the images above do prove something."""
+    durability = crash_workload.FAULTS[fault][0]
+    trace = traced(folder, recorder, durability, fault)
+
+    _, problems = check_images(
+        images(trace, seed=SEED, samples=6), promises(durability), folder=folder / "images", problems_max=1
+    )
+
+    assert problems
+
+
+def test_the_workload_does_what_it_shall(folder: Path) -> None:
+    """It rolls and trims log files, and ends in the last of the states it foretells."""
+    (folder / "root").mkdir()
+    command = [sys.executable, crash_workload.__file__, str(folder / "root"), "sync"]
+    subprocess.run(command, check=True, timeout=60)
+    log_files = sorted(p.name for p in (folder / "root" / "store").glob("gen-*/log/*.log"))
+
+    image = Image(0, 0, "kill", "the end", {}, (), begun=0, done=0, safe=0)
+    last = len(crash_workload.states()) - 1
+
+    wrong = promises("sync")(folder / "root", replace(image, begun=last, done=last))
+
+    assert wrong is None
+    assert log_files[0] > "0000000000000002.log"
