@@ -1,4 +1,4 @@
-"""What tests in several folders share."""
+"""A real etcd for tests, on free loopback ports. Import the fixtures that a module uses."""
 
 from __future__ import annotations
 

@@ -295,6 +295,7 @@ class Election:
         self._challenged_at = 0.0
         self._challenger = 0
         self._pardoned_until = 0.0
+        self._led_epoch = 0
         self._resigned = 0
         self._ticked = now
 
@@ -340,6 +341,12 @@ class Election:
 
     def observe(self, own: Standing, now: float) -> list[Action]:
         """The node as it is now."""
+        if self.own.rules != own.rules and self.phase is Phase.LEADING:
+            for rule in own.rules:
+                for voter in rule.voters:
+                    # It has not been asked as a voter yet; that is not silence.
+                    if not self._votes(voter.store_id):
+                        self._confirmed.setdefault(voter.store_id, now)
         self.own = own
         epoch = self.leading_epoch
         if epoch and self.phase is not Phase.LEADING and self.phase is not Phase.STARTING:
@@ -347,9 +354,18 @@ class Election:
         if self.phase is Phase.LEADING:
             if not epoch:
                 self._follow_nobody(now, "this node is no longer primary")
+                return self._fenced_by_promise()
             elif not own.able:
                 return self._step_down("this node cannot store any more", now)
         return []
+
+    def _fenced_by_promise(self) -> list[Action]:
+        """We lead no more because of a promise: the node is to refuse writes, if it does not yet."""
+        promised = self.own.promised_epoch
+        if promised <= self._led_epoch:
+            return []
+        self._resigned = self._led_epoch
+        return [StepDown(reason=f"epoch {promised} was promised to another node", epoch=promised)]
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
@@ -875,6 +891,7 @@ class Election:
             self._pardoned_until = now + self.settings.step_down_s
         self._rest()
         self.phase = Phase.LEADING
+        self._led_epoch = self.leading_epoch
         self.primary, self._gone = None, False
         self._failures, self._deferred, self.wants_permit = 0, False, False
         self._challenged_at, self._challenger = 0.0, 0

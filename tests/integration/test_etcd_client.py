@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from etcd_kit import EtcdServer, etcd_server, shared_etcd
 
 from kvrep.errors import ClosedError, PeerUnavailable, ReplicationError
 from kvrep.transport.etcd import Compacted, EtcdClient, LeaseExpired
+
+
+__all__ = ["etcd_server", "shared_etcd"]
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -22,7 +26,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 @pytest.fixture
-def client(shared_etcd: Any) -> Iterator[EtcdClient]:
+def client(shared_etcd: EtcdServer) -> Iterator[EtcdClient]:
     before = set(threading.enumerate())
     client = EtcdClient([shared_etcd.endpoint], name="test", timeout_s=5.0)
     yield client
@@ -121,7 +125,7 @@ def test_a_deleted_key_is_a_change(client: EtcdClient, key: str) -> None:
     assert client.wait_for_change(key, there.mod_revision, 10)
 
 
-def test_closing_ends_a_watch(shared_etcd: Any, key: str) -> None:
+def test_closing_ends_a_watch(shared_etcd: EtcdServer, key: str) -> None:
     """A blocked watch raises when the client is closed, and so does every later call."""
     client = EtcdClient([shared_etcd.endpoint], name="test")
     errors: list[Exception] = []
@@ -143,7 +147,7 @@ def test_closing_ends_a_watch(shared_etcd: Any, key: str) -> None:
     client.close()
 
 
-def test_another_endpoint_takes_over(shared_etcd: Any, key: str) -> None:
+def test_another_endpoint_takes_over(shared_etcd: EtcdServer, key: str) -> None:
     """A dead endpoint costs a moment once; later calls go to the one that answers."""
     client = EtcdClient(["127.0.0.1:1", shared_etcd.endpoint], name="test", timeout_s=5.0)
     try:
@@ -177,7 +181,7 @@ def test_bad_endpoints() -> None:
             EtcdClient(bad, name="test")
 
 
-def test_a_frozen_etcd_and_its_return(etcd_server: Any, key: str) -> None:
+def test_a_frozen_etcd_and_its_return(etcd_server: EtcdServer, key: str) -> None:
     """A call to a frozen etcd ends at its deadline; after the thaw, and after a restart, all works again."""
     client = EtcdClient([etcd_server.endpoint], name="test", timeout_s=0.5)
     try:
@@ -206,7 +210,7 @@ def _value(client: EtcdClient, key: str) -> bytes | None:
     return found.value if found is not None else None
 
 
-def test_a_compacted_revision(etcd_server: Any, key: str) -> None:
+def test_a_compacted_revision(etcd_server: EtcdServer, key: str) -> None:
     """Watching from a revision that etcd has forgotten says so, so that the caller reads the key again."""
     import grpc
 

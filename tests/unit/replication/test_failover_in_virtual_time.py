@@ -1,28 +1,18 @@
 """Election, promotion and replication together, in virtual time: what is safe, and how fast it heals.
 
-See ``virtual.py`` for the model. Every figure here is virtual: what the decisions and timeouts cost, without
+See ``virtual_group.py`` for the model. Every figure here is virtual: what the decisions and timeouts cost, without
 disks and processors.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from virtual_group import Group
 
 from kvrep.model.configuration import Acks
-
-_spec = importlib.util.spec_from_file_location("kvrep_virtual", Path(__file__).with_name("virtual.py"))
-assert _spec is not None
-assert _spec.loader is not None
-virtual: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = virtual
-_spec.loader.exec_module(virtual)
-Group = virtual.Group
 
 HEALED_WITHIN_S = 8.0
 
