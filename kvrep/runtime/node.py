@@ -25,6 +25,7 @@ from kvrep.errors import (
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position, epoch_after
 from kvrep.options import Options
+from kvrep.runtime.compression import need_zstd
 from kvrep.status import Outcome, Role, Status
 from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
@@ -71,6 +72,8 @@ class Node:
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: Options, transport: Transport | None = None) -> Node:
         """Open the store at ``path`` and start its role."""
+        if options.compression is not None:
+            need_zstd()
         follower = bool(options.sources)
         engine = Engine.open(Path(path), options, lineage=b"" if follower else os.urandom(16))
         node = cls(engine, options, transport)

@@ -17,6 +17,7 @@ from kvrep.errors import (
     Overloaded,
     ProtocolError,
     StaleRead,
+    again,
 )
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import EPOCH_MAX, Position, member_of
@@ -241,8 +242,8 @@ class Shipping:
                 )
             if promise.committed > own.offset and self.engine.configuration.synchronous:
                 return (
-                    f"{voter.name} knows records through {promise.committed} as committed, and this node, which"
-                    f" acknowledged them, ends at {own.offset}: it lost data; follow {voter.name} instead"
+                    f"{voter.name} knows records through {promise.committed} as committed, and this node,"
+                    f" which wrote them, ends at {own.offset}: it lost data; follow {voter.name} instead"
                 )
         return ""
 
@@ -364,19 +365,34 @@ class Shipping:
     def _check_writable(self) -> None:
         tracker = self._tracker
         if tracker is None or not self._open:
-            raise NotPrimary(self._problem, hint="start the missing voters", epoch=self.epoch,
-                             primary_address=None)  # fmt: skip
+            raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
             return
         with self._lock:
             missing = tracker.missing(self._joined)
+            proposed = tracker.proposed
             needed = tracker.configuration.copies_wanted
+            if proposed is not None:
+                needed = max(needed, proposed[1].copies_wanted)
         if missing:
             raise NotEnoughFollowers(
                 f"the ack rule needs {needed} copies, {needed - missing} can be made now",
                 needed=needed,
                 connected=needed - missing,
             )
+
+    def _not_primary(self) -> NotPrimary:
+        return NotPrimary(
+            self._problem, hint="start the missing voters", epoch=self.epoch, primary_address=None
+        )
+
+    def _check_primary(self) -> None:
+        """Raise unless the epoch has begun and the store is open; followers may be missing."""
+        if not self._open:
+            raise self._not_primary()
+        closed = self.engine.committer.closed
+        if closed is not None:
+            raise again(closed)
 
     def on_written(self) -> None:
         """The log has grown: ship before it is flushed here."""
@@ -428,7 +444,7 @@ class Shipping:
                     new = change(old)
                     write = self._configuring = self.engine.configure(new)
                     break
-            self.engine.writable_as_primary()
+            self._check_primary()
             if time.monotonic() >= deadline_s:
                 raise Overloaded("another configuration change, or the epoch itself, is not committed yet")
             with self._acked:

@@ -384,8 +384,9 @@ class Engine:
     def sync(self) -> None:
         """Make everything logged durable."""
         try:
-            with self.committer.lead:
-                self.committer.log.sync()
+            if not self.committer.log.sync_beside():
+                with self.committer.lead:
+                    self.committer.log.sync()
         except OSError as error:
             raise self.committer.fail_storage(error) from error
 
@@ -396,12 +397,12 @@ class Engine:
         visible here (asynchronous mode), reads go back to ``to``.
         """
         committer = self.committer
-        applied = self.tree.state.applied.offset
-        if to < applied:
-            raise LogCorrupt(
-                f"cannot cut the log at {to}: LMDB holds {applied}", path=str(self.home.path), at=to
-            )
-        with committer.lead:
+        with self.flusher.hold, committer.lead:
+            applied = self.tree.state.applied.offset
+            if to < applied:
+                raise LogCorrupt(
+                    f"cannot cut the log at {to}: LMDB holds {applied}", path=str(self.home.path), at=to
+                )
             tail = self.tail
             if to >= tail.offset:
                 return None
