@@ -124,9 +124,11 @@ class EtcdCoordinator(Driver):
         """One look; returns how long to wait until the next."""
         node, election = self._known()
         now = time.monotonic()
-        self._read_members(node, now)
         if self._held is not None:
-            return self._hold(election, now)
+            pause = self._hold(election, now)
+            self._read_members(node, now)
+            return pause
+        self._read_members(node, now)
         if election.own.empty:
             self._begin_group(node)
             return POLL_S
@@ -217,6 +219,10 @@ class EtcdCoordinator(Driver):
         """Keep the key while it is of use."""
         client, lease = self._client, self._lease
         assert client is not None
+        if now >= self._lease_until:
+            log.warning("%s: the lease has run out", self._label())
+            self._lose_key()
+            return SOON_S
         with self._lock:
             leading = election.leading_epoch > 0
         if leading:
@@ -234,8 +240,6 @@ class EtcdCoordinator(Driver):
                 self._lose_key()
                 return SOON_S
             self._permit(self._lease_until)
-        if now >= self._lease_until:
-            self._lose_key()
         return POLL_S
 
     def _lose_key(self) -> None:

@@ -711,7 +711,7 @@ class Election:
         held = sorted(name for name, a in self._answers.items() if a.lineage)
         if held:
             return self._later(now, f"{held[0]} belongs to a group already; waiting for its primary, to join")
-        if not self.peers:
+        if self._needs_permit or not self.peers:
             return self._later(now, "waiting for a group to be formed")
         if self.own.name not in self.peers:
             return self._later(now, f"{self.own.name} is not in the list of peers it was given")
