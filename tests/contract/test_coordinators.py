@@ -45,6 +45,7 @@ class Group:
         self.transport = transport
         self.endpoint = endpoint
         self.cluster = uuid.uuid4().hex
+        self.timeout_s = 1.0
         self.nodes: dict[str, MemoryNode] = {}
         self.peers: dict[str, str] = {}
         self._down: set[str] = set()
@@ -54,7 +55,7 @@ class Group:
             return None
         if self.kind == "etcd":
             return Etcd(endpoints=[self.endpoint], cluster=self.cluster, ttl_s=2)
-        return Quorum(peers=self.peers or {"a": "127.0.0.1:1"}, witness=witness)
+        return Quorum(peers=self.peers or {"a": "127.0.0.1:1"}, witness=witness, timeout_s=self.timeout_s)
 
     def reserve(self, names: str) -> None:
         """Ports for nodes, so that all can be given the same list."""
@@ -135,7 +136,7 @@ def automatic(request: pytest.FixtureRequest) -> Iterator[Group]:
 def _group(request: pytest.FixtureRequest, kind: str) -> Iterator[Group]:
     endpoint = request.getfixturevalue("shared_etcd").endpoint if kind == "etcd" else ""
     transport: Transport = GrpcTransport() if "gRPC" in kind else MemoryTransport()
-    group = Group(kind.split()[0], transport, endpoint)
+    group = Group(kind.partition(" ")[0], transport, endpoint)
     yield group
     group.stop()
 
@@ -300,6 +301,26 @@ def test_a_group_is_formed_and_fails_over(automatic: Group) -> None:
     assert second.primary_epoch > epoch
     again = automatic.add(first.name, first.disk)
     until(lambda: again.following is not None and again.following.epoch == second.primary_epoch)
+
+
+@pytest.mark.parametrize("transport", [MemoryTransport, GrpcTransport])
+def test_a_broken_connection_needs_no_timeout(transport: Callable[[], Transport]) -> None:
+    """The stream breaks, the port refuses: another is primary long before the limit."""
+    group = Group("quorum", transport())
+    group.timeout_s = 30.0
+    try:
+        first = group.form("abc")
+        until(lambda: all(n is first or n.following for n in group.living()))
+        group._down.add(first.name)
+        first.stop_listening()
+        began = time.monotonic()
+        for node in group.living():
+            node.coordinator.connection_lost(WhyGone.BROKEN)
+        until(lambda: any(n.standing().primary_epoch for n in group.living()))
+        assert time.monotonic() - began < 15.0
+        first.coordinator.stop()
+    finally:
+        group.stop()
 
 
 def test_a_primary_that_closes_says_so(automatic: Group) -> None:

@@ -1,6 +1,6 @@
 """Election, promotion and replication together, in virtual time: what is safe, and how fast it heals.
 
-See ``virtual_group.py`` for the model. Every figure here is virtual: what the decisions and timeouts cost, without
+See ``virtual_group.py`` for the model. Figures here are virtual: what decisions and timeouts cost, without
 disks and processors.
 """
 
