@@ -256,7 +256,7 @@ class Driver(Voting):
         request = action.request
         try:
             reply = PromiseReply.from_wire(
-                self._call(peer, "promise", request.to_wire(), self._settings.answer_timeout_s)
+                self._call(peer, "vote", request.to_wire(), self._settings.answer_timeout_s)
             )
         except Error as error:
             log.debug("%s: no promise from %s: %s", self._label(), peer.name, error)

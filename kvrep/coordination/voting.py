@@ -72,7 +72,7 @@ class Voting:
     def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if method == "ask":
             return self._on_ask(Question.from_wire(request)).to_wire()
-        if method == "promise":
+        if method == "vote":
             return self._on_promise(PromiseRequest.from_wire(request)).to_wire()
         raise ProtocolError(f"{method!r} is not a coordinator's call")
 

@@ -95,7 +95,7 @@ class Coordinator(Protocol):
         """
 
     def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Answer a peer's unary call ``"ask"`` or ``"promise"``; :class:`ProtocolError` for a bad one.
+        """Answer a peer's unary call ``"ask"`` or ``"vote"``; :class:`ProtocolError` for a bad one.
 
         Raises ``StorageFailed`` when a promise could not be stored: then nothing is answered.
         """

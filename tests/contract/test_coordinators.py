@@ -180,12 +180,12 @@ def test_a_promise_is_stored_before_it_is_answered(group: Group) -> None:
     """It binds to one store and one epoch; a lower one is refused, and a repeat is answered alike."""
     node = group.add("a", disk_of_three())
     call = node.coordinator.call
-    first = PromiseReply.from_wire(call("promise", request_of(5002)))
+    first = PromiseReply.from_wire(call("vote", request_of(5002)))
     assert first.promise is not None
     assert first.promise.epoch == node.disk.promised == 5002
     assert first.promise.last == Position(1001, 1)
-    assert PromiseReply.from_wire(call("promise", request_of(5002))).promise == first.promise
-    lower = PromiseReply.from_wire(call("promise", request_of(4003)))
+    assert PromiseReply.from_wire(call("vote", request_of(5002))).promise == first.promise
+    lower = PromiseReply.from_wire(call("vote", request_of(4003)))
     assert lower.promise is None
     assert lower.promised_epoch == 5002
     assert "5002" in lower.refused
@@ -196,7 +196,7 @@ def test_a_promise_that_cannot_be_stored_is_not_answered(group: Group) -> None:
     node = group.add("a", disk_of_three())
     node.disk.broken = True
     with pytest.raises(StorageFailed):
-        node.coordinator.call("promise", request_of(5002))
+        node.coordinator.call("vote", request_of(5002))
     assert node.disk.promised == 1001
 
 
@@ -205,7 +205,7 @@ def test_a_copy_that_is_not_whole_promises_nothing(group: Group) -> None:
     node = group.add("a", disk_of_three())
     node.able = False
     node.coordinator.changed()
-    reply = PromiseReply.from_wire(node.coordinator.call("promise", request_of(5002)))
+    reply = PromiseReply.from_wire(node.coordinator.call("vote", request_of(5002)))
     assert reply.promise is None
     assert "not whole" in reply.refused
     assert not Answer.from_wire(node.coordinator.call("ask", QUESTION.to_wire())).would
@@ -214,7 +214,7 @@ def test_a_copy_that_is_not_whole_promises_nothing(group: Group) -> None:
 def test_other_groups_are_refused(group: Group) -> None:
     """A node of another lineage gets no promise and no vote."""
     node = group.add("a", disk_of_three())
-    reply = PromiseReply.from_wire(node.coordinator.call("promise", request_of(5002, b"M" * 16)))
+    reply = PromiseReply.from_wire(node.coordinator.call("vote", request_of(5002, b"M" * 16)))
     assert reply.promise is None
     assert "another group" in reply.refused
 
@@ -225,8 +225,8 @@ def test_bad_calls_are_refused_by_name(group: Group) -> None:
     for method, request in (
         ("ask", {}),
         ("ask", {**QUESTION.to_wire(), "purpose": "obey"}),
-        ("promise", {**request_of(5002), "epoch": -1}),
-        ("promise", {**request_of(5002), "id": "text"}),
+        ("vote", {**request_of(5002), "epoch": -1}),
+        ("vote", {**request_of(5002), "id": "text"}),
         ("reign", {}),
     ):
         with pytest.raises(ProtocolError):
@@ -259,9 +259,9 @@ def test_a_living_primary_is_not_deposed(group: Group) -> None:
     answer = Answer.from_wire(node.coordinator.call("ask", QUESTION.to_wire()))
     assert not answer.would
     assert answer.alive == seen
-    reply = PromiseReply.from_wire(node.coordinator.call("promise", request_of(5002, planned=False)))
+    reply = PromiseReply.from_wire(node.coordinator.call("vote", request_of(5002, planned=False)))
     assert reply.promise is None
-    assert PromiseReply.from_wire(node.coordinator.call("promise", request_of(5002))).promise is not None
+    assert PromiseReply.from_wire(node.coordinator.call("vote", request_of(5002))).promise is not None
 
 
 def test_a_primary_that_promises_steps_down(group: Group) -> None:
@@ -269,7 +269,7 @@ def test_a_primary_that_promises_steps_down(group: Group) -> None:
     node = group.add("a", disk_of_three())
     node.disk.promised_to, node.primary_epoch = node.disk.store_id, 1001
     node.coordinator.changed()
-    assert PromiseReply.from_wire(node.coordinator.call("promise", request_of(5002))).promise is not None
+    assert PromiseReply.from_wire(node.coordinator.call("vote", request_of(5002))).promise is not None
     until(lambda: any(did.startswith("step down") for did in node.history))
     assert node.primary_epoch == 0
 
