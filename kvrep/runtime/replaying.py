@@ -112,6 +112,7 @@ class Replaying:
         """Unsynced bytes grant no credit: more of them than half of it would stop the primary."""
         self._busy = False
         """Whether a message is being dealt with: meanwhile the silence is our own."""
+        self._chance = random.SystemRandom()  # whoever seeds Python's own must not put followers in step
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         if before is not None:
@@ -196,7 +197,7 @@ class Replaying:
         limit = min(self.options.reconnect_backoff_max_s, BACKOFF_MIN_S * 2 ** min(failures, 10))
         if self._next and failures <= HURRIED_MAX:
             limit = HURRIED_S
-        self._wake.wait(random.uniform(limit / 2, limit))
+        self._wake.wait(self._chance.uniform(limit / 2, limit))
         self._wake.clear()
 
     def _give_up(self, error: Error) -> None:

@@ -27,15 +27,20 @@ from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
-from kvrep.storage.write import Write, complete_all, complete_one
+from kvrep.storage.write import Write, complete_all
 
 __all__ = ["Committer"]
 
 GROUP_WRITES_MAX = 4096
 GROUP_BYTES_MAX = 4 << 20
 LOOK_UP_S = 0.05
+_tail = tuple.__new__  # half the price of a named tuple's own constructor
 WRITE_OVERHEAD_BYTES = 160
 """What a write that waits costs in memory beside its keys and values."""
+
+
+def _wall_us() -> int:
+    return time.time_ns() // 1000
 
 
 def _as_durable(durable: int) -> int:
@@ -74,7 +79,7 @@ class Committer:
         committed: int,
         sync: bool,
         uncommitted_bytes_max: int,
-        wall_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        wall_us: Callable[[], int] | None = None,
     ) -> None:
         self.log = log
         self.view = view
@@ -100,7 +105,7 @@ class Committer:
         """Logged and not yet committed, in log order."""
         self.pending_bytes = 0
         self.uncommitted_bytes_max = uncommitted_bytes_max
-        self._wall_us = wall_us
+        self._wall_us = wall_us or _wall_us
         self._encode = RecordEncoder().encode
         # Protects _ordered, _behind, _holder, _queue and _queued_bytes. Never held during I/O.
         self._order = threading.Lock()
@@ -236,15 +241,18 @@ class Committer:
 
     # -- leading -----------------------------------------------------------------------------------
 
+    def commit_alone(self, write: Write) -> bool:
+        """``order`` and ``finish`` where nobody stands in the way; else False, and nothing happened."""
+        if self._ordered or self._heir is not None or self.lead.locked():
+            return False
+        with self.lead:
+            done = self._write_alone(write)
+        if done and self._ordered:
+            self.hand_over()
+        return done
+
     def commit(self, write: Write, deadline_s: float) -> None:
         """``order`` and ``finish`` in one."""
-        if not self._ordered and self._heir is None and not self.lead.locked():
-            with self.lead:
-                done = self._write_alone(write)
-            if done:
-                if self._ordered:
-                    self.hand_over()
-                return
         write.awaited = True
         self.order(write)
         self.finish(write, deadline_s)
@@ -296,7 +304,7 @@ class Committer:
         queues. The lead lock is held, nothing is pending and the rule is this node's own: so the write is
         committed as soon as it is durable. An interrupt leaves the group as ``_write_group`` does.
         """
-        log = self.log
+        log, epoch = self.log, self.epoch
         with self._order:
             if (
                 self._ordered
@@ -306,29 +314,32 @@ class Committer:
                 or self.rule is not _as_durable
                 or self.on_written is not None
                 or write.kind
-                or not self.epoch
+                or not epoch
                 or self.closed is not None
             ):
                 return False
             self._group = group = _Group([write], 0)
         try:
-            (before, _, running), epoch = log.tail, self.epoch
-            frame, running = self._encode(before + 1, epoch, self._wall_us(), 0, write.payload, running)
+            before, _, running = log.tail
+            offset = before + 1
+            frame, running = self._encode(offset, epoch, self._wall_us(), 0, write.payload, running)
             write.epoch = epoch
             group.length = len(frame)
-            group.tail = tail = Tail(before + 1, epoch, running)
-            group.frames = frames = [frame]
-            log.append(frames, group.length, before + 1, tail, self.committed, sync=self.sync)
+            group.tail = tail = _tail(Tail, (offset, epoch, running))
+            group.frames = [frame]
+            log.append_frame(frame, tail, self.committed, sync=self.sync)
         except Exception as error:
             self._failed(group, error)
             return True
-        write.offset = before + 1
-        with self._publishing:
-            self.view.publish_write(write)
-            self.committed = before + 1
+        write.offset = offset
+        # Without ``_publishing``: nothing is pending, so nobody else has anything to publish.
+        self.view.publish_write(write)
+        self.committed = offset
         self._group = None
-        complete_one(write)
-        self.on_committed(before + 1)
+        write.done = True
+        if write._waiter is not None or write._callbacks is not None:  # a transaction may wait for it
+            write.settle()
+        self.on_committed(offset)
         return True
 
     def _name_heir(self) -> Write | None:

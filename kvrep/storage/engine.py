@@ -342,13 +342,18 @@ class Engine:
             if not self.home.promise(epoch, self.home.store_id):
                 promised = self.home.promised_epoch
                 raise Fenced(f"epoch {promised} has been promised, above {epoch}", epoch=promised)
+            last = self.tail.offset
+            # Cut first: the start of an epoch before may have been refused after it was ordered.
+            self.epochs = self.epochs.cut(last)
+            self.branches = [b for b in self.branches if b[0] <= last]
+            self.configurations = [c for c in self.configurations if c[0] <= last]
             if self.epochs.last_epoch >= epoch:
                 raise Fenced(f"the log holds records of epoch {self.epochs.last_epoch}, not below {epoch}",
                              epoch=self.epochs.last_epoch)  # fmt: skip
             before = self.epochs, self.branches[:], self.configurations[:]
             prepare()
             committer.begin_epoch(epoch, write)
-            offset = self.tail.offset + 1
+            offset = last + 1
             self.epochs = self.epochs.with_epoch(epoch, offset)
             self._note_branch(offset, payload["branch"])
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
@@ -378,6 +383,8 @@ class Engine:
     def commit(self, write: Write, timeout_s: float) -> None:
         """Order a user's write and wait until its outcome is known or ``timeout_s`` have passed."""
         self.writable()
+        if self.view.memory_bytes < self._slow_bytes and self.committer.commit_alone(write):
+            return
         deadline_s = time.monotonic() + timeout_s
         if self.view.memory_bytes >= self._slow_bytes:
             self._slow_down(deadline_s, deletes=_deletes_only(write))

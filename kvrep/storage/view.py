@@ -126,10 +126,14 @@ class View:
                     for i in range(0, len(payload), 2):
                         prefix = prefixes.get(payload[i]) or self.prefix(payload[i])
                         flat = payload[i + 1]
-                        for j in range(0, len(flat), 2):
-                            key, value = flat[j], flat[j + 1]
+                        if len(flat) == 2:
+                            key, value = flat
                             fresh[prefix + key] = value
                             size += len(key) + len(value) if value is not None else len(key)
+                        else:  # in C: a record may have very many
+                            keys, values = flat[::2], flat[1::2]
+                            fresh.update(zip(map(prefix.__add__, keys), values, strict=True))
+                            size += sum(map(len, keys)) + sum(map(len, filter(None, values)))
                 elif record.kind == Kind.DIGEST:
                     self._add(table, fresh, size, writes, record.offset)
                     table.mark = record.payload
@@ -228,7 +232,7 @@ class View:
         for table in self.tables:
             entries = table.entries
             if entries:
-                value = entries.get(prefix + key, _MISSING)
+                value: bytes | None = entries.get(prefix + key, _MISSING)
                 if value is not _MISSING:
                     return value
         try:
@@ -365,13 +369,14 @@ class Snapshot:
         with self._lock:
             txn = self._need()
             prefixed = self._view.prefix(keyspace) + key
+            value: bytes | None
             for table in self._tables:
                 value = table.entries.get(prefixed, _MISSING)
                 if value is not _MISSING:
                     return value
             handle = self._handle(keyspace)
             value = None if handle is None else txn.get(key, None, handle)
-            return value  # noqa: RET504 - mypy needs the name
+            return value
 
     def count(self, keyspace: str) -> int:
         """How many keys the keyspace has."""
@@ -392,7 +397,7 @@ class Snapshot:
             return None
         try:
             self._txn.stat(handle)
-        except Exception:  # noqa: BLE001 - lmdb says "invalid handle" in several ways; it is not visible here
+        except Exception:
             return None
         return handle
 
