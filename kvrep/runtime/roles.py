@@ -85,7 +85,7 @@ class Roles:
 
     @contextmanager
     def changing(self, timeout_s: float) -> Iterator[None]:
-        """Nobody else changes roles meanwhile. ``Overloaded`` after ``timeout_s``, ``ClosedError`` at the end."""
+        """Nobody else changes roles meanwhile. ``Overloaded`` when somebody does for too long."""
         if not self.lock.acquire(timeout=timeout_s):
             raise Overloaded("another change of roles is under way on this node")
         try:
@@ -126,10 +126,9 @@ class Roles:
         assert shipping is not None
         shipping.retire(NotPrimary(f"this node follows {address}", primary_address=address, epoch=None))
         shipping.stop(STOP_S)
-        self.be_follower((address,))
+        replaying = self.be_follower((address,))
         node.shipping = None
-        assert node.replaying is not None
-        node.replaying.start()
+        replaying.start()
         node.tell(EventKind.FOLLOWER, address=address)
 
     def _check_source(self, address: str) -> None:
@@ -149,7 +148,7 @@ class Roles:
                 theirs=lineage.hex(),
             )
 
-    def be_follower(self, sources: tuple[str, ...], before: Replaying | None = None) -> None:
+    def be_follower(self, sources: tuple[str, ...], before: Replaying | None = None) -> Replaying:
         """Set this node up as a follower that is not started yet; ``before``: what it was until now."""
         node, engine = self.node, self.node.engine
         error = NotPrimary("this node is a follower", primary_address=None, epoch=None)
@@ -157,9 +156,10 @@ class Roles:
             engine.committer.end_epoch(error)
             engine.committer.rule = nothing_commits
         engine.reset_hooks()
-        node.replaying = Replaying(node, sources, before)
+        node.replaying = replaying = Replaying(node, sources, before)
         engine.writable = node.refuse_follower
-        engine.keep_from = node.replaying.keep_from
+        engine.keep_from = replaying.keep_from
+        return replaying
 
     def start_primary(self, shipping: Shipping) -> None:
         """Begin as the primary that this node was before, unless the voters know a newer one.
@@ -202,9 +202,7 @@ class Roles:
             if node.closing:
                 pass
             elif replaying is not None and node.replaying is replaying:
-                self.be_follower(replaying.sources, replaying)
-                assert node.replaying is not None
-                node.replaying.start()
+                self.be_follower(replaying.sources, replaying).start()
             elif shipping is not None and node.shipping is shipping:
                 shipping.resume()
                 self.seek()
@@ -214,12 +212,8 @@ class Roles:
 
     def await_settled(self) -> None:
         """Wait, not for long, for the end of a promotion that is under way here."""
-        if not self._promoting:
-            return
-        deadline = time.monotonic() + SETTLE_S
         with self._changed:
-            while self._promoting and not self._stop.is_set() and time.monotonic() < deadline:
-                self._changed.wait(0.1)
+            self._changed.wait_for(lambda: not self._promoting or self._stop.is_set(), SETTLE_S)
 
     def go_after(self, address: str) -> None:
         """Follow the node at ``address``, which the coordinator knows to be primary. The lock is held."""

@@ -124,7 +124,7 @@ class Shipping:
 
     def _flush_limit(self) -> int | None:
         """In asynchronous mode, what no voter has confirmed stays out of LMDB for a while: should another
-        node be promoted, this one can cut its log instead of fetching a whole copy. ``None``: no such limit."""
+        node be promoted, this one can cut its log instead of fetching a whole copy. ``None``: no limit."""
         configuration = self.engine.configuration
         if configuration.synchronous or configuration.data_voters < 2:
             return None
@@ -203,7 +203,8 @@ class Shipping:
     ) -> None:
         """Be primary in ``epoch``, which ``fenced`` have promised.
 
-        ``forced``: the configuration from then on; ``founding``: that of a new group. Raises :class:`Fenced` when a higher epoch was promised meanwhile.
+        ``forced``: the configuration from then on; ``founding``: that of a new group. Raises
+        :class:`Fenced` when a higher epoch was promised meanwhile.
         """
         self._hook()
         self.forced = forced is not None
@@ -717,7 +718,7 @@ class Shipping:
         return configuration.changed(hello.store_id, address=hello.address)
 
     def _admit_voter(self, session: FollowerSession) -> None:
-        """Make a follower that has caught up a voter at its present address, unless another change goes on."""
+        """Make a follower that has caught up a voter, or note where it is now; one change at a time."""
         hello = session.hello
         assert hello is not None
         with self._lock:
