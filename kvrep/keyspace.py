@@ -53,7 +53,10 @@ class WriteFuture:
 
         Returns the position, or raises what ``put`` would have raised.
         """
-        return self._node.finish(self._write, timeout)
+        write = self._write
+        if write.done and write.error is None:
+            return write.position
+        return self._node.finish(write, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Like :meth:`result`, but gives the error instead of raising it."""

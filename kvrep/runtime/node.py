@@ -359,8 +359,7 @@ class Node:
 
     def submit(self, write: Write) -> Write:
         """Order a write for the background leader."""
-        self.engine.order(write, self.deadline(None))
-        self.engine.committer.kick()  # always: who holds the lead lock need not look for new writes
+        self.engine.submit(write, self.ack_timeout_s)
         return write
 
     def _raise_outcome(self, write: Write) -> None:

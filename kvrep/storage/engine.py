@@ -380,6 +380,14 @@ class Engine:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.order(write)
 
+    def submit(self, write: Write, timeout_s: float) -> None:
+        """Order a user's write for the background leader; waits for memory up to ``timeout_s``."""
+        self.writable()
+        if self.view.memory_bytes >= self._slow_bytes:
+            self._slow_down(time.monotonic() + timeout_s, deletes=_deletes_only(write))
+        self.committer.order(write)
+        self.committer.kick()  # always: who holds the lead lock need not look for new writes
+
     def commit(self, write: Write, timeout_s: float) -> None:
         """Order a user's write and wait until its outcome is known or ``timeout_s`` have passed."""
         self.writable()

@@ -118,9 +118,9 @@ class View:
             table = self.tables[0]
             fresh: dict[bytes, bytes | None] = {}
             size = writes = 0
-            prefixes = self._prefixes
+            prefixes, kind_write = self._prefixes, Kind.WRITE
             for record in records:
-                if record.kind == Kind.WRITE:
+                if record.kind == kind_write:
                     writes += 1
                     payload = record.payload
                     for i in range(0, len(payload), 2):

@@ -122,8 +122,7 @@ def complete_all(writes: Iterable[Write], error: BaseException | None = None) ->
             write.wake()
         if write._callbacks is not None:
             write._call_back()
-        inbox = write.inbox
-        if inbox is not None:
+        if (inbox := write.inbox) is not None:
             if inbox in mail:
                 mail[inbox].append(write)
             else:
