@@ -30,7 +30,9 @@ class Clients:
         self.acked = 0
         self.problems: list[BaseException] = []
         self._threads = [
-            threading.Thread(target=self._run, args=(f"client{i}", random.Random(seed * 100 + i)), daemon=True)
+            threading.Thread(
+                target=self._run, args=(f"client{i}", random.Random(seed * 100 + i)), daemon=True
+            )
             for i in range(count)
         ]
         for thread in self._threads:
@@ -96,7 +98,9 @@ def _failed(call: Call, error: Exception) -> bool:
         call.refused()
     elif isinstance(error, kvrep.RolledBack):
         call.refused()
-    elif isinstance(error, (kvrep.UnknownOutcome, kvrep.PeerUnavailable, kvrep.StorageFailed, kvrep.ClosedError)):
+    elif isinstance(
+        error, (kvrep.UnknownOutcome, kvrep.PeerUnavailable, kvrep.StorageFailed, kvrep.ClosedError)
+    ):
         call.unknown(getattr(error, "position", None))
     else:
         call.unknown()

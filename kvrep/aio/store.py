@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -194,14 +194,19 @@ class Store(Keyspace[bytes]):
         *,
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
+        priorities: Mapping[str, int] | None = None,
+        addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
     ) -> Position:
-        """Change the commit rule, on the primary: a record that holds once committed under both rules.
-
-        Returns its position. ``ValueError`` for a rule that does not exist; refusals as of ``put``.
-        """
+        """Change the configuration, on the primary; see :meth:`kvrep.Store.reconfigure`."""
         return await self._core.call(
-            lambda: self._sync.reconfigure(acks=acks, ack_timeout_s=ack_timeout_s, timeout_s=timeout_s)
+            lambda: self._sync.reconfigure(
+                acks=acks,
+                ack_timeout_s=ack_timeout_s,
+                priorities=priorities,
+                addresses=addresses,
+                timeout_s=timeout_s,
+            )
         )
 
     async def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:

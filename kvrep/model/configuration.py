@@ -102,6 +102,13 @@ class Configuration:
     def named(self, name: str) -> Voter | None:
         return next((v for v in self.voters if v.name == name), None)
 
+    def need(self, name: str) -> Voter:
+        """The voter of that name; ``ValueError`` when there is none."""
+        voter = self.named(name)
+        if voter is None:
+            raise ValueError(f"{name!r} is not a voter; they are {', '.join(v.name for v in self.voters)}")
+        return voter
+
     def with_voter(self, store_id: bytes, name: str, address: str = "") -> Configuration:
         """This configuration and one more voter, with the next free member number.
 
@@ -113,9 +120,7 @@ class Configuration:
             raise ValueError(f"all {EPOCH_MEMBERS - 1} member numbers are used up")
         voter = Voter(store_id=store_id, name=name, member=self.next_member, address=address)
         removed = tuple(i for i in self.removed if i != store_id)
-        return replace(
-            self, voters=(*self.voters, voter), next_member=self.next_member + 1, removed=removed
-        )
+        return replace(self, voters=(*self.voters, voter), next_member=self.next_member + 1, removed=removed)
 
     def without_voter(self, store_id: bytes) -> Configuration:
         voters = tuple(v for v in self.voters if v.store_id != store_id)

@@ -130,9 +130,9 @@ def _rules(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
 def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configuration, ...]) -> None:
     """``UnsafePromotion`` unless this node is a data voter that holds all it ever confirmed."""
     home = node.engine.home
-    voters = [rule.voter(home.store_id) for rule in (effective, *rules)]
+    voter = (rules[-1] if rules else effective).voter(home.store_id)
     text, hint = "", ""
-    if not any(voter is not None and not voter.witness for voter in voters):
+    if voter is None or voter.witness:
         text = f"{node.label} is not a data voter of its group"
         hint = "promote one of the voters that status() lists"
     elif node.engine.tail.offset < home.vote_floor:

@@ -118,6 +118,7 @@ class Replaying:
         if before is not None:
             self.primary_address, self.slots = before.primary_address, before.slots
             self._fresh_us = before._fresh_us
+            self._next = before._next
             self._own_sources, self._primary_name = before._own_sources, before._primary_name
 
     def start(self) -> None:
@@ -163,7 +164,7 @@ class Replaying:
                 self._wake.wait(0.5)  # until somebody says whom to follow
                 self._wake.clear()
                 continue
-            address, self._next = self._next or self._sources[self._next_source % len(self._sources)], ""
+            address = self._choose()
             try:
                 joined = self._one_stream(address)
             except StorageFailed as error:
@@ -174,6 +175,7 @@ class Replaying:
                 return
             except _Reconnect:
                 failures = 0
+                self._next = self._next or address
                 continue
             except (LineageMismatch, _Refused) as error:
                 joined = False
@@ -191,6 +193,19 @@ class Replaying:
                 self._next_source += 1
             failures += 1
             self._pause(failures)
+
+    def _choose(self) -> str:
+        """Where to connect to now: where we were sent, else one source after the other, else the voters that
+        the configuration names, each of whom says who is primary."""
+        named, self._next = self._next, ""
+        if named:
+            return named
+        known = list(self._sources)
+        own = self.node.address
+        for voter in self.engine.configuration.voters:
+            if voter.address and voter.address not in known and voter.address != own and not voter.witness:
+                known.append(voter.address)
+        return known[self._next_source % len(known)]
 
     def _pause(self, failures: int) -> None:
         """Back off with jitter: retry for ever, never in step with others."""
@@ -246,8 +261,8 @@ class Replaying:
         with self._lock:
             self._receiver = receiver
         self._say("joining", self._problem)
-        stream.send(hello)
         try:
+            stream.send(hello)
             while True:
                 message = stream.receive()
                 self._busy = True

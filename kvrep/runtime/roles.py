@@ -152,11 +152,12 @@ class Roles:
         """Set this node up as a follower that is not started yet; ``before``: what it was until now."""
         node, engine = self.node, self.node.engine
         error = NotPrimary("this node is a follower", primary_address=None, epoch=None)
-        with engine.committer.lead:
+        with engine.committer.lead:  # a promise that is given meanwhile tells one of the two where to go
             engine.committer.end_epoch(error)
             engine.committer.rule = nothing_commits
+            replaying = Replaying(node, sources if before is None else before.sources, before)
+            node.replaying = replaying
         engine.reset_hooks()
-        node.replaying = replaying = Replaying(node, sources, before)
         engine.writable = node.refuse_follower
         engine.keep_from = replaying.keep_from
         return replaying

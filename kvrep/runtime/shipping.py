@@ -20,6 +20,7 @@ from kvrep.errors import (
     RolledBack,
     StaleRead,
     StorageFailed,
+    StorageFull,
     again,
 )
 from kvrep.model.configuration import Acks, Configuration, Voter
@@ -106,8 +107,6 @@ class Shipping:
         """
         engine = self.engine
         self._hook()
-        if engine.tail.offset > engine.committer.committed:
-            engine.view.withheld = self._await_epoch
         self._become(0)
         if not self._open:
             self.node.roles.seek()
@@ -121,6 +120,9 @@ class Shipping:
         engine.keep_from = self._keep_from
         engine.on_tick = self._tick
         engine.flush_limit = self._flush_limit
+        if not self._open and engine.tail.offset > engine.committer.committed:
+            # Some of these may have been acknowledged: a primary that did not show them would read backwards.
+            engine.view.withheld = self._await_epoch
 
     def _flush_limit(self) -> int | None:
         """In asynchronous mode, what no voter has confirmed stays out of LMDB for a while: should another
@@ -215,8 +217,6 @@ class Shipping:
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""
         self._hook()
-        if self.engine.tail.offset > self.engine.committer.committed:
-            self.engine.view.withheld = self._await_epoch
         self._problem, self._held = problem, True
         self.node.roles.seek()
 
@@ -347,9 +347,12 @@ class Shipping:
                     self._superseded_by, self._superseded_s = error.epoch, time.monotonic()
                 self._problem = error.message
             self.node.roles.seek()
-        except (OSError, StorageFailed) as error:
+        except (OSError, StorageFailed, StorageFull) as error:
             log.error("%s: the epoch could not begin: %s", self.node.label, error)
-            self._problem = f"the epoch could not begin: {error}"
+            with self._lock:  # tried again in a while, as if somebody had promised this epoch away
+                self._problem = f"the epoch could not begin: {error}"
+                if not self._superseded_by:
+                    self._superseded_by, self._superseded_s = promotion.epoch, time.monotonic()
 
     def _ahead(self, promotion: Promotion) -> str:
         """Why the log of a voter that has promised forbids to begin; empty when it does not.
@@ -438,9 +441,14 @@ class Shipping:
             committer.rule = self._rule
             engine.on_configuration = self._on_configuration
 
-        write = self.node.begin_epoch(
-            epoch, fenced=fenced, unfenced=unfenced, forced=forced, founding=founding, prepare=prepare
-        )
+        try:
+            self.node.begin_epoch(
+                epoch, fenced=fenced, unfenced=unfenced, forced=forced, founding=founding, prepare=prepare
+            )
+        except BaseException:
+            with self._lock:
+                self._tracker, self.epoch = None, 0
+            raise
         with self._lock:
             self._problem = ""
             self._open = True
@@ -451,23 +459,12 @@ class Shipping:
             session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         self.node.tell(EventKind.PRIMARY, epoch=epoch)
-        write.when_done(self._begun)
 
     def complain(self, text: str) -> None:
         """Log something that only people can mend; once, however often it is met."""
         if text not in self._complaints and len(self._complaints) < 100:
             self._complaints.add(text)
             log.error("%s", text)
-
-    def _begun(self, write: Write) -> None:
-        error = write.error
-        if error is None or isinstance(error, ClosedError | RolledBack):
-            return
-        log.error("%s: the epoch start could not be written: %s", self.node.label, error)
-        with self._lock:  # it is begun anew in a while, as if somebody had promised this epoch away
-            if not self._superseded_by:
-                self._superseded_by, self._superseded_s = self.epoch, time.monotonic()
-                self._problem = f"the epoch start could not be written: {error}"
 
     def superseded(self, store_id: bytes, seen: int, *, written: int) -> None:
         """A voter has promised epoch ``seen``, above ours, and holds records of epoch ``written``.

@@ -289,7 +289,7 @@ class Committer:
             write.lead = False
             self._heir = None
             if not write.offset and not write.done:
-                self._write_group()
+                self.write_group()
             heir = self._name_heir() if self._ordered else None
         if heir is not None:
             heir.wake()
@@ -300,9 +300,9 @@ class Committer:
     def _write_alone(self, write: Write) -> bool:
         """The short way of a single write that nobody stands beside; False when it cannot be taken.
 
-        It does what ``order``, ``_write_group`` and ``commit_through`` do, in the same order, without their
+        It does what ``order``, ``write_group`` and ``commit_through`` do, in the same order, without their
         queues. The lead lock is held, nothing is pending and the rule is this node's own: so the write is
-        committed as soon as it is durable. An interrupt leaves the group as ``_write_group`` does.
+        committed as soon as it is durable. An interrupt leaves the group as ``write_group`` does.
         """
         log, epoch = self.log, self.epoch
         with self._order:
@@ -380,7 +380,7 @@ class Committer:
             self._group, self._ordered = group, rest  # no call between: an interrupt finds both or neither
         return group
 
-    def _write_group(self) -> None:
+    def write_group(self) -> None:
         """Write the next group. The lead lock is held."""
         group = self._take()
         if group is None:
@@ -518,7 +518,7 @@ class Committer:
         with self._order:
             self.no_epoch = error
         if self._group is not None:
-            self._write_group()
+            self.write_group()
         self.epoch = 0
 
     def begin_epoch(self, epoch: int, write: Write) -> None:
@@ -638,7 +638,7 @@ class Committer:
             self._kick.clear()
             while self._ordered or self._group is not None:
                 with self.lead:
-                    self._write_group()
+                    self.write_group()
                 self.advance()
             if isinstance(self.closed, ClosedError):
                 return

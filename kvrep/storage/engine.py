@@ -325,8 +325,9 @@ class Engine:
 
         The caller has made sure that nobody else can commit in it (see replication/promotion.py). ``prepare``
         is called when nothing but itself can prevent the epoch any more, with the end of the log fixed.
-        Raises :class:`Fenced` when a higher epoch was promised meanwhile, ``OSError`` when the promise cannot
-        be stored, and what ``prepare`` raises; then nothing has changed.
+        On return it is logged. Raises :class:`Fenced` when a higher epoch was promised meanwhile, ``OSError``
+        when the promise cannot be stored, what ``prepare`` raises, or :class:`StorageFull`; then the epoch has
+        not begun.
         """
         committer = self.committer
         write = Write(Kind.EPOCH, dict(payload), 256)
@@ -357,7 +358,11 @@ class Engine:
             self.epochs = self.epochs.with_epoch(epoch, offset)
             self._note_branch(offset, payload["branch"])
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
-        committer.kick()
+            committer.write_group()
+        if write.error is not None:
+            raise again(write.error) if isinstance(write.error, Error) else write.error
+        committer.advance()
+        committer.hand_over()
         return write
 
     def configure(self, configuration: Configuration) -> Write:

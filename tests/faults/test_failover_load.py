@@ -47,7 +47,9 @@ def run(folder: Path, *, rounds: int, seed: int, **options: Any) -> None:
         with clients(cluster, seed=seed) as load:
             for number in range(rounds):
                 before = load.acked
-                fail_over(cluster, FAULTS[number % len(FAULTS)] if number < 5 else chance.choice(FAULTS), chance)
+                fail_over(
+                    cluster, FAULTS[number % len(FAULTS)] if number < 5 else chance.choice(FAULTS), chance
+                )
                 cluster.wait_until(lambda before=before: load.acked > before + 100, "until writes go on")
         cluster.wait_until_ready(WAIT_S)
         cluster.assert_converged(WAIT_S)
