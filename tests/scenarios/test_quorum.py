@@ -169,7 +169,9 @@ def test_a_witness_lets_two_data_nodes_fail_over(group: Callable[..., Group]) ->
     assert position.epoch > 1001
 
 
-def test_an_emptied_node_cannot_outvote_the_one_with_data(group: Callable[..., Group], tmp_path: Path) -> None:
+def test_an_emptied_node_cannot_outvote_the_one_with_data(
+    group: Callable[..., Group], tmp_path: Path
+) -> None:
     """A node whose directory was lost joins the group that exists; it forms no new one and wipes nobody."""
     import shutil
 
@@ -200,6 +202,4 @@ def test_wrong_settings_stop_the_start(tmp_path: Path) -> None:
         with pytest.raises(kvrep.ConfigurationMismatch, match="coordinator"):
             kvrep.open(tmp_path / "s", coordinator=choice, **options)
     with pytest.raises(kvrep.ConfigurationMismatch, match="follow"):
-        kvrep.open(
-            tmp_path / "s", name="a", listen="127.0.0.1:0", follow="127.0.0.1:1", coordinator=choice
-        )
+        kvrep.open(tmp_path / "s", name="a", listen="127.0.0.1:0", follow="127.0.0.1:1", coordinator=choice)
