@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 
 from kvrep.errors import (
     AckTimeout,
-    ClosedError,
     Error,
     Fenced,
     NotEnoughFollowers,
     NotPrimary,
     Overloaded,
     ProtocolError,
-    RolledBack,
     StaleRead,
     StorageFailed,
     StorageFull,
@@ -210,9 +208,7 @@ class Shipping:
         """
         self._hook()
         self.forced = forced is not None
-        self._begin(
-            epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding
-        )
+        self._begin(epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding)
 
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""
@@ -556,10 +552,13 @@ class Shipping:
         if self._announced < self.engine.tail.offset and self._joined:
             self.on_written()  # a follower joined while the group was written
         coordinator = self.node.coordinator
-        if coordinator is not None and not self.engine.configuration.synchronous:
+        if (
+            coordinator is not None
+            and not self.engine.configuration.synchronous
+            and time.monotonic() > coordinator.confirmed_until
+        ):
             # Cut off from most voters for too long, another node may be primary: acknowledge nothing more.
-            if time.monotonic() > coordinator.confirmed_until:
-                return tracker.committed
+            return tracker.committed
         with self._lock:
             return tracker.local_durable(durable)
 

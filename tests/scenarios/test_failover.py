@@ -640,7 +640,7 @@ def test_a_follower_that_closes_takes_nothing_for_committed(tmp_path: Path) -> N
 
 def test_addresses_and_priorities_are_records(tmp_path: Path) -> None:
     """Every voter knows where the others are, also after one has moved, and what priority each has."""
-    with group(tmp_path, 1) as (start, (a, b, c)):
+    with group(tmp_path, 1) as (_, (a, b, c)):
 
         def known(store: kvrep.Store) -> dict[str, str]:
             return {v.name: v.address for v in store._node.engine.configuration.voters}
