@@ -18,6 +18,10 @@ from kvrep.testing.nodes import ClusterNode, LocalNode, ProcessNode
 WAIT_S = 20.0
 
 
+LOST = (kvrep.UnknownOutcome, kvrep.PeerUnavailable, kvrep.StorageFailed, kvrep.ClosedError)
+"""Errors that leave the outcome open."""
+
+
 class Clients:
     """Threads that write without end to whoever takes it, and record what became of every call."""
 

@@ -127,6 +127,7 @@ class Roles:
         shipping.retire(NotPrimary(f"this node follows {address}", primary_address=address, epoch=None))
         shipping.stop(STOP_S)
         replaying = self.be_follower((address,))
+        replaying.primary_address = address
         node.shipping = None
         replaying.start()
         node.tell(EventKind.FOLLOWER, address=address)

@@ -343,20 +343,20 @@ class Engine:
             if not self.home.promise(epoch, self.home.store_id):
                 promised = self.home.promised_epoch
                 raise Fenced(f"epoch {promised} has been promised, above {epoch}", epoch=promised)
-            last = self.tail.offset
-            # Cut first: the start of an epoch before may have been refused after it was ordered.
-            self.epochs = self.epochs.cut(last)
-            self.branches = [b for b in self.branches if b[0] <= last]
-            self.configurations = [c for c in self.configurations if c[0] <= last]
-            if self.epochs.last_epoch >= epoch:
-                raise Fenced(f"the log holds records of epoch {self.epochs.last_epoch}, not below {epoch}",
-                             epoch=self.epochs.last_epoch)  # fmt: skip
+            if self.tail.epoch >= epoch:
+                raise Fenced(
+                    f"the log ends in epoch {self.tail.epoch}, not below {epoch}", epoch=self.tail.epoch
+                )
             before = self.epochs, self.branches[:], self.configurations[:]
             prepare()
             committer.begin_epoch(epoch, write)
+            last = self.tail.offset
             offset = last + 1
-            self.epochs = self.epochs.with_epoch(epoch, offset)
+            # Cut first: the start of an epoch before may have been refused after it was ordered.
+            self.epochs = self.epochs.cut(last).with_epoch(epoch, offset)
+            self.branches = [b for b in self.branches if b[0] <= last]
             self._note_branch(offset, payload["branch"])
+            self.configurations = [c for c in self.configurations if c[0] <= last] or self.configurations[:1]
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
             committer.write_group()
         if write.error is not None:
@@ -822,7 +822,8 @@ class Engine:
             committer.stop(max(0.1, deadline - time.monotonic()))
             if committer.lead.acquire(timeout=max(0.1, deadline - time.monotonic())):
                 committer.lead.release()  # a group under way in a caller's thread is in the log now
-                committer.advance()
+                if committer.epoch:  # without one, nothing here is ours to commit
+                    committer.advance()
             self._last_flush(deadline)
             stopped = self.flusher.stop(max(0.1, deadline - time.monotonic()))
             self.view.closed = ClosedError("the store is closed")

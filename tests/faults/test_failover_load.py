@@ -1,4 +1,4 @@
-"""Failovers one after another under load: not one acknowledged write is lost, and the history is linearizable."""
+"""Failovers one after another under load: no acknowledged write is lost, and the history is linearizable."""
 
 from __future__ import annotations
 
