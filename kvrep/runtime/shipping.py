@@ -42,7 +42,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
-ASYNC_LINGER_S = 0.001
+ASYNC_LINGER_S = 0.003
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
