@@ -99,6 +99,7 @@ class Cluster:
     ) -> None:
         if not 1 <= nodes <= 26:
             raise ValueError("a cluster has 1 to 26 nodes")
+        chosen = _chosen(coordinator, nodes, acks)
         self.folder = folder
         self.seed = seed
         self.timeout_s = timeout_s
@@ -108,7 +109,7 @@ class Cluster:
         self._options = {**QUICK, **options}
         self._acks = acks
         self._processes = processes
-        self._coordinator = _chosen(coordinator, nodes, acks)
+        self._coordinator = chosen
         self._disk_bytes = disk_bytes
         self._proxy = Proxy(seed=seed)
         self._nodes: dict[str, ClusterNode] = {}
@@ -327,6 +328,11 @@ class Cluster:
         for link in self._links_of(name):
             link.reset()
         end()
+
+    def _stop_all(self) -> None:
+        """Close all nodes in order, at the same time: none is given the time to miss another."""
+        with ThreadPoolExecutor(thread_name_prefix="kvrep-test-stop") as pool:
+            list(pool.map(lambda node: self._end(node.name, node.stop), self.nodes))
 
     def restart(self, node: Node) -> ClusterNode:
         """Start a node again that was killed or stopped (a running one is stopped first)."""
@@ -576,8 +582,7 @@ class Cluster:
         violations += check_read_your_writes(direct) + check_monotonic_reads(
             o for o in operations if not o.lagging or o.node not in self._disturbed
         )
-        for node in self.nodes:
-            self._end(node.name, node.stop)
+        self._stop_all()
         for node in self.nodes:
             violations += self._check_offline(node, missing)
         return violations + [
@@ -603,9 +608,8 @@ class Cluster:
             return
         self._closed = True
         with _all_of_it() as attempt:
+            attempt(self._stop_all)
             attempt(self._proxy.close)
-            for node in self.nodes:
-                attempt(node.stop)
             attempt(self.timeline.close)
             for path in self._mounts:
                 attempt(lambda path=path: subprocess.run(["umount", "-l", str(path)], check=True))  # type: ignore[misc]
