@@ -207,7 +207,7 @@ class Shipping:
         :class:`Fenced` when a higher epoch was promised meanwhile.
         """
         self._hook()
-        self.forced = forced is not None
+        self.forced = forced is not None or unfenced  # with acks=0 an election drops what nobody else had
         self._begin(epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding)
 
     def hold(self, problem: str) -> None:
