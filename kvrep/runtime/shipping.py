@@ -42,7 +42,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
-ASYNC_LINGER_S = 0.001
+ASYNC_LINGER_S = 0.003
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -194,14 +194,23 @@ class Shipping:
         voters = self.engine.configuration.voters
         return [v.store_id for v in voters if not v.witness and v.store_id != me and v.store_id not in joined]
 
-    def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None) -> None:
-        """Be primary in ``epoch``, which ``fenced`` have promised; ``forced``: the configuration it brings.
+    def take_over(
+        self,
+        epoch: int,
+        fenced: tuple[bytes, ...],
+        forced: Configuration | None,
+        *,
+        founding: Configuration | None = None,
+        unfenced: bool = False,
+    ) -> None:
+        """Be primary in ``epoch``, which ``fenced`` have promised.
 
-        Raises :class:`Fenced` when a higher epoch was promised meanwhile.
+        ``forced``: the configuration from then on; ``founding``: that of a new group. Raises
+        :class:`Fenced` when a higher epoch was promised meanwhile.
         """
         self._hook()
-        self.forced = forced is not None
-        self._begin(epoch, fenced, unfenced=forced is not None, forced=forced)
+        self.forced = forced is not None or unfenced  # with acks=0 an election drops what nobody else had
+        self._begin(epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding)
 
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""
@@ -414,11 +423,13 @@ class Shipping:
         *,
         unfenced: bool,
         forced: Configuration | None = None,
+        founding: Configuration | None = None,
     ) -> None:
         """Raises :class:`Fenced` or ``OSError``; then nothing has changed."""
         engine = self.engine
         committer = engine.committer
-        effective, proposed = (forced, None) if forced is not None else engine.configurations_in_force()
+        given = forced or founding
+        effective, proposed = (given, None) if given is not None else engine.configurations_in_force()
 
         def prepare() -> None:
             tracker = CommitTracker(
@@ -439,7 +450,9 @@ class Shipping:
             engine.on_configuration = self._on_configuration
 
         try:
-            self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced, forced=forced, prepare=prepare)
+            self.node.begin_epoch(
+                epoch, fenced=fenced, unfenced=unfenced, forced=forced, founding=founding, prepare=prepare
+            )
         except BaseException:
             with self._lock:
                 self._tracker, self.epoch = None, 0
@@ -554,6 +567,14 @@ class Shipping:
             return 0
         if self._announced < self.engine.tail.offset and self._joined:
             self.on_written()  # a follower joined while the group was written
+        coordinator = self.node.coordinator
+        if (
+            coordinator is not None
+            and not self.engine.configuration.synchronous
+            and time.monotonic() > coordinator.confirmed_until
+        ):
+            # Cut off from most voters for too long, another node may be primary: acknowledge nothing more.
+            return tracker.committed
         with self._lock:
             return tracker.local_durable(durable)
 
@@ -563,6 +584,10 @@ class Shipping:
         if tracker is None:
             raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
+            coordinator = self.node.coordinator
+            if coordinator is not None and time.monotonic() > coordinator.confirmed_until:
+                raise NotPrimary("most voters have not confirmed this primary for too long",
+                                 hint="reach the other voters", primary_address=None, epoch=self.epoch)  # fmt: skip
             return
         with self._lock:
             missing = tracker.missing(self._joined)

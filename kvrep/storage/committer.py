@@ -387,15 +387,16 @@ class Committer:
             return
         early = self.on_written
         log = self.log
-        if self.closed is not None and not group.written(log):
-            # What an interrupted leader has begun to write may be on the disk: it is written to its end.
-            if group.frames is None or self.failure is not None:
-                self._fail(group, self.closed)
-                return
+        # What an interrupted leader has begun to write may be on the disk: it is written to its end.
+        begun = group.frames is not None and self.failure is None
+        if self.closed is not None and not begun and not group.written(log):
+            self._fail(group, self.closed)
+            return
         try:
             if group.frames is None:
                 self._encode_group(group)
-            assert group.frames is not None and group.tail is not None
+            assert group.frames is not None
+            assert group.tail is not None
             if not group.written(log):
                 sync_now = self.sync and early is None
                 first = log.tail.offset + 1
@@ -406,7 +407,7 @@ class Committer:
                 early()
             if self.sync and log.synced < log.tail.offset:
                 log.sync()
-        except Exception as error:  # noqa: BLE001 - every failure of the disk ends here
+        except Exception as error:
             self._failed(group, error)
             return
         self._queue_group(group)

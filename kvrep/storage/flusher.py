@@ -234,7 +234,11 @@ class Flusher:
             if self.tree.room_for(entries, payload):
                 return tables
             tables = tables[(len(tables) + 1) // 2 :]
-        if frozen and _deleting(self.view.tables[1:]) and self.tree.may_try(sum(t.payload_bytes for t in frozen)):
+        if (
+            frozen
+            and _deleting(self.view.tables[1:])
+            and self.tree.may_try(sum(t.payload_bytes for t in frozen))
+        ):
             return frozen
         if frozen:
             raise StorageFull("neither the disk nor the LMDB map has room for a flush")

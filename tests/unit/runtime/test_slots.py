@@ -37,7 +37,9 @@ def test_slots_are_kept_in_a_file(tmp_path: Path) -> None:
     """A saved file gives the same slots again; fields that this version does not know are skipped."""
     slots = noted(tmp_path / "SLOTS")
     slots.save(now=True)
+
     again = Slots(tmp_path / "SLOTS")
+
     assert again.all() == slots.all()
     raw = json.loads((tmp_path / "SLOTS").read_bytes())
     (tmp_path / "SLOTS").write_text(json.dumps([{**slot, "more": 1} for slot in raw]))
