@@ -12,7 +12,7 @@ import binascii
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Any, cast
 from urllib.parse import quote_from_bytes, unquote_to_bytes
@@ -36,7 +36,7 @@ TYPES: dict[ChangeKind, str] = {
 _KINDS = {text: kind for kind, text in TYPES.items()}
 PREFIXES = ("ce_", "ce-", "cloudEvents:", "cloudEvents_")
 """Of the attributes in binary mode: of the Kafka, the HTTP and (two) the AMQP binding."""
-_1970 = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_1970 = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
