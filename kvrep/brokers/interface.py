@@ -52,7 +52,7 @@ __all__ = [
 
 BUFFER_BYTES = 16 << 20
 BUFFER_MESSAGES = 10_000
-"""Bounds of what a publisher holds until it is confirmed, and of what a subscriber fetches ahead."""
+"""Bounds of what a publisher holds until it is confirmed."""
 
 STORED = "stored"
 """Start behind what this group has acked; at the beginning when it has acked nothing."""
@@ -89,7 +89,7 @@ class Delivery:
 
     message: Message
     position: str = ""
-    """Where it stands in the broker's log, good for ``start=``; empty in a queue."""
+    """Where it stands in the broker's log: ``start=`` takes it, to go on behind it; empty in a queue."""
     redelivered: bool = False
     """The broker says that it was delivered before; False proves nothing."""
     tag: Any = None
@@ -189,8 +189,11 @@ class Broker(Protocol):
         publisher of that id is shut out; ``OpenError`` where the broker has no transactions.
         """
 
-    def subscriber(self, topic: str = "", *, group: str = "kvrep", start: str = STORED) -> Subscriber:
-        """A subscriber, connected once. ``start``: STORED, EARLIEST, LATEST or a ``Delivery.position``.
+    def subscriber(
+        self, topic: str = "", *, group: str = "kvrep", start: str = STORED, prefetch: int = 500
+    ) -> Subscriber:
+        """A subscriber, connected once. ``start``: STORED, EARLIEST, LATEST or a ``Delivery.position``, behind
+        which it begins. At most ``prefetch`` deliveries wait for their ack; then nothing more arrives.
 
         A queue delivers each message to one subscriber, whatever its group, and knows only STORED and
         EARLIEST, which mean the same there.
