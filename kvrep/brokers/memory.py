@@ -387,7 +387,7 @@ class MemorySubscriber:
             self._generation = topic.generation
         if self._server.state == "connecting" or count <= 0:
             return []
-        if not (topic.ready if topic.queue else topic.log[self._at :]):
+        if not (topic.ready if topic.queue else self._at < len(topic.log)):
             topic.settle()
         found = self._from_queue(count) if topic.queue else self._from_log(count)
         for delivery in found:
