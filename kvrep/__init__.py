@@ -9,10 +9,13 @@ b'v'
 The layers, each of which imports only from those below it (a linter holds it)::
 
     cli | testing            the command; what users' own tests use
+    sinks                    what feeds and brokers are applied to: agents and secondary systems
     aio                      the asyncio twin of store
-    store                    Store, the one object a user holds (keyspace: its maps)
+    store                    Store, the one object a user holds
+    feeds                    the changes of a store as an ordered, resumable stream
+    keyspace                 the maps of a store
     runtime                  threads, clocks, deadlines; one node
-    storage | transport      log files, memtables and LMDB | gRPC
+    storage | transport | brokers    log files, memtables and LMDB | gRPC | message brokers
     replication              decisions as pure values: no I/O, no clock, no thread
     status, options          public values
     model | _pb, codecs      positions, records, byte forms
@@ -42,6 +45,7 @@ from kvrep.errors import ForkedError as ForkedError
 from kvrep.errors import InvalidInput as InvalidInput
 from kvrep.errors import InvalidKey as InvalidKey
 from kvrep.errors import InvalidKeyspace as InvalidKeyspace
+from kvrep.errors import InvalidToken as InvalidToken
 from kvrep.errors import KeyTooLong as KeyTooLong
 from kvrep.errors import LineageMismatch as LineageMismatch
 from kvrep.errors import LogCorrupt as LogCorrupt
@@ -65,6 +69,7 @@ from kvrep.errors import StorageFull as StorageFull
 from kvrep.errors import StoreInUse as StoreInUse
 from kvrep.errors import TooOld as TooOld
 from kvrep.errors import TransactionExpired as TransactionExpired
+from kvrep.errors import Truncated as Truncated
 from kvrep.errors import UnknownOutcome as UnknownOutcome
 from kvrep.errors import UnsafePromotion as UnsafePromotion
 from kvrep.errors import UpgradeRequired as UpgradeRequired
@@ -74,8 +79,10 @@ from kvrep.keyspace import Keyspace as Keyspace
 from kvrep.keyspace import Snapshot as Snapshot
 from kvrep.keyspace import Transaction as Transaction
 from kvrep.keyspace import WriteFuture as WriteFuture
+from kvrep.model.change import Change as Change
 from kvrep.model.configuration import Configuration as Configuration
 from kvrep.model.configuration import Voter as Voter
+from kvrep.model.event import Event as CloudEvent
 from kvrep.model.position import Position as Position
 from kvrep.options import Options as Options
 from kvrep.status import Event as Event
@@ -97,7 +104,9 @@ __all__ = [
     "AckTimeout",
     "AuthenticationFailed",
     "Batch",
+    "Change",
     "ClosedError",
+    "CloudEvent",
     "Codec",
     "Configuration",
     "ConfigurationMismatch",
@@ -114,6 +123,7 @@ __all__ = [
     "InvalidInput",
     "InvalidKey",
     "InvalidKeyspace",
+    "InvalidToken",
     "KeyTooLong",
     "Keyspace",
     "LineageMismatch",
@@ -148,6 +158,7 @@ __all__ = [
     "TooOld",
     "Transaction",
     "TransactionExpired",
+    "Truncated",
     "UnknownOutcome",
     "UnsafePromotion",
     "UpgradeRequired",

@@ -33,7 +33,9 @@
     │   ├── StaleRead                the asked freshness was not reached in time
     │   ├── SnapshotExpired          the snapshot outlived its maximum age
     │   ├── RolledBack               the position is not part of this history any more
-    │   └── TooOld                   the position is below what this node still knows
+    │   ├── Truncated                a feed's place is not; the history it read is the same up to `to`
+    │   ├── TooOld                   the position is below what this node still knows
+    │   └── InvalidToken (ValueError)  a feed's token is damaged, or another store's
     └── ReplicationError
         ├── LogTrimmed               the asked records are gone; bootstrap from a snapshot
         ├── Diverged                 the histories differ from an offset on
@@ -64,6 +66,7 @@ __all__ = [
     "InvalidInput",
     "InvalidKey",
     "InvalidKeyspace",
+    "InvalidToken",
     "KeyTooLong",
     "LineageMismatch",
     "LogCorrupt",
@@ -87,6 +90,7 @@ __all__ = [
     "StoreInUse",
     "TooOld",
     "TransactionExpired",
+    "Truncated",
     "UnknownOutcome",
     "UnsafePromotion",
     "UpgradeRequired",
@@ -341,6 +345,21 @@ class TooOld(ReadError):
     position: Any
 
 
+class Truncated(ReadError):
+    """What the feed has read last is not part of this history any more: a forced promotion dropped it."""
+
+    hint = "what was read beyond `to` did not survive; resnapshot() gives what there is now"
+    _names: ClassVar[tuple[str, ...]] = ("to", "position")
+    to: Any
+    """The last position that both histories share."""
+    position: Any
+    """What the feed has read last."""
+
+
+class InvalidToken(ReadError, ValueError):
+    """A token of a feed is damaged, or belongs to another store."""
+
+
 class ReplicationError(Error):
     """Replication cannot go on as it is."""
 
@@ -348,7 +367,7 @@ class ReplicationError(Error):
 class LogTrimmed(ReplicationError):
     """The asked records have been trimmed from the log."""
 
-    hint = "bootstrap from a snapshot"
+    hint = "begin with a snapshot"
     _names: ClassVar[tuple[str, ...]] = ("first",)
     first: int
 

@@ -64,6 +64,8 @@ class Change(NamedTuple):
     """A row of a snapshot, or one of its marks."""
     before: bytes | None = None
     """The value that the key had before, in keyspaces opened with ``keep_before=True``."""
+    created: bool | None = None
+    """Whether the key was new, where it is known: in those keyspaces."""
     topic: str = ""
     """Of an ``emit``."""
     headers: Mapping[str, str] | None = None

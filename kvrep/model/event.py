@@ -60,6 +60,7 @@ class Event:
     """Of the event before it in this stream; ``None`` at the start of one."""
     snapshot: bool = False
     before: bytes | None = None
+    created: bool | None = None
     topic: str = ""
     headers: Mapping[str, str] | None = None
     resume: str = ""
@@ -74,7 +75,7 @@ class Event:
         return cls(
             lineage, source or f"/kvrep/{lineage}", change.position, change.index, change.kind, change.keyspace,
             change.key, change.value, change.time_us, change.last, change.previous, change.snapshot,
-            change.before, change.topic, change.headers,
+            change.before, change.created, change.topic, change.headers,
             "" if change.origin is None else change.origin.token(change), content_type,
         )  # fmt: skip
 
@@ -131,6 +132,7 @@ class Event:
             "snapshot": "true" if self.snapshot else "",
             "lineage": self.lineage,
             "before": "" if self.before is None else "b" + base64.b64encode(self.before).decode(),
+            "created": "" if self.created is None else "true" if self.created else "false",
             "messageheaders": "" if self.headers is None else json.dumps(dict(self.headers)),
             "resume": self.resume,
         }
@@ -217,6 +219,7 @@ class Event:
             previous=None if previous is None else _sequence(previous),
             snapshot=_boolean(attributes.get("snapshot", "false")),
             before=_before(attributes.get("before")),
+            created=_boolean(attributes["created"]) if "created" in attributes else None,
             topic=topic,
             headers=_message_headers(attributes.get("messageheaders")),
             resume=attributes.get("resume", ""),
@@ -262,7 +265,7 @@ class Event:
             envelope |= {"op": "m", "message": {"prefix": self.topic, "content": content}}
             key = {"prefix": self.topic}
         else:
-            op = "r" if self.snapshot else "d" if self.kind == DELETE else "u"
+            op = "d" if self.kind == DELETE else "r" if self.snapshot else "c" if self.created else "u"
             envelope |= {"op": op, "before": form(self.before), "after": form(self.value)}
         return json.dumps(key).encode(), json.dumps(envelope).encode()
 
