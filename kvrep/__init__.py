@@ -60,6 +60,7 @@ from kvrep.errors import PermissionDenied as PermissionDenied
 from kvrep.errors import ProtocolError as ProtocolError
 from kvrep.errors import ReadError as ReadError
 from kvrep.errors import RefusedError as RefusedError
+from kvrep.errors import RejectedChange as RejectedChange
 from kvrep.errors import ReplicationError as ReplicationError
 from kvrep.errors import RolledBack as RolledBack
 from kvrep.errors import SnapshotExpired as SnapshotExpired
@@ -143,6 +144,7 @@ __all__ = [
     "Quorum",
     "ReadError",
     "RefusedError",
+    "RejectedChange",
     "ReplicationError",
     "Role",
     "RolledBack",

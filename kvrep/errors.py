@@ -38,6 +38,7 @@
     │   └── InvalidToken (ValueError)  a feed's token is damaged, or another store's
     └── ReplicationError
         ├── LogTrimmed               the asked records are gone; bootstrap from a snapshot
+        ├── RejectedChange           a secondary system cannot hold this change
         ├── Diverged                 the histories differ from an offset on
         ├── LineageMismatch          the other node holds another store altogether
         ├── ProtocolError            a peer sent what the protocol does not allow
@@ -81,6 +82,7 @@ __all__ = [
     "ProtocolError",
     "ReadError",
     "RefusedError",
+    "RejectedChange",
     "ReplicationError",
     "RolledBack",
     "SnapshotExpired",
@@ -370,6 +372,16 @@ class LogTrimmed(ReplicationError):
     hint = "begin with a snapshot"
     _names: ClassVar[tuple[str, ...]] = ("first",)
     first: int
+
+
+class RejectedChange(ReplicationError):
+    """A secondary system cannot hold this change, however often it is tried."""
+
+    _names: ClassVar[tuple[str, ...]] = ("index", "keyspace", "key")
+    index: int
+    """Its number among the changes that were given together."""
+    keyspace: str
+    key: bytes
 
 
 class Diverged(ReplicationError):

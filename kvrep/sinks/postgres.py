@@ -1,0 +1,281 @@
+"""A secondary in PostgreSQL: ``postgresql://user@host:5432/database?schema=kvrep`` (needs ``kvrep[postgres]``)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+from kvrep.errors import (
+    AuthenticationFailed,
+    ClosedError,
+    ConfigurationMismatch,
+    Error,
+    OpenError,
+    PeerUnavailable,
+    PermissionDenied,
+    StorageFull,
+)
+from kvrep.sinks.interface import Place
+from kvrep.sinks.sql import LETTERS, PLACE, TABLES, SqlSink, identifier
+from kvrep.sinks.tables import Table, table_name
+
+try:
+    import psycopg
+except ImportError as missing:
+    raise OpenError("postgresql:// needs the package psycopg", hint='pip install "kvrep[postgres]"') from missing
+
+__all__ = ["PostgresSink"]
+
+CONNECT_S = 10
+SILENCE_MS = 30_000
+"""How long sent bytes may stay unanswered before the connection counts as dead."""
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_END = b"\xff\xff"
+COPY_PIECE_BYTES = 1 << 20
+_ROW = struct.Struct(">hI").pack
+_LENGTH = struct.Struct(">I").pack
+
+
+class PostgresSink(SqlSink):
+    """Tables in one schema of a database. Snapshots go in by COPY, changes as one upsert for each batch."""
+
+    rejecting = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+    mark: ClassVar[str] = "%s"
+
+    def __init__(self, url: str, *, tables: Mapping[str, Table] | None = None) -> None:
+        super().__init__(tables)
+        self._conninfo, self._schema = _parsed(url)
+        self.url = _shown(url)
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def open(self) -> Place:
+        self.close()
+        try:
+            self._connection = psycopg.connect(
+                self._conninfo,
+                connect_timeout=CONNECT_S,
+                application_name="kvrep agent",
+                keepalives_idle=10,
+                keepalives_interval=5,
+                keepalives_count=3,
+                tcp_user_timeout=SILENCE_MS,
+            )
+        except psycopg.OperationalError as error:
+            raise _refused(error, self.url) from error
+        except psycopg.ProgrammingError as error:
+            raise ConfigurationMismatch(f"{self.url}: {_line(error)}", option="to", given=self.url) from error
+        try:
+            with self._errors():
+                self._make_tables()
+                place = self._load_place()
+                self._need().commit()
+        except BaseException:
+            self.close()
+            raise
+        return place
+
+    def _make_tables(self) -> None:
+        found = self._run(
+            "SELECT count(*) FROM pg_tables WHERE schemaname = %s AND tablename IN (%s, %s, %s)",
+            (self._schema, PLACE, LETTERS, TABLES),
+        ).fetchone()
+        if found[0] == 3:
+            return
+        self._run(f"CREATE SCHEMA IF NOT EXISTS {identifier(self._schema)}")
+        self._run(
+            f"CREATE TABLE IF NOT EXISTS {self._name(PLACE)} (id int PRIMARY KEY, version bigint NOT NULL,"
+            ' lineage text NOT NULL, epoch bigint NOT NULL, "offset" bigint NOT NULL, "index" bigint NOT NULL, time_us bigint NOT NULL,'
+            " token text NOT NULL, staging boolean NOT NULL, whole boolean NOT NULL)"
+        )
+        self._run(
+            f"CREATE TABLE IF NOT EXISTS {self._name(LETTERS)} (number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
+            " position text NOT NULL, keyspace text NOT NULL, key bytea NOT NULL, value bytea, raw bytea NOT NULL,"
+            " reason text NOT NULL, time_us bigint NOT NULL)"
+        )
+        self._run(f"CREATE TABLE IF NOT EXISTS {self._name(TABLES)} (name text PRIMARY KEY)")
+
+    def commit(self, place: Place) -> None:
+        with self._errors():
+            self._store_place(place)
+            self._need().commit()
+        self._version += 1
+
+    def rollback(self) -> None:
+        self._known.clear()
+        connection = self._connection
+        if connection is not None and not connection.broken:
+            with self._errors():
+                connection.rollback()
+
+    def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
+        with self._errors(), self._need().cursor(name="kvrep_scan", binary=True) as cursor:
+            cursor.itersize = 1000
+            cursor.execute(f"SELECT * FROM {self._name(table_name(keyspace))} ORDER BY key")
+            for key, *rest in cursor:
+                yield key, rest[0] if len(rest) == 1 else tuple(rest)
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        self._known.clear()
+
+    # -- for the base ------------------------------------------------------------------------------
+
+    def _need(self) -> psycopg.Connection[Any]:
+        if self._connection is None:
+            raise ClosedError("the sink is not open")
+        return self._connection
+
+    def _begin(self) -> None:
+        """psycopg begins by itself."""
+        self._need()
+
+    def _run(self, statement: str, parameters: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
+        return self._need().execute(statement.encode(), parameters or None)
+
+    def _name(self, table: str) -> str:
+        return f"{identifier(self._schema)}.{identifier(table)}"
+
+    def _create(self, name: str, table: Table) -> None:
+        there = self._run("SELECT to_regclass(%s)", (self._name(name),)).fetchone()
+        if there[0] is not None:
+            return
+        columns = ", ".join(
+            f"{identifier(column)} {kind}{' PRIMARY KEY' if column == 'key' else ''}"
+            for column, kind in table.types.items()
+        )
+        self._run(f"CREATE TABLE {self._name(name)} ({columns})")
+
+    def _put(self, name: str, table: Table, rows: list[tuple[Any, ...]], *, fresh: bool) -> None:
+        if not fresh:
+            self._upsert(name, table, rows)
+            return
+        self._run("SAVEPOINT kvrep_copy")
+        try:
+            self._copy(name, table, rows)
+        except psycopg.errors.UniqueViolation:
+            self._run("ROLLBACK TO SAVEPOINT kvrep_copy")
+            self._upsert(name, table, rows)
+
+    def _copy(self, name: str, table: Table, rows: list[tuple[Any, ...]]) -> None:
+        columns = ", ".join(map(identifier, table.types))
+        statement = f"COPY {self._name(name)} ({columns}) FROM STDIN"
+        with self._need().cursor() as cursor:
+            if table.plain:
+                with cursor.copy(f"{statement} (FORMAT BINARY)".encode()) as copy:
+                    for piece in _packed(rows):
+                        copy.write(piece)
+            else:
+                with cursor.copy(statement.encode()) as copy:
+                    for row in rows:
+                        copy.write_row(row)
+
+    def _upsert(self, name: str, table: Table, rows: list[tuple[Any, ...]]) -> None:
+        """All rows in one statement, as one array for each column."""
+        types = table.types
+        arrays = ", ".join("%b::bytea[]" if kind == "bytea" else "%s::text[]" for kind in types.values())
+        values = ", ".join(f"c{i}::{kind}" for i, kind in enumerate(types.values()))
+        names = ", ".join(f"c{i}" for i in range(len(types)))
+        updates = ", ".join(f"{identifier(c)} = excluded.{identifier(c)}" for c in types if c != "key")
+        self._run(
+            f"INSERT INTO {self._name(name)} ({', '.join(map(identifier, types))})"
+            f" SELECT {values} FROM unnest({arrays}) AS rows ({names})"
+            f" ON CONFLICT (key) DO UPDATE SET {updates}",
+            [list(column) for column in zip(*rows, strict=True)],
+        )
+
+    def _delete(self, name: str, keys: list[Any], table: Table) -> None:
+        array = "%s::text[]" if table.text_keys else "%b::bytea[]"
+        self._run(f"DELETE FROM {self._name(name)} WHERE key = ANY({array})", [keys])
+
+    def _merge(self, live: str, staged: str, columns: Sequence[str]) -> None:
+        names = ", ".join(["key", *map(identifier, columns)])
+        updates = ", ".join(f"{identifier(c)} = excluded.{identifier(c)}" for c in columns)
+        mine = ", ".join(f"live.{identifier(c)}" for c in columns)
+        new = ", ".join(f"excluded.{identifier(c)}" for c in columns)
+        self._run(
+            f"INSERT INTO {live} AS live ({names}) SELECT {names} FROM {staged}"
+            f" ON CONFLICT (key) DO UPDATE SET {updates} WHERE ({mine}) IS DISTINCT FROM ({new})"
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self.rejecting:
+            raise
+        except psycopg.Error as error:
+            broken = self._connection is None or self._connection.broken
+            raise _mapped(error, self.url, broken=broken) from error
+
+
+def _packed(rows: list[tuple[Any, ...]]) -> Iterator[bytes]:
+    """Rows of (key, value) in PostgreSQL's binary COPY format, in pieces."""
+    parts = [COPY_HEADER]
+    size = 0
+    for key, value in rows:
+        parts += (_ROW(2, len(key)), key, _LENGTH(len(value)), value)
+        size += len(key) + len(value) + 10
+        if size >= COPY_PIECE_BYTES:
+            yield b"".join(parts)
+            parts, size = [], 0
+    parts.append(COPY_END)
+    yield b"".join(parts)
+
+
+def _parsed(url: str) -> tuple[str, str]:
+    """The address without our own option ``schema``, and that."""
+    parts = urlsplit(url)
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    schema = dict(pairs).get("schema", "kvrep")
+    if not schema or len(schema.encode()) > 63 or set(schema) & set("\0%") or schema.startswith("pg_"):
+        raise ConfigurationMismatch(f"{schema!r} cannot be the name of a schema", option="to", given=schema)
+    rest = urlencode([pair for pair in pairs if pair[0] != "schema"], quote_via=quote)
+    return urlunsplit(("postgresql", parts.netloc, parts.path, rest, "")), schema
+
+
+def _shown(url: str) -> str:
+    """The address without password and options."""
+    parts = urlsplit(url)
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    user = credentials.partition(":")[0]
+    return f"postgresql://{user}{at}{hosts}{parts.path}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _refused(error: psycopg.OperationalError, url: str) -> Error:
+    """Why there is no connection. libpq gives no code for it, only words."""
+    text = f"{url}: {_line(error)}"
+    words = str(error).lower()
+    if "authentication failed" in words or "no password supplied" in words or "role" in words.partition("fatal")[2]:
+        return AuthenticationFailed(text, hint="check the user and password in the address, or ~/.pgpass")
+    if "pg_hba.conf" in words:
+        return PermissionDenied(text, hint="the server's pg_hba.conf has to admit this user from this host")
+    if "database" in words and "does not exist" in words:
+        return ConfigurationMismatch(text, option="to", given=url, hint="create the database, or name another one")
+    if "could not translate host name" in words or "name or service not known" in words:
+        return PeerUnavailable(text, address=url, hint="check the host name in the address")
+    return PeerUnavailable(text, address=url, hint="check host and port, and that the server runs")
+
+
+def _mapped(error: psycopg.Error, url: str, *, broken: bool) -> Error:
+    """An error of an open connection as one of kvrep."""
+    text, state = f"{url}: {_line(error)}", error.sqlstate or ""
+    if state.startswith("53"):
+        return StorageFull(text, hint="the secondary is out of disk, memory or connections")
+    if state == "25006":
+        return PeerUnavailable(text, address=url, hint="that server is a standby: give the address of its primary")
+    if state == "42501":
+        return PermissionDenied(text, hint="grant CREATE on the database (or schema) to the agent's user")
+    if broken or state[:2] in ("08", "57", "40", "55") or isinstance(error, psycopg.OperationalError):
+        return PeerUnavailable(text, address=url, hint="the agent tries again by itself")
+    return ConfigurationMismatch(
+        text, option="to", given=url, hint="a table there does not have the columns that the keyspace needs"
+    )
