@@ -79,7 +79,7 @@ class Message:
 
     body: bytes
     key: bytes = b""
-    headers: Mapping[str, str] = field(default=_NO_HEADERS)
+    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     id: str = ""
 
 
