@@ -75,6 +75,9 @@ from kvrep.errors import UnknownOutcome as UnknownOutcome
 from kvrep.errors import UnsafePromotion as UnsafePromotion
 from kvrep.errors import UpgradeRequired as UpgradeRequired
 from kvrep.errors import ValueTooLarge as ValueTooLarge
+from kvrep.feeds.changes import Changes as Changes
+from kvrep.feeds.named import Feed as Feed
+from kvrep.feeds.named import FeedInfo as FeedInfo
 from kvrep.keyspace import Batch as Batch
 from kvrep.keyspace import Keyspace as Keyspace
 from kvrep.keyspace import Snapshot as Snapshot
@@ -106,6 +109,7 @@ __all__ = [
     "AuthenticationFailed",
     "Batch",
     "Change",
+    "Changes",
     "ClosedError",
     "CloudEvent",
     "Codec",
@@ -118,6 +122,8 @@ __all__ = [
     "Etcd",
     "Event",
     "EventKind",
+    "Feed",
+    "FeedInfo",
     "Fenced",
     "FollowerStatus",
     "ForkedError",

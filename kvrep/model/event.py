@@ -270,7 +270,8 @@ class Event:
         return json.dumps(key).encode(), json.dumps(envelope).encode()
 
 
-def _text(value: str | bytes) -> str:
+def _text(value: Any) -> str:
+    """A header as text; empty for what is none."""
     if isinstance(value, bytes):
         try:
             return value.decode()

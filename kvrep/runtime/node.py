@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from kvrep.model.position import Position, epoch_after
 from kvrep.options import Options
 from kvrep.runtime.compression import need_zstd
 from kvrep.runtime.events import Events
+from kvrep.runtime.horizon import HeldByFeeds
 from kvrep.runtime.roles import Roles
 from kvrep.status import Event, EventKind, Outcome, Role, Status
 from kvrep.storage.engine import Engine
@@ -77,6 +78,9 @@ class Node:
         """Who decides when this node tries to be primary; ``None``: people do."""
         self.events = Events(engine.home.name or engine.home.path.name)
         engine.on_rollback = self._on_rollback
+        engine.feeds_from = HeldByFeeds(self)
+        self.calls: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
+        """What layers above answer to clients in other processes, by the name of the call."""
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
@@ -396,6 +400,11 @@ class Node:
         if self.shipping is not None:
             self.shipping.await_more(write.position, acks, level or "synced", deadline)
 
+    def await_position(self, position: Position, acks: Acks | None, level: Any, deadline_s: float) -> None:
+        """Wait until a committed write has reached as much as it asked for beyond the rule."""
+        if self.shipping is not None:
+            self.shipping.await_more(position, acks, level or "synced", deadline_s)
+
     def await_record(self, record: Any, timeout_s: float | None) -> None:
         """Wait until a record that a transaction has read is committed."""
         if type(record) is Write:
@@ -434,6 +443,28 @@ class Node:
         self.on_moved()
         if self.shipping is not None:
             self.shipping.on_committed(committed)
+
+    def on_acked(self) -> None:
+        """A follower confirmed more: with ``acks=0`` that moves the horizon."""
+        if self._waiting:
+            with self._moved:
+                self._moved.notify_all()
+
+    def await_move(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until something is committed, or the node is closed, or ``timeout_s`` have passed; not at all
+        if ``ready()``. A part of what is waited for shows without notice: look again every quarter second."""
+        with self._moved:
+            self._waiting += 1
+            try:
+                if not ready() and not self._closed:
+                    self._moved.wait(timeout_s)
+            finally:
+                self._waiting -= 1
+
+    def stir(self) -> None:
+        """Wake everybody who waits in :meth:`await_move`."""
+        with self._moved:
+            self._moved.notify_all()
 
     def wait_for(self, position: Position, timeout_s: float) -> None:
         """Return once reads here show ``position``; :class:`StaleRead` after ``timeout_s``.

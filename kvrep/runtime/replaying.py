@@ -120,6 +120,7 @@ class Replaying:
             self._fresh_us = before._fresh_us
             self._next = before._next
             self._own_sources, self._primary_name = before._own_sources, before._primary_name
+            self._primary_id = before._primary_id
 
     def start(self) -> None:
         label = self.node.label
@@ -488,6 +489,11 @@ class Replaying:
         if reason == "not-primary":
             raise NotPrimary(message, hint="", primary_address=primary_address or None, epoch=None)
         raise _Refused(message) if final else ProtocolError(message)
+
+    @property
+    def primary_id(self) -> bytes:
+        """The store id of the primary that was followed last; empty before the first join."""
+        return self._primary_id
 
     @property
     def sources(self) -> tuple[str, ...]:

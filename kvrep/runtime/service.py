@@ -84,7 +84,7 @@ class NodeService:
         return serve_snapshot(self._node, request)
 
     def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = self._methods.get(method)
+        answer = self._methods.get(method) or self._node.calls.get(method)
         if answer is None:
             raise ProtocolError(f"{method!r} is not something this node answers", hint="upgrade it")
         if self._node.engine.closed:

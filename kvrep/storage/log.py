@@ -543,11 +543,10 @@ class Log:
             self._recent = _Recent()
 
     def close(self) -> None:
-        """Close all files; unlink what was made ahead. No other call may be under way."""
+        """Close all files; unlink what was made ahead. Nobody may be writing; readers find it empty."""
         self.seal()
         (self.directory / SPARE).unlink(missing_ok=True)
-        for file in self._files:
-            file.close()
+        self.abandon()
 
 
 def _first_length(data: bytes) -> int:
