@@ -92,7 +92,7 @@ class Rate:
 
     def __init__(self, window_s: float = 10.0) -> None:
         self._window_s = window_s
-        self._points: deque[tuple[float, int]] = deque([], maxlen=4096)
+        self._points: deque[tuple[float, int]] = deque(maxlen=4096)
 
     def add(self, total: int, now_s: float) -> None:
         """``total`` so far, at ``now_s`` (monotonic)."""

@@ -25,7 +25,9 @@ from kvrep.sinks.tables import Table, table_name
 try:
     import psycopg
 except ImportError as missing:
-    raise OpenError("postgresql:// needs the package psycopg", hint='pip install "kvrep[postgres]"') from missing
+    raise OpenError(
+        "postgresql:// needs the package psycopg", hint='pip install "kvrep[postgres]"'
+    ) from missing
 
 __all__ = ["PostgresSink"]
 
@@ -87,8 +89,8 @@ class PostgresSink(SqlSink):
         self._run(f"CREATE SCHEMA IF NOT EXISTS {identifier(self._schema)}")
         self._run(
             f"CREATE TABLE IF NOT EXISTS {self._name(PLACE)} (id int PRIMARY KEY, version bigint NOT NULL,"
-            ' lineage text NOT NULL, epoch bigint NOT NULL, "offset" bigint NOT NULL, "index" bigint NOT NULL, time_us bigint NOT NULL,'
-            " token text NOT NULL, staging boolean NOT NULL, whole boolean NOT NULL)"
+            ' lineage text NOT NULL, epoch bigint NOT NULL, "offset" bigint NOT NULL, "index" bigint NOT NULL,'
+            " time_us bigint NOT NULL, token text NOT NULL, staging boolean NOT NULL, whole boolean NOT NULL)"
         )
         self._run(
             f"CREATE TABLE IF NOT EXISTS {self._name(LETTERS)} (number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
@@ -111,7 +113,7 @@ class PostgresSink(SqlSink):
                 connection.rollback()
 
     def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
-        with self._errors(), self._need().cursor(name="kvrep_scan", binary=True) as cursor:
+        with self._errors(), self._reading(), self._need().cursor(name="kvrep_scan", binary=True) as cursor:
             cursor.itersize = 1000
             cursor.execute(f"SELECT * FROM {self._name(table_name(keyspace))} ORDER BY key")
             for key, *rest in cursor:
@@ -133,6 +135,16 @@ class PostgresSink(SqlSink):
     def _begin(self) -> None:
         """psycopg begins by itself."""
         self._need()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        connection = self._need()
+        before = connection.info.transaction_status
+        try:
+            yield
+        finally:
+            if before == psycopg.pq.TransactionStatus.IDLE and not connection.broken:
+                connection.rollback()
 
     def _run(self, statement: str, parameters: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
         return self._need().execute(statement.encode(), parameters or None)
@@ -254,12 +266,18 @@ def _refused(error: psycopg.OperationalError, url: str) -> Error:
     """Why there is no connection. libpq gives no code for it, only words."""
     text = f"{url}: {_line(error)}"
     words = str(error).lower()
-    if "authentication failed" in words or "no password supplied" in words or "role" in words.partition("fatal")[2]:
+    if (
+        "authentication failed" in words
+        or "no password supplied" in words
+        or "role" in words.partition("fatal")[2]
+    ):
         return AuthenticationFailed(text, hint="check the user and password in the address, or ~/.pgpass")
     if "pg_hba.conf" in words:
         return PermissionDenied(text, hint="the server's pg_hba.conf has to admit this user from this host")
     if "database" in words and "does not exist" in words:
-        return ConfigurationMismatch(text, option="to", given=url, hint="create the database, or name another one")
+        return ConfigurationMismatch(
+            text, option="to", given=url, hint="create the database, or name another one"
+        )
     if "could not translate host name" in words or "name or service not known" in words:
         return PeerUnavailable(text, address=url, hint="check the host name in the address")
     return PeerUnavailable(text, address=url, hint="check host and port, and that the server runs")
@@ -271,7 +289,9 @@ def _mapped(error: psycopg.Error, url: str, *, broken: bool) -> Error:
     if state.startswith("53"):
         return StorageFull(text, hint="the secondary is out of disk, memory or connections")
     if state == "25006":
-        return PeerUnavailable(text, address=url, hint="that server is a standby: give the address of its primary")
+        return PeerUnavailable(
+            text, address=url, hint="that server is a standby: give the address of its primary"
+        )
     if state == "42501":
         return PermissionDenied(text, hint="grant CREATE on the database (or schema) to the agent's user")
     if broken or state[:2] in ("08", "57", "40", "55") or isinstance(error, psycopg.OperationalError):

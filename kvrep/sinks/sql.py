@@ -57,6 +57,10 @@ class SqlSink(Sink):
         """Be in a transaction."""
 
     @abstractmethod
+    def _reading(self) -> AbstractContextManager[None]:
+        """Read, without leaving a transaction open where none was."""
+
+    @abstractmethod
     def _run(self, statement: str, parameters: Sequence[Any] = ()) -> Any:
         """A cursor."""
 
@@ -111,7 +115,9 @@ class SqlSink(Sink):
             raise
         self._run("RELEASE SAVEPOINT kvrep")
 
-    def _prepared(self, indexed: Sequence[tuple[int, Op]]) -> list[tuple[str, list[tuple[Any, ...]], list[Any]]]:
+    def _prepared(
+        self, indexed: Sequence[tuple[int, Op]]
+    ) -> list[tuple[str, list[tuple[Any, ...]], list[Any]]]:
         """(keyspace, rows to put, keys to delete) of each keyspace; each of them comes in one run."""
         spaces: dict[str, tuple[str, list[tuple[Any, ...]], list[Any]]] = {}
         table, plain = _PLAIN, True
@@ -137,7 +143,9 @@ class SqlSink(Sink):
                 f"{op[0]}: the key is no text", index=index, keyspace=op[0], key=op[1]
             ) from error
 
-    def _culprit(self, indexed: Sequence[tuple[int, Op]], suffix: str, error: BaseException) -> RejectedChange:
+    def _culprit(
+        self, indexed: Sequence[tuple[int, Op]], suffix: str, error: BaseException
+    ) -> RejectedChange:
         """Which operation cannot be stored, by halving; nothing of them is stored afterwards."""
         while len(indexed) > 1:
             half = indexed[: len(indexed) // 2]
@@ -160,13 +168,16 @@ class SqlSink(Sink):
         if name not in self._known:
             self._create(name, self._table(keyspace))
             self._run(
-                f"INSERT INTO {self._name(TABLES)} (name) VALUES ({self.mark}) ON CONFLICT DO NOTHING", (name,)
+                f"INSERT INTO {self._name(TABLES)} (name) VALUES ({self.mark}) ON CONFLICT DO NOTHING",
+                (name,),
             )
             self._known.add(name)
 
     def _own(self) -> list[str]:
         """The tables that this sink made or took over; it never touches others."""
-        return [name for (name,) in self._run(f"SELECT name FROM {self._name(TABLES)} ORDER BY name").fetchall()]
+        return [
+            name for (name,) in self._run(f"SELECT name FROM {self._name(TABLES)} ORDER BY name").fetchall()
+        ]
 
     def _disown(self, name: str) -> None:
         self._run(f"DELETE FROM {self._name(TABLES)} WHERE name = {self.mark}", (name,))
@@ -190,7 +201,9 @@ class SqlSink(Sink):
 
     def _rename(self, staged: str, name: str) -> None:
         self._run(f"ALTER TABLE {self._name(staged)} RENAME TO {identifier(name)}")
-        self._run(f"UPDATE {self._name(TABLES)} SET name = {self.mark} WHERE name = {self.mark}", (name, staged))
+        self._run(
+            f"UPDATE {self._name(TABLES)} SET name = {self.mark} WHERE name = {self.mark}", (name, staged)
+        )
 
     def _replace(self, name: str) -> None:
         """Bring a table that people may have built upon to what was staged, row by row where it differs."""
@@ -265,7 +278,8 @@ class SqlSink(Sink):
             )  # fmt: skip
             marks = ", ".join([self.mark] * 7)
             self._run(
-                f"INSERT INTO {self._name(LETTERS)} ({_LETTER.removeprefix('number, ')}) VALUES ({marks})", values
+                f"INSERT INTO {self._name(LETTERS)} ({_LETTER.removeprefix('number, ')}) VALUES ({marks})",
+                values,
             )
 
     def forget(self, numbers: Any) -> None:
@@ -275,8 +289,7 @@ class SqlSink(Sink):
                 self._run(f"DELETE FROM {self._name(LETTERS)} WHERE number = {self.mark}", (number,))
 
     def dead_letters(self) -> list[DeadLetter]:
-        with self._errors():
-            self._begin()
+        with self._errors(), self._reading():
             rows = self._run(f"SELECT {_LETTER} FROM {self._name(LETTERS)} ORDER BY number").fetchall()
         return [
             DeadLetter(number=n, position=p, keyspace=s, key=k, value=v, raw=raw, reason=why, time_us=t)
@@ -284,6 +297,5 @@ class SqlSink(Sink):
         ]
 
     def keyspaces(self) -> list[str]:
-        with self._errors():
-            self._begin()
+        with self._errors(), self._reading():
             return [name for name in self._own() if not name.endswith(STAGED)]

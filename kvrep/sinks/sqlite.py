@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from kvrep.errors import (
@@ -23,8 +23,8 @@ __all__ = ["SqliteSink"]
 
 _SCHEMA = (
     f'CREATE TABLE IF NOT EXISTS "{PLACE}" (id INTEGER PRIMARY KEY, version INTEGER NOT NULL, lineage TEXT NOT NULL,'
-    ' epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL, "index" INTEGER NOT NULL, time_us INTEGER NOT NULL, token TEXT NOT NULL,'
-    " staging INTEGER NOT NULL, whole INTEGER NOT NULL)",
+    ' epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL, "index" INTEGER NOT NULL, time_us INTEGER NOT NULL,'
+    " token TEXT NOT NULL, staging INTEGER NOT NULL, whole INTEGER NOT NULL)",
     f'CREATE TABLE IF NOT EXISTS "{LETTERS}" (number INTEGER PRIMARY KEY AUTOINCREMENT, position TEXT NOT NULL,'
     " keyspace TEXT NOT NULL, key BLOB NOT NULL, value BLOB, raw BLOB NOT NULL, reason TEXT NOT NULL,"
     " time_us INTEGER NOT NULL)",
@@ -107,6 +107,9 @@ class SqliteSink(SqlSink):
         if not self._need().in_transaction:
             self._run("BEGIN IMMEDIATE")
 
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def _run(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._need().execute(statement, parameters)
 
@@ -121,6 +124,7 @@ class SqliteSink(SqlSink):
         self._run(f"CREATE TABLE IF NOT EXISTS {self._name(name)} ({columns}) WITHOUT ROWID")
 
     def _put(self, name: str, table: Table, rows: list[tuple[Any, ...]], *, fresh: bool) -> None:
+        del fresh
         columns = ", ".join(map(identifier, table.types))
         marks = ", ".join("?" * len(table.types))
         updates = _updates(column for column in table.types if column != "key")
@@ -130,6 +134,7 @@ class SqliteSink(SqlSink):
         )
 
     def _delete(self, name: str, keys: list[Any], table: Table) -> None:
+        del table
         self._need().executemany(f"DELETE FROM {self._name(name)} WHERE key = ?", [(key,) for key in keys])
 
     def _merge(self, live: str, staged: str, columns: Sequence[str]) -> None:
@@ -169,7 +174,9 @@ def _mapped(error: sqlite3.Error, url: str) -> Exception:
     if name.startswith(("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")):
         return PermissionDenied(text, hint="the agent must be allowed to write the file and its folder")
     if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        return NotAStore(text, path=url, hint="give the path of a SQLite database, or of a file yet to be made")
+        return NotAStore(
+            text, path=url, hint="give the path of a SQLite database, or of a file yet to be made"
+        )
     return ConfigurationMismatch(
         text, option="to", given=url, hint="a table there does not have the columns that the keyspace needs"
     )

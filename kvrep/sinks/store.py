@@ -81,7 +81,9 @@ class RemoteStore:
         from kvrep.transport.network import GrpcTransport
         from kvrep.transport.security import Security
 
-        transport = GrpcTransport(security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20))
+        transport = GrpcTransport(
+            security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20)
+        )
         self._connection = transport.connect(address, name="agent")
         try:
             self._call("status", {})
@@ -189,7 +191,9 @@ class StoreSink(Sink):
         if self._merge:
             for space in self.keyspaces():
                 self._remove(
-                    (space, key) for key, _ in target.scan(space) if target.get(NOTES, _seen(space, key)) is None
+                    (space, key)
+                    for key, _ in target.scan(space)
+                    if target.get(NOTES, _seen(space, key)) is None
                 )
             self._remove((NOTES, key) for key, _ in target.scan(NOTES, _SEEN))
         self._merge = False

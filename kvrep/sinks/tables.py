@@ -22,7 +22,9 @@ NAME_BYTES_MAX = 48
 _CODECS: dict[str, Codec[Any]] = {
     codec.name: codec for codec in (codecs.BYTES, codecs.TEXT, codecs.JSON, codecs.MSGPACK)
 }
-_COLUMN = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,62})\s+([A-Za-z][A-Za-z0-9_ ]*(?:\(\s*\d+(?:\s*,\s*\d+)?\s*\))?)")
+_COLUMN = re.compile(
+    r"([A-Za-z_][A-Za-z0-9_]{0,62})\s+([A-Za-z][A-Za-z0-9_ ]*(?:\(\s*\d+(?:\s*,\s*\d+)?\s*\))?)"
+)
 _TABLE = re.compile(r"([a-z0-9_-]{1,64})=(\w+)\s*(?:\((.*)\))?", re.DOTALL)
 _WHOLE = {"bytes": "bytea", "text": "text", "json": "jsonb", "msgpack": "jsonb"}
 
