@@ -22,7 +22,7 @@ from kvrep.storage.engine import Engine
 
 __all__ = ["LogReader", "Origin"]
 
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 19
 _new = tuple.__new__  # half the price of a named tuple's own constructor
 
 

@@ -43,7 +43,7 @@ class Change(NamedTuple):
 
     position: Position
     """Of the record that holds it; for a row of a snapshot, the position the row was read at."""
-    index: int
+    index: int  # type: ignore[assignment] # the method of tuples is no loss
     """Its number in the record (from 0); in a snapshot ``ROW_INDEX`` + its number in the snapshot."""
     kind: ChangeKind
     keyspace: str

@@ -52,7 +52,7 @@ class Token(NamedTuple):
     lineage: bytes
     branch: bytes
     position: Position
-    index: int
+    index: int  # type: ignore[assignment] # the method of tuples is no loss
     epochs: EpochTable
     previous: Sequence | None
     scan: Scan | None
