@@ -46,8 +46,8 @@ __all__ = ["Agent", "AgentState", "AgentStatus", "retry_dead_letters"]
 
 log = logging.getLogger("kvrep.agent")
 
-IDLE_S = 0.5
-UNIT_WAIT_S = 1.0
+IDLE_S = 0.2
+UNIT_WAIT_S = 0.25
 """How long the rest of a transaction is waited for before its first part is committed alone."""
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 RETRYABLE = (PeerUnavailable, StorageFull, StoreInUse, StaleRead, TimeoutError)
@@ -293,7 +293,7 @@ class Agent:
         """How long to wait for more: not at all where something is ready to be committed."""
         if not self._batch.count:
             return IDLE_S
-        return 0.0 if self._batch.at_end else UNIT_WAIT_S / 10
+        return 0.0 if self._batch.at_end else UNIT_WAIT_S / 5
 
     def _may_commit(self, full: bool) -> bool:
         """At the end of a transaction; inside one only when it is large, or its rest is long in coming."""
@@ -304,6 +304,8 @@ class Agent:
         return large or (not full and time.monotonic() - batch.began_s > UNIT_WAIT_S)
 
     def _idle(self) -> None:
+        if not self._batch.count:
+            self.source.settle(self._place)
         behind = self.source.state().behind
         if behind is not None:
             self._growth.add(self._place.sequence[1] + behind, time.monotonic())

@@ -77,6 +77,7 @@ class BrokerSource(Source):
         self._dropped = False
         """Whether something arrived and was not kept: it has to come again."""
         self._gap_since_s: float | None = None
+        self._gap_after: Sequence = NOTHING
         self._ask_at_s = 0.0
         self._pause_s = self._ask_interval_s
 
@@ -143,12 +144,12 @@ class BrokerSource(Source):
         return bool(inbox.parked) or self._dropped or marked or inbox.applied == NOTHING
 
     def _watch_gap(self) -> None:
-        now_s = time.monotonic()
+        now_s, applied = time.monotonic(), self._inbox.applied
         if not self._missing():
             self._gap_since_s, self._pause_s = None, self._ask_interval_s
             return
-        if self._gap_since_s is None:
-            self._gap_since_s = now_s
+        if self._gap_since_s is None or self._gap_after != applied:
+            self._gap_since_s, self._gap_after, self._pause_s = now_s, applied, self._ask_interval_s
         waited = self._dropped or now_s - self._gap_since_s >= self._gap_wait_s
         if waited and now_s >= self._ask_at_s:
             self._ask()
