@@ -43,7 +43,7 @@ def test_confirms_are_counted_without_gaps(site: Site) -> None:
     assert (publisher.confirmed, status.confirmed, status.published) == (1000, 1000, 1000)
     assert (status.state, status.buffered_bytes) == ("ready", 0)
     assert publisher.wait(1000, 0)
-    found = read(broker.subscriber(), 1000)
+    found = read(broker.subscriber(prefetch=1000), 1000)
     in_order(found)
     assert sorted(numbers(found)) == list(range(1, 1001))
 

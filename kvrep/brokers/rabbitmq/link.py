@@ -29,8 +29,6 @@ from kvrep.errors import (
 __all__ = ["Link", "Place"]
 
 log = logging.getLogger("kvrep.brokers")
-# What pika logs of every failed attempt is told in our own words already.
-logging.getLogger("pika").addFilter(lambda record: record.levelno < logging.ERROR)
 
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 5.0
 CLOSE_GRACE_S = 0.5
@@ -98,7 +96,6 @@ class Link:
         on_ready: Callable[[Any], None],
         on_lost: Callable[[], None],
     ) -> None:
-        """Connect; raises at once what keeps the first connection from being made."""
         self.problem = ""
         """Why there is no connection now; empty when there is one."""
         self.reconnects = 0
@@ -118,6 +115,10 @@ class Link:
         self._lock = threading.Lock()
         self._connection: Any = None
         self._thread = threading.Thread(target=self._run, name=f"kvrep-rabbitmq-{kind}", daemon=True)
+
+    def open(self) -> None:
+        """Connect; raises at once what keeps the first connection from being made."""
+        place = self._place
         self._thread.start()
         self._settled.wait(place.timeout_s * (len(place.hosts) + 1))
         if not self._ready and self._first:

@@ -56,6 +56,7 @@ class RabbitPublisher:
         """Confirmed ones behind it."""
         self._link = Link(place, queue, "publisher", self._on_ready, self._on_lost)
         self._link.on_unblocked = self._pump
+        self._link.open()
 
     # -- from other threads ------------------------------------------------------------------------
 

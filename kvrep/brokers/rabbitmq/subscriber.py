@@ -48,21 +48,23 @@ class RabbitSubscriber:
         self._channel: Any = None
         self._saving = False
         self._link = Link(place, queue, "subscriber", self._on_ready, self._on_lost)
+        self._link.open()
 
     # -- the reading thread ------------------------------------------------------------------------
 
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
-        arrived = self._arrived
         with self._changed:
-            if not arrived and not self._closed and timeout_s > 0:
-                self._changed.wait_for(lambda: arrived or self._closed, timeout_s)
+            if timeout_s > 0:
+                self._changed.wait_for(lambda: self._closed or self._ready(), timeout_s)
             if self._closed:
                 raise ClosedError("the subscriber is closed")
-            if len(arrived) <= max_messages:
-                found = list(arrived)
-                arrived.clear()
-                return found
-            return [arrived.popleft() for _ in range(max_messages)]
+            count = min(max_messages, self._ready())
+            return [self._arrived.popleft() for _ in range(count)]
+
+    def _ready(self) -> int:
+        """How many may be handed out: a stream's chunks bring more than the prefetch count."""
+        arrived = len(self._arrived)
+        return min(arrived, self._prefetch - (len(self._outstanding) - arrived))
 
     def ack(self, delivery: Delivery, *, through: bool = True) -> None:
         generation, tag, offset = delivery.tag
@@ -74,6 +76,7 @@ class RabbitSubscriber:
             if not tags:
                 return
             done_through = self._outstanding.done_through
+            self._changed.notify_all()
             if self._stream and done_through is not None:
                 self._next = done_through + 1 + (offset - tag)  # offsets and tags grow alike
                 save, self._saving = not self._saving, True
@@ -132,7 +135,7 @@ class RabbitSubscriber:
 
     def _on_message(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
         headers = properties.headers or {}
-        offset = headers.get(OFFSET_HEADER, 0) if self._stream else 0
+        offset = int(headers.get(OFFSET_HEADER, 0)) if self._stream else 0
         tag = method.delivery_tag
         key = headers.get(KEY_HEADER, b"")
         texts = {
