@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from kvrep.codecs import BYTES, Codec
-from kvrep.errors import ClosedError, Error, TransactionExpired, again
+from kvrep.errors import ClosedError, Error, Overloaded, TransactionExpired, again
 from kvrep.model.position import Position
 from kvrep.model.record import Kind, Op, write_payload, writes_in
 from kvrep.runtime.checks import check_headers, check_key, check_topic, check_value, prefix_stop
@@ -244,13 +244,16 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
             self._node.await_position(position, acks, level, deadline)
         return position
 
-    def _order_noted(self, timeout_s: float | None, key: bytes, *value: V) -> Write:
+    def _order_noted(self, timeout_s: float | None, key: bytes, *value: V, wait: bool = True) -> Write:
+        """Put such a write in order. Without ``wait`` it raises ``Overloaded`` when that is not its turn now."""
         txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
         try:
             if value:
                 txn.put(key, value[0])
             else:
                 txn.delete(key)
+            if not wait:
+                txn.place_now()
             write = txn.end(commit=True)
         except BaseException:
             txn.end(commit=False)
@@ -496,7 +499,7 @@ class Batch(Generic[V]):
             for key, value in zip(pairs, pairs, strict=True):
                 txn._writes[(name, key)] = value
                 if name in self._keeping:
-                    txn._note_name(name, key)
+                    txn._keeping.add((name, key))
         txn._emits, txn._size = self._emits, self._size
         return txn
 
@@ -525,8 +528,8 @@ class Transaction(Generic[V]):
         self._timeout_s = timeout_s
         self._writes: dict[tuple[str, bytes], bytes | None] = {}
         self._emits: list[list[Any]] = []
-        self._before: dict[tuple[str, bytes], bytes | None] = {}
-        """What keys of keyspaces that keep it held before this transaction."""
+        self._keeping: set[tuple[str, bytes]] = set()
+        """Keys whose former values are to be logged."""
         self._tail: dict[tuple[str, bytes], bytes | None] = {}
         """What was logged or ordered before this transaction and is not visible yet."""
         self._barrier: Any = None
@@ -624,22 +627,8 @@ class Transaction(Generic[V]):
         self._size += write.size + 16
         self._node.check_record_size(self._size)
         if space._keeps:
-            self._note_name(name, key)
+            self._keeping.add((name, key))
         self._writes[(name, key)] = value
-
-    def _note_name(self, name: str, key: bytes) -> None:
-        """Keep what ``key`` held before this transaction, to be logged with it."""
-        at = (name, key)
-        if at in self._before:
-            return
-        self._place()
-        value = self._tail[at] if at in self._tail else self._stored(name, key)
-        self._before[at] = value
-        self._size += len(value or b"") + 8
-
-    def _stored(self, name: str, key: bytes) -> bytes | None:
-        view = self._node.engine.view
-        return view.get(name, view.prefix(name), key)
 
     def emit(self, topic: str, payload: bytes, *, headers: Mapping[str, str] | None = None) -> None:
         """Hand a message to the readers of feeds when the transaction commits, and only then (an outbox).
@@ -721,8 +710,14 @@ class Transaction(Generic[V]):
         """
         if not self._open:
             return None
-        self._open = False
         committer = self._node.engine.committer
+        try:
+            notes = self._notes() if commit and self._keeping else []
+        except BaseException:
+            self._open = False
+            committer.leave_place(self, None)
+            raise
+        self._open = False
         if not commit or not self.wrote:
             if self._placed:
                 lost = not committer.holds_place(self)
@@ -732,8 +727,8 @@ class Transaction(Generic[V]):
             return None
         ops: list[Op] = [(name, key, value) for (name, key), value in self._writes.items()]
         write = Write(Kind.WRITE, write_payload(ops), self._size)
-        if self._emits or self._before:
-            write = Write(Kind.NOTED, [write.payload, self._emits, self._notes()], self._size)
+        if self._emits or notes:
+            write = Write(Kind.NOTED, [write.payload, self._emits, notes], self._size)
         if not self._placed:
             if order is not None:
                 order(write)
@@ -750,12 +745,27 @@ class Transaction(Generic[V]):
         return bool(self._writes or self._emits)
 
     def _notes(self) -> list[Any]:
-        """[operation, value before, …] of the keys that keep it."""
+        """[operation, value before this transaction, …] of the keys that keep it."""
+        self._place()
+        view = self._node.engine.view
         notes: list[Any] = []
         for index, at in enumerate(self._writes):
-            if at in self._before:
-                notes += (index, self._before[at])
+            if at in self._keeping:
+                name, key = at
+                value = self._tail[at] if at in self._tail else view.get(name, view.prefix(name), key)
+                notes += (index, value)
+                self._size += len(value or b"") + 8
+        self._node.check_record_size(self._size)
         return notes
+
+    def place_now(self) -> None:
+        """Take the writer's place, if it is free this moment; else ``Overloaded``."""
+        committer = self._node.engine.committer
+        self._node.engine.writable()
+        if not committer.take_place(self, lambda: None):
+            committer.leave_place(self, None)
+            raise Overloaded("a transaction is under way", hint="wait for it before sending more")
+        self.placed()
 
 
 def emitted(

@@ -264,11 +264,15 @@ class Feed:
     def __iter__(self) -> Iterator[Change]:
         while not self._closed:
             for change in self._ready:
-                self._last, self._acked = change, False
+                self.handed_out(change)
                 yield change
                 if self.closed:
                     return
             self._ready = iter(self._read(LOOK_UP_S))
+
+    def handed_out(self, change: Change) -> None:
+        """``change`` is the last one that the reader has."""
+        self._last, self._acked = change, False
 
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` without any, while paused, and when it is closed.

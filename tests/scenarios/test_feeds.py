@@ -395,7 +395,11 @@ def test_pause_seek_and_drop_reach_a_reader_that_runs(tmp_path: Path) -> None:
         assert feed.ack(first[6]) is not None
         db._feeds.seek("f", first[8].resume)
         assert numbers(feed.poll(WAIT_S)) == [10, 11]
-        for to, expected in (("oldest", list(range(1, 12))), ("now", []), ("snapshot", [1, 10, 11, *range(2, 10)])):
+        for to, expected in (
+            ("oldest", list(range(1, 12))),
+            ("now", []),
+            ("snapshot", [1, 10, 11, *range(2, 10)]),
+        ):
             feed.seek(to)
             found = []
             while some := feed.poll(0.05):

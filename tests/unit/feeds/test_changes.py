@@ -77,7 +77,13 @@ def test_changes_come_in_log_order_and_transactions_as_units(db: kvrep.Store) ->
     assert [c.previous for c in changes] == [None, *(c.sequence for c in changes[:-1])]
     assert_units(changes)
     one = next(c for c in changes if c.value == b"one")
-    assert (one.kind, one.topic, one.headers, one.keyspace, one.key) == ("emit", "orders", {"a": "b"}, "", b"")
+    assert (one.kind, one.topic, one.headers, one.keyspace, one.key) == (
+        "emit",
+        "orders",
+        {"a": "b"},
+        "",
+        b"",
+    )
     assert abs(one.time - time.time()) < 3600
     assert changes[-1].position == db.position
 
@@ -392,7 +398,14 @@ def test_arguments_that_contradict_each_other(db: kvrep.Store) -> None:
     ):
         with pytest.raises(ValueError, match=r"\w"):
             db.changes(**bad)  # type: ignore[arg-type]
-    for odd in ({"after": "now"}, {"stop": 5}, {"prefix": "x"}, {"keyspace": 5}, {"transform": 5}, {"resume": b""}):
+    for odd in (
+        {"after": "now"},
+        {"stop": 5},
+        {"prefix": "x"},
+        {"keyspace": 5},
+        {"transform": 5},
+        {"resume": b""},
+    ):
         with pytest.raises(TypeError):
             db.changes(**odd)  # type: ignore[arg-type]
 

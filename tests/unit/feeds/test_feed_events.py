@@ -169,7 +169,9 @@ def test_the_envelope_of_debezium() -> None:
     assert deleted["before"] == base64.b64encode(b"old").decode()
     message = envelope(put(kind=EMIT, keyspace="", key=b"", topic="t"))
     assert (message["op"], message["message"]) == ("m", {"prefix": "t", "content": "dg=="})
-    key, value = Event.from_change(LINEAGE, put(value=b'{"a": 1}')).to_debezium(lambda _, data: json.loads(data))
+    key, value = Event.from_change(LINEAGE, put(value=b'{"a": 1}')).to_debezium(
+        lambda _, data: json.loads(data)
+    )
     assert json.loads(value)["after"] == {"a": 1}
     assert json.loads(key) == {"key": base64.b64encode(b"a/\xff").decode()}
     with pytest.raises(ValueError, match="marks"):

@@ -34,7 +34,10 @@ def test_every_changed_character_is_noticed(token: Token) -> None:
     text = str(token)
     others = "A_-z9=é"
     for i in range(len(text)):
-        for made in (text[:i] + text[i + 1 :], *(text[:i] + c + text[i + 1 :] for c in others if c != text[i])):
+        for made in (
+            text[:i] + text[i + 1 :],
+            *(text[:i] + c + text[i + 1 :] for c in others if c != text[i]),
+        ):
             with pytest.raises(kvrep.InvalidToken):
                 Token.parse(made)
         for c in others:

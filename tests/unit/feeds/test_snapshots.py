@@ -111,6 +111,7 @@ def test_an_empty_store_has_a_snapshot_too(db: kvrep.Store) -> None:
 
 def scribble(db: kvrep.Store, chance: random.Random, number: int) -> None:
     """A random write: single, deleting, across keyspaces, into a new keyspace, with a message."""
+
     def key() -> bytes:
         return b"k%03d" % chance.randrange(60)
 
