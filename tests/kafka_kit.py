@@ -61,7 +61,9 @@ class KafkaCluster:
 @pytest.fixture(scope="session")
 def shared_kafka() -> Iterator[KafkaCluster]:
     """One cluster for all tests; each takes topics of its own and leaves it running."""
-    pytest.importorskip("confluent_kafka", reason='confluent-kafka is not installed (pip install "kvrep[kafka]")')
+    pytest.importorskip(
+        "confluent_kafka", reason='confluent-kafka is not installed (pip install "kvrep[kafka]")'
+    )
     cluster = KafkaCluster()
     cluster.start()
     try:

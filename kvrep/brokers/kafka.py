@@ -329,7 +329,11 @@ class KafkaPublisher:
             headers.append((ID_HEADER, message.id))
         try:
             self._producer.produce(
-                self._topic, message.body, message.key, headers=headers, on_delivery=partial(self._done, number)
+                self._topic,
+                message.body,
+                message.key,
+                headers=headers,
+                on_delivery=partial(self._done, number),
             )
         except BufferError as error:
             raise Overloaded(f"{self._broker.url}: librdkafka's buffer is full") from error

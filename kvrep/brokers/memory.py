@@ -282,9 +282,7 @@ def _after(position: str) -> int:
 class MemoryPublisher:
     """See :class:`kvrep.brokers.interface.Publisher`."""
 
-    def __init__(
-        self, server: MemoryServer, topic: _Topic, buffer_messages: int, buffer_bytes: int
-    ) -> None:
+    def __init__(self, server: MemoryServer, topic: _Topic, buffer_messages: int, buffer_bytes: int) -> None:
         self._server, self._topic = server, topic
         self._messages_max, self._bytes_max = buffer_messages, buffer_bytes
         self._waiting: deque[Message] = deque()

@@ -42,7 +42,9 @@ class BrokerUrl:
         except ValueError as error:
             raise OpenError(f"not a broker's address: {error}") from None
         if not parts.scheme or "://" not in text:
-            raise OpenError("not a broker's address: no scheme", hint='give "amqp://host/…" or "kafka://host/…"')
+            raise OpenError(
+                "not a broker's address: no scheme", hint='give "amqp://host/…" or "kafka://host/…"'
+            )
         credentials, _, places = parts.netloc.rpartition("@")
         user, _, password = credentials.partition(":")
         pairs = parse_qsl(parts.query, keep_blank_values=True)

@@ -167,5 +167,3 @@ class OneWay:
     def heartbeat(self) -> Heartbeat:
         """A sign of life, as the primary would send it."""
         return Heartbeat(epoch=self.epoch, last=self.source_last, committed=self.next - 1)
-
-

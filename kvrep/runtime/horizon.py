@@ -12,7 +12,7 @@ from kvrep.model.record import FEEDS_KEYSPACE
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
 
-__all__ = ["HeldByFeeds", "horizon"]
+__all__ = ["HeldByFeeds", "all_committed", "horizon"]
 
 log = logging.getLogger("kvrep.feeds")
 
@@ -25,10 +25,10 @@ def horizon(node: Node) -> int:
     """
     engine = node.engine
     shown = engine.view.last
+    if all_committed(node):
+        return shown
     effective, proposed = engine.configurations_in_force()
     rules = [effective] if proposed is None else [effective, proposed[1]]
-    if all(rule.synchronous or rule.data_voters < 2 for rule in rules):
-        return shown
     voters = {v.store_id for rule in rules for v in rule.voters if not v.witness} - {engine.home.store_id}
     shipping, replaying = node.shipping, node.replaying
     if shipping is not None:
@@ -39,6 +39,13 @@ def horizon(node: Node) -> int:
     else:
         acked = {}
     return min([shown, *(acked.get(voter, 0) for voter in voters)])
+
+
+def all_committed(node: Node) -> bool:
+    """Whether, under the rules in force, nothing that is committed can be taken back."""
+    effective, proposed = node.engine.configurations_in_force()
+    rules = [effective] if proposed is None else [effective, proposed[1]]
+    return all(rule.synchronous or rule.data_voters < 2 for rule in rules)
 
 
 class HeldByFeeds:

@@ -36,7 +36,9 @@ def connect(url: BrokerUrl) -> RabbitBroker:
     queue_type = url.options.get("queue_type", "classic")
     if queue_type not in ("classic", "quorum"):
         raise ConfigurationMismatch(
-            f"queue_type={queue_type!r} is not allowed: classic or quorum", option="queue_type", given=queue_type
+            f"queue_type={queue_type!r} is not allowed: classic or quorum",
+            option="queue_type",
+            given=queue_type,
         )
     return RabbitBroker(
         Place(

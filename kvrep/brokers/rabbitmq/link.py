@@ -246,7 +246,10 @@ class Link:
 
     def _on_channel(self, channel: Any) -> None:
         channel.add_on_close_callback(self._on_channel_closed)
-        ready: Callable[[Any], None] = lambda _: self._on_declared(channel)
+
+        def ready(_: Any) -> None:
+            self._on_declared(channel)
+
         if self._passive:
             channel.queue_declare(self._queue, passive=True, callback=ready)
         else:
@@ -286,11 +289,16 @@ class Link:
             return AuthenticationFailed(text, hint="check user and password in the address")
         if isinstance(cause, faults.ProbableAccessDeniedError) or code in (NOT_ALLOWED, REFUSED):
             text = f"{where}: user {place.user!r} may not use {self._queue!r} in virtual host {place.vhost!r}: {cause}"
-            return PermissionDenied(text, hint="check the virtual host in the address and the user's permissions")
+            return PermissionDenied(
+                text, hint="check the virtual host in the address and the user's permissions"
+            )
         if code in (MISMATCH, LOCKED):
             text = f"{where}: {self._queue!r} exists and is something else: {cause}"
             return ConfigurationMismatch(
-                text, hint="give another topic, or the scheme of what is there", option="topic", given=self._queue
+                text,
+                hint="give another topic, or the scheme of what is there",
+                option="topic",
+                given=self._queue,
             )
         if isinstance(cause, ssl.SSLError):
             return AuthenticationFailed(f"TLS with {where} failed: {cause}", hint="check cafile and the port")

@@ -139,7 +139,9 @@ class RabbitSubscriber:
         tag = method.delivery_tag
         key = headers.get(KEY_HEADER, b"")
         texts = {
-            str(name): str(value) for name, value in headers.items() if name not in (KEY_HEADER, OFFSET_HEADER)
+            str(name): str(value)
+            for name, value in headers.items()
+            if name not in (KEY_HEADER, OFFSET_HEADER)
         }
         message = Message(
             body=body,
