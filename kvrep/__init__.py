@@ -50,6 +50,7 @@ from kvrep.errors import KeyTooLong as KeyTooLong
 from kvrep.errors import LineageMismatch as LineageMismatch
 from kvrep.errors import LogCorrupt as LogCorrupt
 from kvrep.errors import LogTrimmed as LogTrimmed
+from kvrep.errors import NoSuchFeed as NoSuchFeed
 from kvrep.errors import NotAStore as NotAStore
 from kvrep.errors import NotEnoughFollowers as NotEnoughFollowers
 from kvrep.errors import NotPrimary as NotPrimary
@@ -101,11 +102,13 @@ from kvrep.store import open as open
 
 if TYPE_CHECKING:
     from kvrep import aio
+    from kvrep.sinks.agent import Agent as Agent
     from kvrep.transport.security import TLS as TLS
 
 __all__ = [
     "TLS",
     "AckTimeout",
+    "Agent",
     "AuthenticationFailed",
     "Batch",
     "Change",
@@ -136,6 +139,7 @@ __all__ = [
     "LineageMismatch",
     "LogCorrupt",
     "LogTrimmed",
+    "NoSuchFeed",
     "NotAStore",
     "NotEnoughFollowers",
     "NotPrimary",
@@ -179,7 +183,7 @@ __all__ = [
     "open",
 ]
 
-_LAZY = {"aio": "kvrep.aio", "TLS": "kvrep.transport.security"}
+_LAZY = {"Agent": "kvrep.sinks.agent", "aio": "kvrep.aio", "TLS": "kvrep.transport.security"}
 
 
 def __getattr__(name: str) -> Any:

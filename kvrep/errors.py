@@ -35,6 +35,7 @@
     │   ├── RolledBack               the position is not part of this history any more
     │   ├── Truncated                a feed's place is not; the history it read is the same up to `to`
     │   ├── TooOld                   the position is below what this node still knows
+    │   ├── NoSuchFeed (KeyError)    no feed has that name
     │   └── InvalidToken (ValueError)  a feed's token is damaged, or another store's
     └── ReplicationError
         ├── LogTrimmed               the asked records are gone; bootstrap from a snapshot
@@ -72,6 +73,7 @@ __all__ = [
     "LineageMismatch",
     "LogCorrupt",
     "LogTrimmed",
+    "NoSuchFeed",
     "NotAStore",
     "NotEnoughFollowers",
     "NotPrimary",
@@ -356,6 +358,14 @@ class Truncated(ReadError):
     """The last position that both histories share."""
     position: Any
     """What the feed has read last."""
+
+
+class NoSuchFeed(ReadError, KeyError):
+    """No feed of the store has that name."""
+
+    hint = "'kvrep feed list' shows them"
+    _names: ClassVar[tuple[str, ...]] = ("name",)
+    name: str
 
 
 class InvalidToken(ReadError, ValueError):

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from kvrep.codecs import BYTES
-from kvrep.errors import ClosedError, ConfigurationMismatch, Error, RefusedError, RolledBack
+from kvrep.errors import ClosedError, ConfigurationMismatch, Error, NoSuchFeed, RefusedError, RolledBack
 from kvrep.feeds.changes import LOOK_UP_S, Changes, Held
 from kvrep.feeds.reader import LogReader
 from kvrep.feeds.selection import Selection
@@ -76,10 +76,10 @@ class Feeds:
         return None if data is None else FeedState.unpack(data)
 
     def need(self, name: str) -> FeedState:
-        """``KeyError`` when there is no such feed."""
+        """:class:`NoSuchFeed` when there is none of that name."""
         state = self.get(name)
         if state is None:
-            raise KeyError(name)
+            raise _no_feed(name)
         return state
 
     def create(self, name: str, state: FeedState) -> FeedState:
@@ -92,7 +92,7 @@ class Feeds:
     ) -> Position | None:
         """Replace the state of a feed by ``change(state)``, atomically; ``None`` there leaves it as it is.
 
-        ``KeyError`` when there is no such feed; refusals as of any write (:class:`NotPrimary` on a follower).
+        :class:`NoSuchFeed`; refusals as of any write (:class:`NotPrimary` on a follower).
         Without ``wait`` the outcome of the write is left open and its position not known.
         """
         key = check_feed_name(name).encode()
@@ -100,7 +100,7 @@ class Feeds:
         try:
             data = txn.get(key)
             if data is None:
-                raise KeyError(name)
+                raise _no_feed(name)
             made = change(FeedState.unpack(data))
             if made is not None:
                 txn.put(key, made.pack())
@@ -114,8 +114,9 @@ class Feeds:
         return self.node.finish(write, None) if wait else None
 
     def drop(self, name: str) -> None:
-        """Forget a feed; ``KeyError`` when there is none of that name."""
-        del self.space[check_feed_name(name).encode()]
+        """Forget a feed; :class:`NoSuchFeed` when there is none of that name."""
+        self.need(name)
+        self.space.delete(name.encode())
 
     def pause(self, name: str, *, paused: bool) -> None:
         """Stop handing out changes to its readers, or go on."""
@@ -185,6 +186,10 @@ class Feeds:
             acked_s=state.acked_us / 1e6,
             token=state.token,
         )
+
+
+def _no_feed(name: str) -> NoSuchFeed:
+    return NoSuchFeed(f"there is no feed named {name!r}", name=name)
 
 
 class Feed:
@@ -277,7 +282,7 @@ class Feed:
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` without any, while paused, and when it is closed.
 
-        Raises what ``Store.changes`` raises, and ``KeyError`` when the feed was dropped.
+        Raises what ``Store.changes`` raises, and :class:`NoSuchFeed` when it was dropped.
         """
         changes = list(self._ready) or self._read(timeout_s)
         if changes:

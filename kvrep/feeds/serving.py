@@ -22,6 +22,7 @@ __all__ = ["RemoteChanges", "calls_of"]
 
 ANSWER_BYTES = 4 << 20
 WAIT_S_MAX = 10.0
+_PLACES = ("now", "oldest")
 Call = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -35,7 +36,7 @@ def calls_of(node: Node, feeds: Feeds) -> dict[str, Callable[[Mapping[str, Any]]
 
 
 def _read(node: Node, feeds: Feeds, request: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The changes behind ``token`` (``""``: a snapshot; ``"now"``; ``"oldest"``), after a wait at the most."""
+    """The changes behind ``token`` (``""``: a snapshot; or a place as ``Feeds.place`` takes it)."""
     try:
         selection = Selection.of(
             request.get("keyspaces"), request.get("prefix") or b"", request.get("topics")
@@ -43,8 +44,8 @@ def _read(node: Node, feeds: Feeds, request: Mapping[str, Any]) -> Mapping[str, 
         place, timeout_s = str(request["token"]), min(max(0.0, float(request["timeout_s"])), WAIT_S_MAX)
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a request for changes: {error}") from error
-    if place in ("now", "oldest"):
-        place = feeds.place(place)[0]
+    if place in _PLACES or ":" in place:
+        place = feeds.place(Position.parse(place) if ":" in place else place)[0]
     token = Token.parse(place) if place else None
     committed = bool(request.get("committed"))
     with Changes(node, selection, token=token, snapshot=token is None, committed=committed) as changes:
@@ -135,6 +136,11 @@ class RemoteChanges:
         self.token = token
         """Where to go on after all that was handed out."""
         self._request = {"keyspaces": keyspaces, "prefix": prefix, "topics": topics, "committed": committed}
+
+    @property
+    def in_snapshot(self) -> bool:
+        """Whether the snapshot is not delivered yet."""
+        return not self.token or (self.token not in _PLACES and Token.parse(self.token).scan is not None)
 
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` (at most 10) without any. Errors as of the other side."""

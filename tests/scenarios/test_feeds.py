@@ -410,10 +410,10 @@ def test_pause_seek_and_drop_reach_a_reader_that_runs(tmp_path: Path) -> None:
         with pytest.raises(kvrep.Truncated):
             feed.seek(Position(5, 500))
         db._feeds.drop("f")
-        with pytest.raises(KeyError):
+        with pytest.raises(kvrep.NoSuchFeed):
             feed.poll()
         assert db.feeds() == []
-        with pytest.raises(KeyError):
+        with pytest.raises(kvrep.NoSuchFeed):
             db._feeds.drop("f")
 
 
