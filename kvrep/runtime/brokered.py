@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode
 from zlib import crc32
 
 from kvrep import brokers
@@ -69,11 +69,11 @@ Arrived = tuple[Envelope, "Delivery"]
 
 def split_url(url: str) -> tuple[str, dict[str, str]]:
     """The broker's own address, and the options that are ours."""
-    parts = urlsplit(url)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    place, _, query = url.partition("?")
+    pairs = parse_qsl(query, keep_blank_values=True)
     ours = {name: value for name, value in pairs if name in _OPTIONS}
     theirs = [(name, value) for name, value in pairs if name not in _OPTIONS]
-    return urlunsplit(parts._replace(query=urlencode(theirs))), ours
+    return f"{place}?{urlencode(theirs)}" if theirs else place, ours
 
 
 def check_broker_url(url: str) -> None:
@@ -116,8 +116,8 @@ class BrokerLink:
         self._closed = False
         self._arrived: deque[Delivery] = deque()
         self._pushed: deque[Arrived] = deque()
-        self._held: deque[tuple[int, Delivery]] = deque()
-        """Records on their way into the log: (last offset, delivery)."""
+        self._held: deque[Arrived] = deque()
+        """Records on their way into the log."""
         self._infos: list[tuple[int, Delivery]] = []
         """Descriptions of snapshots: kept until this node stands on one, so that a crash finds it again."""
 
@@ -206,18 +206,23 @@ class BrokerLink:
         if self._subscriber is not None:
             self._subscriber.ack(delivery, through=False)
 
-    def hold(self, last: int, delivery: Delivery) -> None:
-        """To be acked once this node's log holds ``last``."""
-        self._held.append((last, delivery))
+    def hold(self, arrived: Arrived) -> None:
+        """To be acked once this node's log holds these records."""
+        self._held.append(arrived)
+
+    def begin_again(self) -> None:
+        """A new stream: what the one before took and did not bring into the log comes first."""
+        self._held.extend(self._pushed)
+        self._pushed, self._held = self._held, deque()
 
     def synced(self, offset: int) -> None:
         """This node's log holds everything through ``offset``, on the disk."""
         for _ in range(len(self._held)):
-            last, delivery = self._held.popleft()
-            if last <= offset:
-                self.drop(delivery)
+            arrived = self._held.popleft()
+            if arrived[0].last <= offset:
+                self.drop(arrived[1])
             else:
-                self._held.append((last, delivery))
+                self._held.append(arrived)
 
     def give_up_held(self) -> None:
         """Behind a gap that will not close."""
@@ -289,6 +294,7 @@ class _Stream:
 
     def __init__(self, link: BrokerLink) -> None:
         self._link = link
+        link.begin_again()
         self._hello: Hello | None = None
         self._oneway: OneWay | None = None
         self._lineage = b""
@@ -403,7 +409,7 @@ class _Stream:
         elif envelope.kind is EnvelopeKind.RECORDS:
             repeated = envelope.last < oneway.next
             link.repeated += repeated
-            link.hold(envelope.last, delivery)
+            link.hold((envelope, delivery))
             self._out.extend(oneway.take(envelope))
             if repeated:
                 self._out.append(oneway.heartbeat())  # brings an ack, and with it that of the delivery
