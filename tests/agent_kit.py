@@ -50,7 +50,8 @@ def wait_current(agent: Agent, store: kvrep.Store) -> None:
     try:
         agent.wait_for(kvrep.Position(0, 0), WAIT_S)
         wait_until(
-            lambda: agent.status().backlog == 0 and agent.status().state is AgentState.CURRENT, "the agent is current"
+            lambda: agent.status().backlog == 0 and agent.status().state is AgentState.CURRENT,
+            "the agent is current",
         )
     except BaseException:
         print(agent.status(), store.status().position)

@@ -116,6 +116,8 @@ class AgentStatus:
 class Agent:
     """Keeps a secondary up to date. ``start()`` runs it in a thread, ``run()`` in the calling one.
 
+    Source and secondary may be given by their addresses (:mod:`kvrep.sinks.addresses`). The agent closes both.
+
     Wrong credentials, addresses and the like raise from :meth:`start` at once; what does not answer is an
     error there, too, unless ``wait`` is set. Later, what may pass by itself is tried again for ever.
     ``status`` and ``close`` may be called on any thread.
@@ -123,8 +125,8 @@ class Agent:
 
     def __init__(
         self,
-        source: Source,
-        sink: Sink,
+        source: Source | str,
+        sink: Sink | str,
         *,
         name: str = "agent",
         batch_changes: int = 1000,
@@ -135,9 +137,11 @@ class Agent:
     ) -> None:
         if batch_changes < 1 or batch_bytes < 1:
             raise ValueError("a batch has at least one change and one byte")
+        from kvrep.sinks.addresses import sink_at, source_at
+
         self.name = name
-        self.source = source
-        self.sink = sink
+        self.sink = sink_at(sink) if isinstance(sink, str) else sink
+        self.source = source_at(source) if isinstance(source, str) else source
         self._batch_changes, self._batch_bytes = batch_changes, batch_bytes
         self._letters_max = dead_letters_max
         self._wait = wait
@@ -175,8 +179,13 @@ class Agent:
         if not self._wait:
             self._connect()
         self._guarded()
-        if self._error is not None:
-            raise self._error
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what ended it; nothing while it runs."""
+        error = self._error
+        if error is not None:
+            raise again(error) if isinstance(error, Error) else error
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End it: what is in the secondary's hands is committed or forgotten. Idempotent."""
@@ -188,6 +197,7 @@ class Agent:
                 raise TimeoutError(f"the agent did not end within {timeout_s:g} s")
         elif thread is None:
             self._disconnect()
+        self.source.end()
         self._say(AgentState.FAILED if self._error is not None else AgentState.CLOSED, self._problem)
 
     def __enter__(self) -> Agent:
@@ -206,8 +216,7 @@ class Agent:
         deadline = time.monotonic() + timeout_s
         with self._moved:
             while not (self._place.whole and self._place.position >= position):
-                if self._error is not None:
-                    raise again(self._error) if isinstance(self._error, Error) else self._error
+                self.raise_error()
                 left = deadline - time.monotonic()
                 if left <= 0 or self._state is AgentState.CLOSED:
                     raise StaleRead(

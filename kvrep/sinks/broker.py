@@ -213,6 +213,10 @@ class BrokerSource(Source):
         if requests is not None:
             requests.close(0.0)
 
+    def end(self) -> None:
+        self.close()
+        self._broker.close()
+
 
 def _raw(delivery: Delivery) -> bytes:
     """A message that cannot be used, whole enough to be looked at."""

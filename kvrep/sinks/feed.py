@@ -98,3 +98,7 @@ class FeedSource(Source):
         self._ready, self._at = [], 0
         if stream is not None:
             stream.close()
+
+    def end(self) -> None:
+        self.close()
+        self._upstream.close()

@@ -84,7 +84,7 @@ class PostgresSink(SqlSink):
             "SELECT count(*) FROM pg_tables WHERE schemaname = %s AND tablename IN (%s, %s, %s)",
             (self._schema, PLACE, LETTERS, TABLES),
         ).fetchone()
-        if found[0] == 3:
+        if found is not None and found[0] == 3:
             return
         self._run(f"CREATE SCHEMA IF NOT EXISTS {identifier(self._schema)}")
         self._run(
@@ -152,9 +152,12 @@ class PostgresSink(SqlSink):
     def _name(self, table: str) -> str:
         return f"{identifier(self._schema)}.{identifier(table)}"
 
+    def _exists(self, name: str) -> bool:
+        found = self._run("SELECT to_regclass(%s)", (self._name(name),)).fetchone()
+        return found is not None and found[0] is not None
+
     def _create(self, name: str, table: Table) -> None:
-        there = self._run("SELECT to_regclass(%s)", (self._name(name),)).fetchone()
-        if there[0] is not None:
+        if self._exists(name):
             return
         columns = ", ".join(
             f"{identifier(column)} {kind}{' PRIMARY KEY' if column == 'key' else ''}"

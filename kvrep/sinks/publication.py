@@ -23,6 +23,7 @@ from typing import Any
 from kvrep.brokers.interface import Broker, Publisher, Subscriber
 from kvrep.errors import (
     ClosedError,
+    Error,
     InvalidToken,
     LineageMismatch,
     LogTrimmed,
@@ -30,6 +31,7 @@ from kvrep.errors import (
     PeerUnavailable,
     ProtocolError,
     Truncated,
+    again,
 )
 from kvrep.model.change import Change, Sequence
 from kvrep.model.event import Event
@@ -97,7 +99,8 @@ class Publication:
 
     ``one_line`` gives all messages one key, so that a broker with partitions keeps the order of all of them;
     else each key of the store keeps its own order and receivers restore the rest. ``mark_interval_s`` is how
-    often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`.
+    often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`;
+    it closes ``upstream`` and ``broker``.
     """
 
     def __init__(
@@ -156,8 +159,13 @@ class Publication:
         """Run in this thread until :meth:`close`; raises what ends it."""
         self._connect()
         self._guarded()
-        if self._error is not None:
-            raise self._error
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what ended it; nothing while it runs."""
+        error = self._error
+        if error is not None:
+            raise again(error) if isinstance(error, Error) else error
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End it; what is unconfirmed is sent again by the next one. Idempotent."""
@@ -169,6 +177,8 @@ class Publication:
                 raise TimeoutError(f"the publication did not end within {timeout_s:g} s")
         elif thread is None:
             self._disconnect()
+        self._broker.close()
+        self._upstream.close()
         self._say(AgentState.FAILED if self._error is not None else AgentState.CLOSED, self._problem)
 
     def __enter__(self) -> Publication:

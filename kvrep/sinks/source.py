@@ -71,3 +71,7 @@ class Source(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go; :meth:`open` may follow. Idempotent."""
+
+    def end(self) -> None:
+        """Close it for good, with what it was made from."""
+        self.close()

@@ -69,6 +69,10 @@ class SqlSink(Sink):
         """A table as SQL names it."""
 
     @abstractmethod
+    def _exists(self, name: str) -> bool:
+        """Whether there is a table of this name, whoever made it."""
+
+    @abstractmethod
     def _create(self, name: str, table: Table) -> None:
         """Make an empty table with the key as primary key, unless it is there."""
 
@@ -167,11 +171,14 @@ class SqlSink(Sink):
         name = table_name(keyspace) + suffix
         if name not in self._known:
             self._create(name, self._table(keyspace))
-            self._run(
-                f"INSERT INTO {self._name(TABLES)} (name) VALUES ({self.mark}) ON CONFLICT DO NOTHING",
-                (name,),
-            )
+            self._adopt(name)
             self._known.add(name)
+
+    def _adopt(self, name: str) -> None:
+        """Note that a table is this sink's: made by it, or by people for it."""
+        self._run(
+            f"INSERT INTO {self._name(TABLES)} (name) VALUES ({self.mark}) ON CONFLICT DO NOTHING", (name,)
+        )
 
     def _own(self) -> list[str]:
         """The tables that this sink made or took over; it never touches others."""
@@ -188,15 +195,17 @@ class SqlSink(Sink):
         with self._errors():
             self._begin()
             own = self._own()
-            live = [name for name in own if not name.endswith(STAGED)]
-            for name in live:
-                if name + STAGED in own:
-                    self._replace(name)
-                else:
+            for name in own:
+                if not name.endswith(STAGED) and name + STAGED not in own:
                     self._run(f"DELETE FROM {self._name(name)}")
             for staged in own:
-                if staged.endswith(STAGED) and staged.removesuffix(STAGED) not in live:
-                    self._rename(staged, staged.removesuffix(STAGED))
+                name = staged.removesuffix(STAGED)
+                if name == staged:
+                    continue
+                if name in own or self._exists(name):
+                    self._replace(name)
+                else:
+                    self._rename(staged, name)
             self._known.clear()
 
     def _rename(self, staged: str, name: str) -> None:
@@ -211,6 +220,7 @@ class SqlSink(Sink):
         self._run(f"DELETE FROM {live} WHERE NOT EXISTS (SELECT 1 FROM {staged} s WHERE s.key = {live}.key)")
         self._merge(live, staged, self._columns(name))
         self._drop(name + STAGED)
+        self._adopt(name)
 
     def _drop(self, name: str) -> None:
         self._run(f"DROP TABLE {self._name(name)}")

@@ -116,6 +116,10 @@ class SqliteSink(SqlSink):
     def _name(self, table: str) -> str:
         return identifier(table)
 
+    def _exists(self, name: str) -> bool:
+        found = self._run("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,))
+        return found.fetchone() is not None
+
     def _create(self, name: str, table: Table) -> None:
         columns = ", ".join(
             f"{identifier(column)} {_KINDS.get(kind.lower(), kind)}{' PRIMARY KEY' if column == 'key' else ''}"

@@ -83,7 +83,7 @@ class Table:
             return (self.key(key), *fields)
         except Exception as error:  # a codec is the user's and may raise what it likes
             raise RejectedChange(
-                f"{keyspace}: {error or type(error).__name__}", index=index, keyspace=keyspace, key=key
+                f"{keyspace}: {type(error).__name__}: {error}", index=index, keyspace=keyspace, key=key
             ) from error
 
     def key(self, key: bytes) -> Any:

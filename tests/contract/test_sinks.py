@@ -293,3 +293,19 @@ def test_mapped_tables_have_columns(make: Make) -> None:
         sink.apply([("orders", b"\xff", None)])
     with pytest.raises(kvrep.RejectedChange):
         sink.stage([("orders", b"x", b'{"customer": "\\u0000"}')])
+
+
+@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+def test_a_table_that_people_made_first_is_used(make: Make) -> None:
+    """A table that stands there already, with the right columns, takes part in snapshots and changes."""
+    sink = make()
+    sink.open()
+    sink._begin()  # type: ignore[attr-defined]
+    sink._create("default", Table())  # type: ignore[attr-defined]
+    sink.commit(Place())
+    sink.unstage()
+    sink.stage([("default", b"a", b"1")])
+    sink.swap()
+    sink.apply([("default", b"b", b"2")])
+    sink.commit(PLACE)
+    assert rows(sink) == {b"a": b"1", b"b": b"2"}
