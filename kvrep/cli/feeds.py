@@ -256,7 +256,7 @@ def _target(args: argparse.Namespace, target: str, *, write: bool = False) -> It
 
     if is_address(target):
         with targets.connect(args, target) as node:
-            yield lambda method, request: node.call(method, request), node.status()["lineage"]
+            yield node.call, node.status()["lineage"]
         return
     if write:
         writer = targets.LocalWriter(target, create=False, timeout_s=args.timeout_s)
