@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvrep.cli.arguments import add_security, count, seconds, size, tls_of, token_of
+from kvrep.cli.arguments import add_security, count, is_address, seconds, size, tls_of, token_of
 from kvrep.cli.console import key_values, number, style, table
 from kvrep.cli.exits import Exit, UsageError
 
@@ -142,6 +142,7 @@ def _agent(args: argparse.Namespace) -> Any:
     selection: dict[str, Any] = {}
     if not is_broker(args.source):
         selection = {"keyspaces": args.keyspace, "prefix": os.fsencode(args.prefix)}
+        _check_path(args.source)
     elif args.keyspace or args.prefix:
         raise UsageError("--keyspace and --prefix are given where the stream is published")
     sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
@@ -167,6 +168,7 @@ def _publication(args: argparse.Namespace) -> Any:
         raise UsageError("--table is for PostgreSQL and SQLite")
     if args.feed and args.state:
         raise UsageError("--feed and --state exclude each other: the place is kept once")
+    _check_path(args.source)
     broker = brokers.connect(args.to)
     cursor = None if args.feed else FileCursor(args.state or _state_file(args.source, broker.url))
     upstream = upstream_at(args.source, feed=args.feed, tls=tls_of(args), token=token_of(args))
@@ -174,6 +176,14 @@ def _publication(args: argparse.Namespace) -> Any:
         upstream, broker, cursor, topic=args.topic, name=args.name, one_line=args.order == "total",
         log_interval_s=args.log_interval_s, keyspaces=args.keyspace, prefix=os.fsencode(args.prefix),
     )  # fmt: skip
+
+
+def _check_path(source: str) -> None:
+    """A store of a group is not opened alone: that would make it a primary."""
+    from kvrep.cli.target import check_alone
+
+    if not is_address(source):
+        check_alone(source.removeprefix("kvrep:"))
 
 
 def _state_file(source: str, broker: str) -> Path:
