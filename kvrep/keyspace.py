@@ -253,7 +253,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
             else:
                 txn.delete(key)
             if not wait:
-                txn.place_now()
+                txn._place_now()
             write = txn.end(commit=True)
         except BaseException:
             txn.end(commit=False)
@@ -718,7 +718,7 @@ class Transaction(Generic[V]):
             committer.leave_place(self, None)
             raise
         self._open = False
-        if not commit or not self.wrote:
+        if not commit or not self._wrote:
             if self._placed:
                 lost = not committer.holds_place(self)
                 committer.leave_place(self, None)
@@ -740,7 +740,7 @@ class Transaction(Generic[V]):
         return write
 
     @property
-    def wrote(self) -> bool:
+    def _wrote(self) -> bool:
         """Whether there is anything to commit."""
         return bool(self._writes or self._emits)
 
@@ -758,7 +758,7 @@ class Transaction(Generic[V]):
         self._node.check_record_size(self._size)
         return notes
 
-    def place_now(self) -> None:
+    def _place_now(self) -> None:
         """Take the writer's place, if it is free this moment; else ``Overloaded``."""
         committer = self._node.engine.committer
         self._node.engine.writable()

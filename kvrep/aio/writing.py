@@ -273,7 +273,7 @@ class Transaction(Generic[V]):
             except BaseException:
                 plain.end(commit=False)
                 raise
-        if plain.wrote and not plain._placed and core.node.engine.flusher.behind >= 0.5:
+        if plain._wrote and not plain._placed and core.node.engine.flusher.behind >= 0.5:
             try:
                 await core.slow_down(deadline_s)
             except BaseException:
