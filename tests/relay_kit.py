@@ -48,16 +48,15 @@ class Publishing:
 
 
 @contextmanager
-def publishing(
-    sources: kvrep.Store | Sequence[str], url: str, **options: Any
-) -> Iterator[Publishing]:
+def publishing(sources: kvrep.Store | Sequence[str], url: str, **options: Any) -> Iterator[Publishing]:
     """Publish what the node has to ``url``."""
     addresses = [sources.address] if isinstance(sources, kvrep.Store) else list(sources)
     transport = GrpcTransport()
     broker = brokers.connect(url)
     publisher = broker.publisher(**{n: options.pop(n) for n in ("transactional_id",) if n in options})
     running = Publishing(
-        Relay(addresses, lambda address: transport.connect(address, name="relay"), publisher, **options), publisher
+        Relay(addresses, lambda address: transport.connect(address, name="relay"), publisher, **options),
+        publisher,
     )
     try:
         yield running

@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import confluent_kafka as ck
@@ -67,6 +66,7 @@ ID_HEADER = "kvrep-id"
 MESSAGE_BYTES_MAX = 8 << 20
 FETCH_KIB = 16 << 10
 POLL_S = 0.1
+BATCH_MESSAGES = 128
 PARTITIONS_CHECK_S = 30.0
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 _E = ck.KafkaError
@@ -290,9 +290,8 @@ class KafkaPublisher:
         self._changed = threading.Condition()
         self._waiters = 0
         self._bytes = 0
-        self._early: set[int] = set()
-        self._sizes: deque[int] = deque()
-        """Of the unconfirmed ones, in order."""
+        self._batches: deque[_Batch] = deque()
+        """What is unconfirmed, in order; the last one is filled up."""
         self._closed = False
         self._ended: Error | None = None
         self.published = 0
@@ -314,26 +313,36 @@ class KafkaPublisher:
             if self._bytes + size > self._bytes_max or self.published - self.confirmed >= self._messages_max:
                 self._await_room(size, timeout_s)
             self._need_alive()
-            number = self.published + 1
             if self._transactions is not None:
                 self._transactions.add(message)
-            self._produce(message, number)
-            self.published = number
-            self._sizes.append(size)
+            batches = self._batches
+            batch = batches[-1] if batches else None
+            if batch is None or batch.size == BATCH_MESSAGES:
+                batch = _Batch(self)
+                batches.append(batch)
+            # Counted first: it may be delivered before produce() returns.
+            batch.size += 1
+            try:
+                self._produce(message, batch.on_delivery)
+            except BaseException:
+                batch.size -= 1
+                raise
+            batch.bytes += size
             self._bytes += size
-        return number
+            self.published += 1
+            return self.published
 
-    def _produce(self, message: Message, number: int) -> None:
-        headers: list[tuple[str, Any]] = list(message.headers.items()) if message.headers else []
-        if message.id:
-            headers.append((ID_HEADER, message.id))
+    def _produce(self, message: Message, on_delivery: Callable[[Any, Any], None]) -> None:
+        headers: list[tuple[str, Any]] = [(ID_HEADER, message.id)] if message.id else []
+        if message.headers:
+            headers += message.headers.items()
         try:
             self._producer.produce(
                 self._topic,
                 message.body,
                 message.key,
                 headers=headers,
-                on_delivery=partial(self._done, number),
+                on_delivery=on_delivery,
             )
         except BufferError as error:
             raise Overloaded(f"{self._broker.url}: librdkafka's buffer is full") from error
@@ -382,7 +391,8 @@ class KafkaPublisher:
     def _poll(self) -> None:
         producer, faults = self._producer, self._faults
         while not self._stop.is_set():
-            producer.poll(POLL_S)
+            if producer.poll(POLL_S):
+                self._count()
             if faults.fatal is not None and self._ended is None:
                 self.end(faults.fatal)
 
@@ -392,34 +402,24 @@ class KafkaPublisher:
             self._ended = error
             self._changed.notify_all()
 
-    def _done(self, number: int, error: Any, _message: Any) -> None:
-        if self._transactions is not None:
-            return  # the commit counts
+    def _count(self) -> None:
+        """Advance over the batches that are delivered as a whole; the open one is, if all in it are."""
         with self._changed:
-            if error is not None:
-                # Not sent again by librdkafka: later ones may have arrived, so going on would break the order.
-                if error.code() not in (_E._PURGE_QUEUE, _E._PURGE_INFLIGHT):
-                    self._ended = self._broker.mapped(error)
-                    self._changed.notify_all()
+            batches, before = self._batches, self.confirmed
+            while batches and batches[0].delivered == batches[0].size:
+                batch = batches.popleft()
+                self.confirmed += batch.size
+                self._bytes -= batch.bytes
+            if self.confirmed == before:
                 return
-            if number != self.confirmed + 1:
-                self._early.add(number)
-                return
-            while True:
-                self.confirmed = number
-                self._bytes -= self._sizes.popleft()
-                number += 1
-                if number not in self._early:
-                    break
-                self._early.discard(number)
-            if self._waiters and (not self._sizes or self._bytes * 2 <= self._bytes_max):
-                self._changed.notify_all()
             self._faults.forget()
+            if self._waiters and (not batches or self._bytes * 2 <= self._bytes_max):
+                self._changed.notify_all()
 
     def all_confirmed(self) -> None:
         """A transaction with everything published is committed. The lock is held."""
         self.confirmed = self.published
-        self._sizes.clear()
+        self._batches.clear()
         self._bytes = 0
         self._changed.notify_all()
 
@@ -479,6 +479,29 @@ class KafkaPublisher:
         self._producer.poll(0)
 
 
+class _Batch:
+    """Some messages that follow each other, counted as one: a counter for each would cost more than Kafka."""
+
+    __slots__ = ("_publisher", "bytes", "delivered", "on_delivery", "size")
+
+    def __init__(self, publisher: KafkaPublisher) -> None:
+        self._publisher = publisher
+        self.size = self.delivered = self.bytes = 0
+        self.on_delivery = _ignored if publisher._transactions is not None else self._on_delivery
+
+    def _on_delivery(self, error: Any, _message: Any) -> None:
+        """On the polling thread, for each message."""
+        if error is None:
+            self.delivered += 1
+        elif error.code() not in (_E._PURGE_QUEUE, _E._PURGE_INFLIGHT):
+            # librdkafka gave it up; later ones may have arrived, so that going on would break the order.
+            self._publisher.end(self._publisher._broker.mapped(error))
+
+
+def _ignored(_error: Any, _message: Any) -> None:
+    """Of a transaction: its commit counts."""
+
+
 class _Transactions:
     """What a transactional publisher does besides. Used under the publisher's lock."""
 
@@ -530,7 +553,7 @@ class _Transactions:
             raise again(publisher._ended) from second
         self._producer.begin_transaction()
         for message in self._messages:
-            publisher._produce(message, 0)
+            publisher._produce(message, _ignored)
         return True
 
 

@@ -51,7 +51,9 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--state", metavar="FILE", type=Path, help="where to remember how far it is")
     parser.add_argument("--snapshot", action="store_true", help="publish a whole copy first")
     parser.add_argument(
-        "--transactional-id", default="", help="Kafka: publish in transactions, and shut out another publisher"
+        "--transactional-id",
+        default="",
+        help="Kafka: publish in transactions, and shut out another publisher",
     )
     parser.add_argument(
         "--until-caught-up", action="store_true", help="end once everything of now is confirmed by the broker"
@@ -147,9 +149,9 @@ def _watch(args: argparse.Namespace, relay: Relay, stop: threading.Event) -> Non
     told_s, told = 0.0, ""
     while not stop.wait(POLL_S):
         status = relay.status()
-        if args.until_caught_up and status.state == "publishing" and status.source_last:
-            if status.lag_records == 0:
-                return
+        there = status.state == "publishing" and status.source_last and not status.lag_records
+        if args.until_caught_up and there:
+            return
         now = time.monotonic()
         if now - told_s >= REPORT_S or status.state != told:
             told_s, told = now, status.state

@@ -43,7 +43,10 @@ def test_a_far_store_over_a_real_broker(kind: str, request: pytest.FixtureReques
     url = site.url()
     state = memory_path / "state"
     with kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary:
-        with publishing(primary, url, name="far", state=state) as relay, far(memory_path / "f", url, **FAST) as f:
+        with (
+            publishing(primary, url, name="far", state=state) as relay,
+            far(memory_path / "f", url, **FAST) as f,
+        ):
             for i in range(200):
                 position = primary.put(b"key-%d" % (i % 50), b"value-%d" % i)
             f.wait_for(position, 20)
@@ -69,7 +72,9 @@ def test_a_far_store_over_a_real_broker(kind: str, request: pytest.FixtureReques
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_faults_of_the_transport(kind: str, memory: MemoryBrokers, server: MemoryServer, memory_path: Path) -> None:
+def test_faults_of_the_transport(
+    kind: str, memory: MemoryBrokers, server: MemoryServer, memory_path: Path
+) -> None:
     """Repeated, overtaking and late messages change nothing in what the far store holds."""
     server.faults = Faults(duplicate=0.3, reorder=0.3, delay=0.1)
     with kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary:
@@ -94,7 +99,9 @@ def test_a_lost_message_is_told_and_healed_by_a_snapshot(
             server.faults = Faults()
             missing = primary.status().committed_offset
             position = primary.put(b"c", b"3")
-            until(lambda: f"records {missing} to {missing} have not come" in (f.status().source.problem or ""))
+            until(
+                lambda: f"records {missing} to {missing} have not come" in (f.status().source.problem or "")
+            )
             primary.flush()
             with publishing(primary, URL + "queue", snapshot=True):
                 f.wait_for(position, 20)
@@ -167,7 +174,10 @@ def test_a_superseded_publisher_is_recognised(memory: MemoryBrokers, memory_path
         kvrep.open(memory_path / "b", name="b", listen="127.0.0.1:0", follow=a.address, **FAST) as b,
     ):
         voters(a, "a", "b")
-        with publishing([a.address, b.address], url, name="far") as relay, far(memory_path / "f", url, **FAST) as f:
+        with (
+            publishing([a.address, b.address], url, name="far") as relay,
+            far(memory_path / "f", url, **FAST) as f,
+        ):
             f.wait_for(a.put(b"one", b"1"), 20)
             a.switchover(to="b")
             position = writable(b).put(b"two", b"2")
@@ -205,7 +215,10 @@ def test_another_stores_messages_are_refused(memory: MemoryBrokers, memory_path:
             f.wait_for(primary.put(b"a", b"1"), 20)
     with kvrep.open(memory_path / "q", name="q", listen="127.0.0.1:0", **FAST) as other:
         other.put(b"x", b"y")
-        with publishing(other, "memory://site/others"), far(memory_path / "f", "memory://site/others", **FAST) as f:
+        with (
+            publishing(other, "memory://site/others"),
+            far(memory_path / "f", "memory://site/others", **FAST) as f,
+        ):
             until(lambda: "another store" in (f.status().source.problem or ""))
             assert f.get(b"a") == b"1"
             assert b"x" not in f
