@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import confluent_kafka as ck
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
 from kvrep.brokers.interface import (
     BUFFER_BYTES,
@@ -697,7 +698,10 @@ class KafkaSubscriber:
                 self._stored[partition] = done
         if places:
             try:
-                self._consumer.commit(offsets=places, asynchronous=not wait)
+                if wait:
+                    self._consumer.commit(offsets=places, asynchronous=False)
+                else:
+                    self._consumer.commit(offsets=places, asynchronous=True)
             except ck.KafkaException as error:
                 log.info("%s: positions were not stored: %s", self._broker.url, error)
 

@@ -393,7 +393,8 @@ class MemorySubscriber:
         return found
 
     def _from_queue(self, count: int) -> list[Delivery]:
-        topic, found = self._topic, []
+        topic = self._topic
+        found: list[Delivery] = []
         while topic.ready and len(found) < count:
             number, message, again = topic.ready.popleft()
             topic.taken[number] = message

@@ -17,6 +17,7 @@ Options in the address, besides the broker's own::
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ class BrokerLink:
         self._subscriber: Subscriber | None = None
         self._start = STORED
         self._reread_for = -1
-        self._closed = False
+        self._closing = threading.Event()
         self._arrived: deque[Delivery] = deque()
         self._pushed: deque[Arrived] = deque()
         self._held: deque[Arrived] = deque()
@@ -127,7 +128,7 @@ class BrokerLink:
 
     def close(self) -> None:
         """Give back to the broker what is not acked."""
-        self._closed = True
+        self._closing.set()
         broker = self._broker
         if broker is not None:
             broker.close()
@@ -156,7 +157,7 @@ class BrokerLink:
         return None
 
     def _receive(self, timeout_s: float) -> list[Delivery]:
-        if self._closed:
+        if self._closing.is_set():
             raise ClosedError("the store is closed")
         try:
             if self._subscriber is None:
@@ -165,7 +166,7 @@ class BrokerLink:
                 self._subscriber = self._broker.subscriber(
                     group=self._group, start=self._start, prefetch=PREFETCH
                 )
-                if self._closed:
+                if self._closing.is_set():
                     self._broker.close()
             return self._subscriber.receive(PREFETCH, timeout_s)
         except Error:
