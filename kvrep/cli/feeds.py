@@ -255,8 +255,8 @@ def _target(args: argparse.Namespace, target: str, *, write: bool = False) -> It
     from kvrep.cli import target as targets
 
     if is_address(target):
-        with targets.connect(args, target) as node:
-            yield node.call, node.status()["lineage"]
+        with targets.connect(args, target) as remote:
+            yield remote.call, remote.status()["lineage"]
         return
     if write:
         writer = targets.LocalWriter(target, create=False, timeout_s=args.timeout_s)
