@@ -48,10 +48,11 @@ def _account() -> int | None:
 class PostgresServer:
     """One PostgreSQL with a data folder of its own, to be stopped, started and frozen at will."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, fsync: bool = False) -> None:
         assert BINARIES is not None
         self._binaries = BINARIES
         self._folder = folder
+        self._fsync = "on" if fsync else "off"
         self._data = folder / "data"
         self._user = _account()
         self._process: subprocess.Popen[bytes] | None = None
@@ -92,7 +93,7 @@ class PostgresServer:
                 [
                     self._binaries / "postgres", "-D", str(self._data), "-p", str(port),
                     "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self._folder}",
-                    "-c", "fsync=off", "-c", "max_wal_size=4GB",
+                    "-c", f"fsync={self._fsync}", "-c", "max_wal_size=4GB",
                 ],
                 stdout=log, stderr=log, user=self._user, cwd="/",
             )  # fmt: skip

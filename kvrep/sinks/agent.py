@@ -49,6 +49,9 @@ log = logging.getLogger("kvrep.agent")
 IDLE_S = 0.2
 UNIT_WAIT_S = 0.25
 """How long the rest of a transaction is waited for before its first part is committed alone."""
+FLUSH_CHANGES, FLUSH_BYTES = 20_000, 8 << 20
+"""What of a large transaction is kept before it goes to the secondary, uncommitted."""
+SNAPSHOT_BATCHES, SNAPSHOT_BYTES = 16, 4 << 20
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 RETRYABLE = (PeerUnavailable, StorageFull, StoreInUse, StaleRead, TimeoutError)
 """What may pass by itself. Everything else waits for somebody to fix it, so it ends the agent."""
@@ -288,15 +291,27 @@ class Agent:
         """Receive, apply, commit, until told to end or something fails."""
         while not self._stop.is_set():
             batch = self._batch
-            room = max(1, self._batch_changes - batch.count)
-            arrived = self.source.receive(room, self._patience())
+            most, most_bytes = self._limits()
+            arrived = self.source.receive(max(1, most - batch.count), self._patience())
             self._take(arrived)
-            full = batch.count >= self._batch_changes or batch.bytes >= self._batch_bytes
+            full = batch.count >= most or batch.bytes >= most_bytes
             if batch.count and (full or not arrived) and self._may_commit(full):
                 self._commit()
             if not arrived:
                 self._idle()
             self._log_now_and_then()
+
+    def _limits(self) -> tuple[int, int]:
+        """Changes and bytes of a commit. A snapshot goes in larger pieces: nobody waits for single rows of it."""
+        if self._staging:
+            return SNAPSHOT_BATCHES * self._batch_changes, max(self._batch_bytes, SNAPSHOT_BYTES)
+        return self._batch_changes, self._batch_bytes
+
+    @property
+    def _staging(self) -> bool:
+        """Whether a snapshot is arriving, what is not committed yet included."""
+        staging = self._batch.staging
+        return self._place.staging if staging is None else staging
 
     def _patience(self) -> float:
         """How long to wait for more: not at all where something is ready to be committed."""
@@ -325,28 +340,32 @@ class Agent:
 
     # -- applying ----------------------------------------------------------------------------------
 
-    def _take(self, arrived: Iterable[Incoming]) -> None:
+    def _take(self, arrived: list[Incoming]) -> None:
         batch = self._batch
+        changes, size = batch.changes, 0
         for one in arrived:
             if isinstance(one, Unreadable):
                 self._bury(DeadLetter(raw=one.raw, reason=one.reason))
-                batch.count += 1
                 continue
             kind = one.kind
-            if kind == BEGIN:
+            if kind == PUT or kind == DELETE:  # noqa: PLR1714, SIM109 (a set costs twice as much here)
+                changes.append(one)
+                size += len(one.key) + len(one.value or b"") + 32
+            elif kind == BEGIN:
                 self._flush()
                 self.sink.unstage()
-                batch.staging, batch.begun = True, True
+                batch.staging = True
             elif kind == END:
                 self._flush()
                 self.sink.swap()
                 self._forget_all()
                 batch.staging = False
                 self._snapshots += 1
-            elif kind in (PUT, DELETE):
-                batch.add(one)
-            batch.move(one)
-        self._flush()
+            batch.last = one
+        batch.count += len(arrived)
+        batch.bytes += size
+        if len(batch.changes) > FLUSH_CHANGES or batch.bytes > FLUSH_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
         """What was gathered goes to the secondary; what it cannot hold becomes dead letters."""
@@ -354,7 +373,7 @@ class Agent:
         while batch.changes:
             ops: list[Op] = [(c.keyspace, c.key, c.value) for c in batch.changes]
             try:
-                if batch.staging if batch.staging is not None else self._place.staging:
+                if self._staging:
                     self.sink.stage(ops)
                 else:
                     self.sink.apply(ops)
@@ -364,6 +383,7 @@ class Agent:
                 self._bury(_letter(bad, error.message))
                 continue
             self._supersede(batch.changes)
+            batch.note_applied()
             batch.changes.clear()
 
     def _supersede(self, changes: Iterable[Change | Event]) -> None:
@@ -400,13 +420,12 @@ class Agent:
         )
 
     def _commit(self) -> None:
-        batch, place = self._batch, self._place
-        staging = place.staging if batch.staging is None else batch.staging
+        self._flush()
+        batch, place, staging = self._batch, self._place, self._staging
         if batch.last is not None:
             last = batch.last
-            begun = place.lineage or self.source.lineage
             place = Place(
-                lineage=self.source.lineage or begun,
+                lineage=self.source.lineage or place.lineage,
                 sequence=last.sequence,
                 time_us=last.time_us or place.time_us,
                 token=last.resume,
@@ -493,7 +512,6 @@ class _Batch:
     __slots__ = (
         "applied",
         "began_s",
-        "begun",
         "bytes",
         "changes",
         "count",
@@ -511,26 +529,19 @@ class _Batch:
         self.times: Counter[int] = Counter()
         """commit time: changes of it, for the delays."""
         self.staging: bool | None = None
-        """Whether a snapshot is under way, once this batch has changed that."""
-        self.begun = False
+        """Whether a snapshot is arriving, once this batch has changed that."""
         self.letters = False
         self.began_s = time.monotonic()
+
+    def note_applied(self) -> None:
+        """Count what has just been given to the sink, and its commit times."""
+        self.applied += len(self.changes)
+        self.times.update(c.time_us for c in self.changes if not c.snapshot and c.time_us)
 
     @property
     def at_end(self) -> bool:
         """Whether it ends with a whole transaction."""
         return self.last is None or self.last.last
-
-    def add(self, change: Change | Event) -> None:
-        self.changes.append(change)
-        self.bytes += len(change.key) + len(change.value or b"") + 32
-        self.applied += 1
-        if change.time_us and not change.snapshot:
-            self.times[change.time_us] += 1
-
-    def move(self, change: Change | Event) -> None:
-        self.last = change
-        self.count += 1
 
 
 def _as_of_us(place: Place, source: SourceState, backlog: int | None) -> int:

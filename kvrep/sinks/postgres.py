@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,8 +17,10 @@ from kvrep.errors import (
     PermissionDenied,
     StorageFull,
 )
+from kvrep.model.record import Op
+from kvrep.options import KEY_BYTES_MAX
 from kvrep.sinks.interface import Place
-from kvrep.sinks.sql import LETTERS, PLACE, TABLES, SqlSink, identifier
+from kvrep.sinks.sql import LETTERS, PLACE, STAGED, TABLES, SqlSink, identifier
 from kvrep.sinks.tables import Table, table_name
 
 try:
@@ -37,8 +38,9 @@ SILENCE_MS = 30_000
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_END = b"\xff\xff"
 COPY_PIECE_BYTES = 1 << 20
-_ROW = struct.Struct(">hI").pack
-_LENGTH = struct.Struct(">I").pack
+_LENGTHS = [n.to_bytes(4, "big") for n in range(4096)]
+_HEADS = [b"\0\2" + length for length in _LENGTHS[: KEY_BYTES_MAX + 1]]
+"""Of a row with two columns: their number, and the length of the key."""
 
 
 class PostgresSink(SqlSink):
@@ -166,17 +168,42 @@ class PostgresSink(SqlSink):
         self._run(f"CREATE TABLE {self._name(name)} ({columns})")
 
     def _put(self, name: str, table: Table, rows: list[tuple[Any, ...]], *, fresh: bool) -> None:
-        if not fresh:
-            self._upsert(name, table, rows)
-            return
-        self._run("SAVEPOINT kvrep_copy")
-        try:
+        if fresh:
             self._copy(name, table, rows)
-        except psycopg.errors.UniqueViolation:
-            self._run("ROLLBACK TO SAVEPOINT kvrep_copy")
+        else:
             self._upsert(name, table, rows)
 
-    def _copy(self, name: str, table: Table, rows: list[tuple[Any, ...]]) -> None:
+    def stage(self, ops: Sequence[Op]) -> None:
+        """Plain rows go straight into COPY; what it does not take goes the long way."""
+        spaces: dict[str, list[tuple[bytes, bytes]]] = {}
+        for keyspace, key, value in ops:
+            if value is None:
+                break
+            space = spaces.get(keyspace)
+            if space is None:
+                space = spaces[keyspace] = []
+            space.append((key, value))
+        else:
+            if all(self._table(keyspace).plain for keyspace in spaces) and self._copied(spaces):
+                return
+        super().stage(ops)
+
+    def _copied(self, spaces: dict[str, list[tuple[bytes, bytes]]]) -> bool:
+        """Whether all rows went in; none of them did if not: a key was there already, or is there twice."""
+        with self._errors():
+            for keyspace in spaces:
+                self._make(keyspace, STAGED)
+            self._run("SAVEPOINT kvrep")
+            try:
+                for keyspace, rows in spaces.items():
+                    self._copy(table_name(keyspace) + STAGED, self._table(keyspace), rows)
+            except self.rejecting:
+                self._run("ROLLBACK TO SAVEPOINT kvrep")
+                return False
+            self._run("RELEASE SAVEPOINT kvrep")
+            return True
+
+    def _copy(self, name: str, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
         columns = ", ".join(map(identifier, table.types))
         statement = f"COPY {self._name(name)} ({columns}) FROM STDIN"
         with self._need().cursor() as cursor:
@@ -228,13 +255,19 @@ class PostgresSink(SqlSink):
             raise _mapped(error, self.url, broken=broken) from error
 
 
-def _packed(rows: list[tuple[Any, ...]]) -> Iterator[bytes]:
+def _packed(rows: Sequence[tuple[Any, ...]]) -> Iterator[bytes]:
     """Rows of (key, value) in PostgreSQL's binary COPY format, in pieces."""
     parts = [COPY_HEADER]
     size = 0
     for key, value in rows:
-        parts += (_ROW(2, len(key)), key, _LENGTH(len(value)), value)
-        size += len(key) + len(value) + 10
+        length = len(value)
+        parts += (
+            _HEADS[len(key)],
+            key,
+            _LENGTHS[length] if length < 4096 else length.to_bytes(4, "big"),
+            value,
+        )
+        size += length + 32
         if size >= COPY_PIECE_BYTES:
             yield b"".join(parts)
             parts, size = [], 0

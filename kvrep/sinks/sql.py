@@ -96,12 +96,12 @@ class SqlSink(Sink):
             self._begin()
             last = [both for space in by_keyspace(ops).values() for both in space.values()]
             try:
-                self._try(last, suffix)
+                self._try(last, suffix, fresh=bool(suffix))
             except self.rejecting as error:
                 raise self._culprit(last, suffix, error) from error
 
-    def _try(self, indexed: Sequence[tuple[int, Op]], suffix: str) -> None:
-        """All or, with an error, none of these operations; distinct keys."""
+    def _try(self, indexed: Sequence[tuple[int, Op]], suffix: str, *, fresh: bool = False) -> None:
+        """All or, with an error, none of these operations; distinct keys. ``fresh``: most likely all are new."""
         prepared = self._prepared(indexed)
         for keyspace, _, _ in prepared:
             self._make(keyspace, suffix)
@@ -110,13 +110,17 @@ class SqlSink(Sink):
             for keyspace, rows, deletes in prepared:
                 name, table = table_name(keyspace) + suffix, self._table(keyspace)
                 if rows:
-                    self._put(name, table, rows, fresh=bool(suffix))
+                    self._put(name, table, rows, fresh=fresh)
                 if deletes:
                     self._delete(name, deletes, table)
         except BaseException as error:
-            if isinstance(error, self.rejecting):
-                self._run("ROLLBACK TO SAVEPOINT kvrep")
-            raise
+            if not isinstance(error, self.rejecting):
+                raise
+            self._run("ROLLBACK TO SAVEPOINT kvrep")
+            if not fresh:
+                raise
+            self._try(indexed, suffix)
+            return
         self._run("RELEASE SAVEPOINT kvrep")
 
     def _prepared(
