@@ -117,8 +117,8 @@ class Store(Keyspace[bytes]):
 
     def changes(
         self,
-        *,
         after: Position | None = None,
+        *,
         keyspace: str | Iterable[str] | None = None,
         prefix: bytes = b"",
         topic: str | Iterable[str] | None = None,
@@ -128,6 +128,7 @@ class Store(Keyspace[bytes]):
         stop: Position | None = None,
         resume: str | None = None,
         committed: bool = False,
+        before: bool = False,
     ) -> Changes:
         """What is written, in order, as far as no failover can take it back; waits for more until closed.
 
@@ -140,7 +141,8 @@ class Store(Keyspace[bytes]):
         ``keyspace`` (one or several), ``prefix`` of keys and ``topic`` of emitted messages select;
         ``transform(change)`` may give back a change with other contents, or ``None`` to leave it out. Where a
         keyspace is named, messages are left out unless a topic is named, too. ``committed`` asks for everything
-        that reads show: with ``acks=0`` a failover may take some of it back.
+        that reads show: with ``acks=0`` a failover may take some of it back. ``before`` asks for the former values,
+        in keyspaces opened with ``keep_before=True``.
 
         Raises, here or while it is read: :class:`LogTrimmed` when the log does not reach back so far,
         :class:`Truncated` when the place is not part of the history any more, :class:`InvalidToken`,
@@ -153,7 +155,7 @@ class Store(Keyspace[bytes]):
             raise ValueError("give one of after, resume and snapshot")
         if have is not None and not snapshot and resume is None:
             raise ValueError("have belongs to a snapshot")
-        selection = Selection.of(keyspace, prefix, topic, transform)
+        selection = Selection.of(keyspace, prefix, topic, transform, before)
         return Changes(
             self._node,
             selection,
@@ -176,18 +178,19 @@ class Store(Keyspace[bytes]):
         transform: Transform | None = None,
         snapshot: bool = False,
         committed: bool = False,
+        before: bool = False,
     ) -> Feed:
         """The feed ``name``, whose place is kept in the store: it goes on behind its last ack, on any primary.
 
         The first call makes it, on the primary, with the arguments of :meth:`changes`; later ones take its
         place and selection from the store (:class:`ConfigurationMismatch` if another selection is given; what
-        ``transform`` and ``committed`` say is not stored). Until it is dropped, the log is kept for it, up to
+        ``transform``, ``committed`` and ``before`` say is not stored). Until it is dropped, the log is kept for it, up to
         ``retention_bytes_max``.
         """
         self._node.engine.need_alive()
         if after is not None and snapshot:
             raise ValueError("give one of after and snapshot")
-        selection = Selection.of(keyspace, prefix, topic, transform)
+        selection = Selection.of(keyspace, prefix, topic, transform, before)
         return Feed(
             self._feeds, name, selection, after=_position(after), snapshot=snapshot, committed=committed
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from kvrep.aio.core import Core
 from kvrep.aio.waiting import LOOK_UP_S
@@ -20,18 +20,25 @@ from kvrep.model.position import Position
 __all__ = ["Changes", "Feed"]
 
 
-async def _poll(
-    core: Core, read: Callable[[float], list[Change]], over: Callable[[], bool], timeout_s: float
-) -> list[Change]:
-    """Have ``read(0)`` called on the reading thread until it gives something; no thread waits meanwhile."""
+class _Source(Protocol):
+    """What is polled."""
+
+    def poll(self, timeout_s: float) -> list[Change]: ...
+    @property
+    def behind(self) -> bool: ...
+
+
+async def _poll(core: Core, plain: _Source, over: Callable[[], bool], timeout_s: float) -> list[Change]:
+    """Have ``poll(0)`` called on the reading thread until it gives something; no thread waits meanwhile."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         shown = core.node.engine.view.last
-        changes = await core.read(read, 0.0)
+        changes = await core.read(plain.poll, 0.0)
         left = deadline_s - time.monotonic()
         if changes or over() or left <= 0:
             return changes
-        await core.moved_beyond(shown, min(left, LOOK_UP_S))
+        if not plain.behind:
+            await core.moved_beyond(shown, min(left, LOOK_UP_S))
 
 
 class Changes:
@@ -54,7 +61,7 @@ class Changes:
         """The next changes; none when there are none after ``timeout_s``, or at the end."""
         if self._core.node.closing:
             raise ClosedError("the store is closed")
-        return await _poll(self._core, self._plain.poll, lambda: self._plain.over, timeout_s)
+        return await _poll(self._core, self._plain, lambda: self._plain.over, timeout_s)
 
     @property
     def over(self) -> bool:
@@ -119,7 +126,7 @@ class Feed:
     async def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` without any, while paused, and when it is closed."""
         plain = self._plain
-        return await _poll(self._core, plain.poll, lambda: plain.closed, timeout_s)
+        return await _poll(self._core, plain, lambda: plain.closed, timeout_s)
 
     async def ack(self, through: Change | str | None = None) -> Position | None:
         """All through ``through`` (default: all that was handed out) is done; see :meth:`kvrep.Feed.ack`."""

@@ -148,8 +148,8 @@ class Store(Keyspace[bytes]):
 
     def changes(
         self,
-        *,
         after: Position | None = None,
+        *,
         keyspace: str | Iterable[str] | None = None,
         prefix: bytes = b"",
         topic: str | Iterable[str] | None = None,
@@ -159,11 +159,12 @@ class Store(Keyspace[bytes]):
         stop: Position | None = None,
         resume: str | None = None,
         committed: bool = False,
+        before: bool = False,
     ) -> Changes:
         """What is written, in order: ``async for change in db.changes(…)``; see :meth:`kvrep.Store.changes`."""
         plain = self._sync.changes(
             after=after, keyspace=keyspace, prefix=prefix, topic=topic, transform=transform,
-            snapshot=snapshot, have=have, stop=stop, resume=resume, committed=committed,
+            snapshot=snapshot, have=have, stop=stop, resume=resume, committed=committed, before=before,
         )  # fmt: skip
         return Changes(self._core, plain)
 
@@ -178,6 +179,7 @@ class Store(Keyspace[bytes]):
         transform: Transform | None = None,
         snapshot: bool = False,
         committed: bool = False,
+        before: bool = False,
     ) -> Feed:
         """``async with db.feed("billing") as feed:``, or ``feed = await db.feed("billing")``; see
         :meth:`kvrep.Store.feed`."""
@@ -185,7 +187,7 @@ class Store(Keyspace[bytes]):
             self._core,
             lambda: self._sync.feed(
                 name, after=after, keyspace=keyspace, prefix=prefix, topic=topic, transform=transform,
-                snapshot=snapshot, committed=committed,
+                snapshot=snapshot, committed=committed, before=before,
             ),
         )  # fmt: skip
 

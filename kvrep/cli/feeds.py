@@ -76,6 +76,7 @@ def _configure_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix", metavar="KEY", help="only keys that begin with this")
     parser.add_argument("--topic", metavar="TOPIC", action="append", help="only messages of this topic")
     parser.add_argument("--committed", action="store_true", help="all that is committed")
+    parser.add_argument("--before", action="store_true", help="with former values, where they are kept")
     parser.add_argument("--limit", metavar="N", type=count, help="end after so many changes")
     parser.add_argument("--no-wait", action="store_true", help="end when there is no more")
     either = parser.add_mutually_exclusive_group()
@@ -109,6 +110,7 @@ def _changes(args: argparse.Namespace) -> int:
             prefix=form_of(args).decode(args.prefix) if args.prefix else b"",
             topics=args.topic,
             committed=args.committed or not running,
+            before=args.before,
         )
         try:
             return _show(args, changes, lineage, wait=running and not args.no_wait)

@@ -63,6 +63,7 @@ class Changes:
         self._scan: _SnapshotScan | None = None
         self._ready: Iterator[Change] = iter(())
         self._closed = False
+        self._waits = False
         self._midway = False
         """Whether a step was interrupted (Ctrl-C), so that nobody knows what it has read."""
         # Held while a step reads; who closes meanwhile leaves the rest to the step.
@@ -103,6 +104,11 @@ class Changes:
         return self._closed
 
     @property
+    def behind(self) -> bool:
+        """Whether a :meth:`poll` that gave nothing ended in the middle of what is there to be read."""
+        return not (self._waits or self._closed)
+
+    @property
     def position(self) -> Position:
         """Everything through here was read; what was selected of it was delivered or is about to be."""
         return self._reader.at
@@ -141,6 +147,7 @@ class Changes:
                 raise
             if changes:
                 self._ready = iter(changes)
+            self._waits = changes is None
             self._midway = False
             if changes:
                 return True

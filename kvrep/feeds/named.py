@@ -230,14 +230,14 @@ class Feed:
             state.prefix,
             None if state.topics is None else frozenset(state.topics),
         )
-        given = replace(selection, transform=None)
+        given = replace(selection, transform=None, before=False)
         if given not in (kept, Selection()):
             raise ConfigurationMismatch(
                 f"the feed {name} selects {kept}, and was opened with {given}",
                 option="feed", given=given, stored=kept,
                 hint="open it without a selection, or drop it, or take another name",
             )  # fmt: skip
-        self._selection = replace(kept, transform=selection.transform)
+        self._selection = replace(kept, transform=selection.transform, before=selection.before)
         self._generation = state.generation
         self._changes = self._open(state)
 
@@ -274,6 +274,11 @@ class Feed:
                 if self.closed:
                     return
             self._ready = iter(self._read(LOOK_UP_S))
+
+    @property
+    def behind(self) -> bool:
+        """Whether the last read that gave nothing has left something unread."""
+        return not self._closed and self._changes.behind
 
     def handed_out(self, change: Change) -> None:
         """``change`` is the last one that the reader has."""

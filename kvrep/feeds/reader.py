@@ -277,7 +277,7 @@ class LogReader:
         """What is shown of one record, its operations above ``skip``; without ``previous`` and ``last``."""
         selection = self.selection
         writes, emits, notes = (payload, (), ()) if kind == Kind.WRITE else payload
-        before = dict(zip(notes[::2], notes[1::2], strict=True))
+        before = dict(zip(notes[::2], notes[1::2], strict=True)) if selection.before else {}
         place = None if self.scan is None else self.scan.place
         changes: list[Change] = []
         index = -1

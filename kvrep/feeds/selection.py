@@ -28,6 +28,8 @@ class Selection:
     prefix: bytes = b""
     topics: frozenset[str] | None = None
     transform: Transform | None = None
+    before: bool = False
+    """Whether the former values are shown, where they are kept."""
 
     @classmethod
     def of(
@@ -36,6 +38,7 @@ class Selection:
         prefix: bytes = b"",
         topic: str | Iterable[str] | None = None,
         transform: Transform | None = None,
+        before: bool = False,
     ) -> Selection:
         """From what users give; ``TypeError`` or :class:`InvalidInput` for what cannot be."""
         if not isinstance(prefix, bytes):
@@ -47,7 +50,7 @@ class Selection:
             check_name(name)
         if keyspaces is None and topics is not None:
             keyspaces = frozenset()
-        return cls(keyspaces, prefix, topics, transform)
+        return cls(keyspaces, prefix, topics, transform, bool(before))
 
     @property
     def emits(self) -> bool:

@@ -131,11 +131,14 @@ class RemoteChanges:
         prefix: bytes = b"",
         topics: list[str] | None = None,
         committed: bool = False,
+        before: bool = False,
     ) -> None:
         self._call = call
         self.token = token
         """Where to go on after all that was handed out."""
-        self._request = {"keyspaces": keyspaces, "prefix": prefix, "topics": topics, "committed": committed}
+        self._request = {
+            "keyspaces": keyspaces, "prefix": prefix, "topics": topics, "committed": committed, "before": before,
+        }  # fmt: skip
 
     @property
     def in_snapshot(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from kvrep.errors import Error
 from kvrep.model.feed_state import FeedState
 from kvrep.model.position import OFFSET_MAX
 from kvrep.model.record import FEEDS_KEYSPACE
@@ -63,7 +64,11 @@ class HeldByFeeds:
         engine = self._node.engine
         bytes_max = engine.options.retention_bytes_max
         needed = OFFSET_MAX
-        for key, value in engine.tree.items(FEEDS_KEYSPACE):
+        try:
+            rows = engine.tree.items(FEEDS_KEYSPACE)
+        except Error:
+            return 0  # it cannot be told now: all is kept
+        for key, value in rows:
             name = key.decode()
             try:
                 needs = FeedState.unpack(value).needs

@@ -135,7 +135,7 @@ def test_values_before(memory_store: Path) -> None:
                 await txn.get(b"a")
                 with pytest.raises(kvrep.Overloaded):
                     kept.submit_put(b"b", b"")
-            told = [(c.value, c.before) async for c in db.changes(stop=db.position)]
+            told = [(c.value, c.before) async for c in db.changes(stop=db.position, before=True)]
             assert [v for v, _ in told] == [b"1", b"2", b"2", b"2", b"3", b"4", b"5", None]
             assert [b for _, b in told] == [None, *(v for v, _ in told[:-1])]
 
@@ -164,5 +164,32 @@ def test_closing_and_cancelling(memory_store: Path) -> None:
             await asyncio.wait_for(second, WAIT_S)
         with pytest.raises(kvrep.ClosedError):
             db.changes()
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_leaves_nearly_all_out_does_not_dawdle(memory_store: Path) -> None:
+    """Pieces without anything that is wanted are read one after the other, without waiting between them."""
+
+    async def main() -> None:
+        async with kvrep.aio.open(memory_store, durability="os") as db:
+            for _ in range(20):
+                async with db.batch() as batch:
+                    for i in range(1000):
+                        batch.put(b"%d" % i, bytes(1000))
+            await db.put(b"wanted", b"")
+            steps = 0
+            async with db.changes(prefix=b"w") as changes, db.feed("f", prefix=b"w") as feed:
+                real = db._core.moved_beyond
+
+                async def counted(shown: int, timeout_s: float) -> None:
+                    nonlocal steps
+                    steps += 1
+                    await real(shown, timeout_s)
+
+                db._core.moved_beyond = counted  # type: ignore[method-assign]
+                assert [c.key for c in await changes.poll(WAIT_S)] == [b"wanted"]
+                assert [c.key for c in await feed.poll(WAIT_S)] == [b"wanted"]
+            assert steps == 0
 
     asyncio.run(main())
