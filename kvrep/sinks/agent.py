@@ -364,7 +364,7 @@ class Agent:
             batch.last = one
         batch.count += len(arrived)
         batch.bytes += size
-        if len(batch.changes) > FLUSH_CHANGES or batch.bytes > FLUSH_BYTES:
+        if self._staging or len(batch.changes) > FLUSH_CHANGES or batch.bytes > FLUSH_BYTES:
             self._flush()
 
     def _flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ except ImportError as missing:
 
 __all__ = ["PostgresSink"]
 
+log = logging.getLogger("kvrep.agent")
+
 CONNECT_S = 10
 SILENCE_MS = 30_000
 """How long sent bytes may stay unanswered before the connection counts as dead."""
@@ -54,6 +57,7 @@ class PostgresSink(SqlSink):
         self._conninfo, self._schema = _parsed(url)
         self.url = _shown(url)
         self._connection: psycopg.Connection[Any] | None = None
+        self._copying: _Copying | None = None
 
     def open(self) -> Place:
         self.close()
@@ -103,12 +107,13 @@ class PostgresSink(SqlSink):
 
     def commit(self, place: Place) -> None:
         with self._errors():
-            self._store_place(place)
+            self._store_place(place)  # which ends a COPY first, as every statement does
             self._need().commit()
         self._version += 1
 
     def rollback(self) -> None:
         self._known.clear()
+        self._give_up_copy()
         connection = self._connection
         if connection is not None and not connection.broken:
             with self._errors():
@@ -122,6 +127,7 @@ class PostgresSink(SqlSink):
                 yield key, rest[0] if len(rest) == 1 else tuple(rest)
 
     def close(self) -> None:
+        self._give_up_copy()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -149,6 +155,8 @@ class PostgresSink(SqlSink):
                 connection.rollback()
 
     def _run(self, statement: str, parameters: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
+        if self._copying is not None:
+            self._finish_copy()
         return self._need().execute(statement.encode(), parameters or None)
 
     def _name(self, table: str) -> str:
@@ -168,13 +176,15 @@ class PostgresSink(SqlSink):
         self._run(f"CREATE TABLE {self._name(name)} ({columns})")
 
     def _put(self, name: str, table: Table, rows: list[tuple[Any, ...]], *, fresh: bool) -> None:
-        if fresh:
+        if fresh and not table.plain:
             self._copy(name, table, rows)
         else:
             self._upsert(name, table, rows)
 
+    # -- snapshots: rows stream into one COPY while the next ones are read ---------------------------
+
     def stage(self, ops: Sequence[Op]) -> None:
-        """Plain rows go straight into COPY; what it does not take goes the long way."""
+        """Plain rows go straight into a COPY that stays open until something else is done."""
         spaces: dict[str, list[tuple[bytes, bytes]]] = {}
         for keyspace, key, value in ops:
             if value is None:
@@ -184,37 +194,57 @@ class PostgresSink(SqlSink):
                 space = spaces[keyspace] = []
             space.append((key, value))
         else:
-            if all(self._table(keyspace).plain for keyspace in spaces) and self._copied(spaces):
+            if all(self._table(keyspace).plain for keyspace in spaces):
+                with self._errors():
+                    for keyspace, rows in spaces.items():
+                        self._stream(keyspace, rows)
                 return
         super().stage(ops)
 
-    def _copied(self, spaces: dict[str, list[tuple[bytes, bytes]]]) -> bool:
-        """Whether all rows went in; none of them did if not: a key was there already, or is there twice."""
-        with self._errors():
-            for keyspace in spaces:
-                self._make(keyspace, STAGED)
+    def _stream(self, keyspace: str, rows: list[tuple[bytes, bytes]]) -> None:
+        copying = self._copying
+        if copying is None or copying.keyspace != keyspace:
+            self._make(keyspace, STAGED)
             self._run("SAVEPOINT kvrep")
-            try:
-                for keyspace, rows in spaces.items():
-                    self._copy(table_name(keyspace) + STAGED, self._table(keyspace), rows)
-            except self.rejecting:
-                self._run("ROLLBACK TO SAVEPOINT kvrep")
-                return False
-            self._run("RELEASE SAVEPOINT kvrep")
-            return True
+            name = self._name(table_name(keyspace) + STAGED)
+            copying = self._copying = _Copying(self._need(), keyspace, name)
+        copying.rows += rows
+        try:
+            copying.write(rows)
+        except self.rejecting as error:
+            self._copying = None
+            self._go_the_long_way(copying, error)
 
-    def _copy(self, name: str, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _finish_copy(self) -> None:
+        """End the COPY that is open, if one is. A key that was there already makes upserts of its rows."""
+        copying, self._copying = self._copying, None
+        if copying is None:
+            return
+        try:
+            copying.finish()
+        except self.rejecting as error:
+            self._go_the_long_way(copying, error)
+            return
+        self._run("RELEASE SAVEPOINT kvrep")
+
+    def _go_the_long_way(self, copying: _Copying, error: BaseException) -> None:
+        copying.give_up(error)
+        self._run("ROLLBACK TO SAVEPOINT kvrep")
+        super().stage([(copying.keyspace, key, value) for key, value in copying.rows])
+
+    def _give_up_copy(self) -> None:
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            copying.give_up(ClosedError("rolled back"))
+
+    # -- statements --------------------------------------------------------------------------------
+
+    def _copy(self, name: str, table: Table, rows: list[tuple[Any, ...]]) -> None:
         columns = ", ".join(map(identifier, table.types))
-        statement = f"COPY {self._name(name)} ({columns}) FROM STDIN"
         with self._need().cursor() as cursor:
-            if table.plain:
-                with cursor.copy(f"{statement} (FORMAT BINARY)".encode()) as copy:
-                    for piece in _packed(rows):
-                        copy.write(piece)
-            else:
-                with cursor.copy(statement.encode()) as copy:
-                    for row in rows:
-                        copy.write_row(row)
+            with cursor.copy(f"COPY {self._name(name)} ({columns}) FROM STDIN".encode()) as copy:
+                for row in rows:
+                    copy.write_row(row)
 
     def _upsert(self, name: str, table: Table, rows: list[tuple[Any, ...]]) -> None:
         """All rows in one statement, as one array for each column."""
@@ -255,24 +285,47 @@ class PostgresSink(SqlSink):
             raise _mapped(error, self.url, broken=broken) from error
 
 
-def _packed(rows: Sequence[tuple[Any, ...]]) -> Iterator[bytes]:
-    """Rows of (key, value) in PostgreSQL's binary COPY format, in pieces."""
-    parts = [COPY_HEADER]
-    size = 0
-    for key, value in rows:
-        length = len(value)
-        parts += (
-            _HEADS[len(key)],
-            key,
-            _LENGTHS[length] if length < 4096 else length.to_bytes(4, "big"),
-            value,
+class _Copying:
+    """A COPY of plain rows under way, in PostgreSQL's binary format."""
+
+    def __init__(self, connection: psycopg.Connection[Any], keyspace: str, table: str) -> None:
+        self.keyspace = keyspace
+        self.rows: list[tuple[bytes, bytes]] = []
+        """All that was written, in case it has to be written in another way."""
+        self._context = connection.cursor().copy(
+            f"COPY {table} (key, value) FROM STDIN (FORMAT BINARY)".encode()
         )
-        size += length + 32
-        if size >= COPY_PIECE_BYTES:
-            yield b"".join(parts)
-            parts, size = [], 0
-    parts.append(COPY_END)
-    yield b"".join(parts)
+        self._copy = self._context.__enter__()
+        self._copy.write(COPY_HEADER)
+
+    def write(self, rows: list[tuple[bytes, bytes]]) -> None:
+        parts: list[bytes] = []
+        size = 0
+        for key, value in rows:
+            length = len(value)
+            parts += (
+                _HEADS[len(key)],
+                key,
+                _LENGTHS[length] if length < 4096 else length.to_bytes(4, "big"),
+                value,
+            )
+            size += length + 32
+            if size >= COPY_PIECE_BYTES:
+                self._copy.write(b"".join(parts))
+                parts, size = [], 0
+        self._copy.write(b"".join(parts))
+
+    def finish(self) -> None:
+        """Return when the server has taken all of it."""
+        self._copy.write(COPY_END)
+        self._context.__exit__(None, None, None)
+
+    def give_up(self, error: BaseException) -> None:
+        """End it without effect."""
+        try:
+            self._context.__exit__(type(error), error, None)
+        except Exception as problem:  # also what the server says to it: it is over either way
+            log.debug("ending a COPY: %s", problem)
 
 
 def _parsed(url: str) -> tuple[str, str]:

@@ -309,3 +309,42 @@ def test_a_table_that_people_made_first_is_used(make: Make) -> None:
     sink.apply([("default", b"b", b"2")])
     sink.commit(PLACE)
     assert rows(sink) == {b"a": b"1", b"b": b"2"}
+
+
+def test_a_snapshot_row_that_comes_twice(make: Make) -> None:
+    """A row that is staged again, in the same call or a later one, before or after a commit, counts once."""
+    sink = make()
+    sink.open()
+    sink.unstage()
+    sink.stage([("default", b"%d" % i, b"1") for i in range(10)])
+    sink.stage([("other", b"x", b"1")])
+    sink.stage([("default", b"3", b"2"), ("default", b"new", b"2")])
+    sink.commit(Place(staging=True))
+    sink.stage([("default", b"4", b"3"), ("default", b"4", b"4"), ("more", b"x", b"1")])
+    sink.stage([("default", b"5", None)])
+    sink.stage([("default", b"6", b"x" * 5000)])
+    sink.bury(DeadLetter(reason="in between"))
+    sink.swap()
+    sink.commit(PLACE)
+    expected = {b"%d" % i: b"1" for i in range(10)} | {b"3": b"2", b"new": b"2", b"4": b"4", b"6": b"x" * 5000}
+    del expected[b"5"]
+    assert rows(sink) == expected
+    assert rows(sink, "other") == rows(sink, "more") == {b"x": b"1"}
+
+
+def test_a_rollback_in_the_middle_of_a_snapshot(make: Make) -> None:
+    """What was staged since the last commit is forgotten by a rollback, by close() and by an error of the caller."""
+    sink = make()
+    sink.open()
+    sink.unstage()
+    sink.stage([("default", b"a", b"1")])
+    sink.commit(Place(staging=True))
+    sink.stage([("default", b"b", b"1")])
+    sink.rollback()
+    sink.stage([("default", b"c", b"1")])
+    sink.close()
+    sink.open()
+    sink.stage([("default", b"d", b"1")])
+    sink.swap()
+    sink.commit(PLACE)
+    assert rows(sink) == {b"a": b"1", b"d": b"1"}
