@@ -15,6 +15,7 @@ __all__ = [
     "Op",
     "Record",
     "is_system",
+    "messages_in",
     "write_payload",
     "writes_in",
 ]
@@ -77,6 +78,11 @@ def writes_in(kind: int, payload: Any) -> Any:
     if kind == Kind.WRITE:
         return payload
     return payload[0] if kind == Kind.NOTED else ()
+
+
+def messages_in(kind: int, payload: Any) -> Any:
+    """The emitted messages of a record: ``[topic, payload, headers or None]`` each."""
+    return payload[1] if kind == Kind.NOTED else ()
 
 
 def is_system(keyspace: str) -> bool:
