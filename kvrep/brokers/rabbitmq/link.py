@@ -31,6 +31,8 @@ __all__ = ["Link", "Place"]
 log = logging.getLogger("kvrep.brokers")
 
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 5.0
+STABLE_S = 2.0
+"""A connection that lasted so long begins a new count of failures."""
 CLOSE_GRACE_S = 0.5
 """What a close that ran out of time still gets for the goodbye itself."""
 REFUSED, NOT_FOUND, LOCKED, MISMATCH = 403, 404, 405, 406
@@ -101,6 +103,11 @@ class Link:
         self.reconnects = 0
         self.blocked = ""
         """Why the broker takes nothing from publishers now, if it says so."""
+        self.full = ""
+        """Why it has refused a message, until that is sent again."""
+        self.ended: Error | None = None
+        """What no new connection can mend."""
+        self.on_ended: Callable[[], None] = lambda: None
         self.on_unblocked: Callable[[], None] = lambda: None
         self._place, self._queue = place, queue
         self._on_ready, self._on_lost = on_ready, on_lost
@@ -164,6 +171,7 @@ class Link:
         for attempt in self._attempts():
             self._ready = False
             self._fault = None
+            began = time.monotonic()
             try:
                 self._once(attempt)
             except Exception as error:
@@ -173,9 +181,13 @@ class Link:
             if self._stop.is_set():
                 break
             self._tell_lost(was_ready)
+            if was_ready and isinstance(self._fault, ConfigurationMismatch):
+                self.ended = self._fault
+                self.on_ended()
+                break
             if self._first and not was_ready and (attempt + 1 >= len(self._place.hosts) or self._hopeless()):
                 break
-            failures = 0 if was_ready and not self.problem.startswith("refused") else failures + 1
+            failures = 0 if time.monotonic() - began >= STABLE_S else failures + 1
             limit = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(failures, 10))
             self._stop.wait(random.uniform(limit / 2, limit))
         self._settled.set()
@@ -193,7 +205,7 @@ class Link:
         fault = self._fault or PeerUnavailable(f"{self._place.shown} closed the connection", address="")
         if str(fault) != self.problem and not self._first:
             log.warning("%s", fault)
-        self.problem, self.blocked = str(fault), ""
+        self.problem, self.blocked, self.full = str(fault), "", ""
         if was_ready:
             self._on_lost()
 

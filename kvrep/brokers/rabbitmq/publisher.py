@@ -2,11 +2,13 @@
 
 ::
 
-    publish() ──> waiting ──(the link's thread)──> sent ──(confirms)──> counted
+    publish() ──> waiting ──(the link's thread)──> sent ──(confirms)──> done
                      ^                               │
-                     └──────── lost connection ──────┘   sent again, in order
+                     └─ lost connection, or refused ─┘
 
-Both lists together are the bounded buffer. Confirms may come out of order; what is counted has no gap.
+All that is not counted yet is the bounded buffer, in order. Confirms may come out of order; what is counted has
+no gap. After a lost connection everything that is not done is sent again, in order. What a full queue refuses is
+sent again, too, once all else that was sent is decided; then it may arrive behind what followed it.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import pika
 from kvrep.brokers.interface import Message, PublisherStatus, Unconfirmed
 from kvrep.brokers.rabbitmq.link import Link, Place
 from kvrep.brokers.sizes import check_message
-from kvrep.errors import ClosedError, Overloaded
+from kvrep.errors import ClosedError, Error, Overloaded, again
 
 __all__ = ["KEY_HEADER", "RabbitPublisher"]
 
 KEY_HEADER = "kvrep-key"
 PERSISTENT = 2
+PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0
 PUMP_MESSAGES = 128
 """How many are written before the loop looks for confirms."""
 
@@ -40,8 +43,10 @@ class RabbitPublisher:
         # Protects what follows; announces confirms to those who wait.
         self._changed = threading.Condition()
         self._waiters = 0
-        self._waiting: deque[tuple[Message, int]] = deque()
-        self._sent: deque[tuple[Message, int]] = deque()
+        self._buffer: deque[_Entry] = deque()
+        """What is not counted yet, in order."""
+        self._waiting: deque[_Entry] = deque()
+        """What of it is not sent on this connection yet."""
         self._bytes = 0
         self._pumping = False
         """A call of the pump is under way already."""
@@ -50,12 +55,17 @@ class RabbitPublisher:
         self.confirmed = 0
         # Of the thread:
         self._channel: Any = None
+        self._sent: deque[_Entry] = deque()
+        """What the broker has not decided on, by its delivery tags."""
         self._first_tag = 1
-        """The delivery tag of the first in ``sent``."""
-        self._early: set[int] = set()
-        """Confirmed ones behind it."""
+        """The tag of the first in ``sent``."""
+        self._early: dict[int, bool] = {}
+        """Decided ones behind it: whether they are stored."""
+        self._refused: list[_Entry] = []
+        self._pause_s = 0.0
         self._link = Link(place, queue, "publisher", self._on_ready, self._on_lost)
         self._link.on_unblocked = self._pump
+        self._link.on_ended = self._on_ended
         self._link.open()
 
     # -- from other threads ------------------------------------------------------------------------
@@ -65,9 +75,10 @@ class RabbitPublisher:
         with self._changed:
             if self._bytes + size > self._bytes_max or self.published - self.confirmed >= self._messages_max:
                 self._await_room(size, timeout_s)
-            if self._closed:
-                raise ClosedError("the publisher is closed")
-            self._waiting.append((message, size))
+            self._need_alive()
+            entry = _Entry(message, size)
+            self._buffer.append(entry)
+            self._waiting.append(entry)
             self._bytes += size
             self.published += 1
             number = self.published
@@ -78,7 +89,7 @@ class RabbitPublisher:
 
     def _await_room(self, size: int, timeout_s: float) -> None:
         def room() -> bool:
-            return self._closed or (
+            return self._over or (
                 self.published - self.confirmed < self._messages_max and self._bytes + size <= self._bytes_max
             )
 
@@ -88,6 +99,12 @@ class RabbitPublisher:
                 hint="nothing was taken; try again later",
             )
 
+    def _need_alive(self) -> None:
+        if self._closed:
+            raise ClosedError("the publisher is closed")
+        if self._link.ended is not None:
+            raise again(self._link.ended)
+
     def _wait_for(self, condition: Any, timeout_s: float) -> bool:
         self._waiters += 1
         try:
@@ -95,15 +112,23 @@ class RabbitPublisher:
         finally:
             self._waiters -= 1
 
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._link.ended is not None
+
     def _why(self) -> str:
         link = self._link
         if link.blocked:
             return f": the broker blocks publishers ({link.blocked})"
+        if link.full:
+            return f": {link.full}"
         return f": {link.problem}" if link.problem else ""
 
     def wait(self, number: int, timeout_s: float) -> bool:
         with self._changed:
-            self._wait_for(lambda: self.confirmed >= number or self._closed, timeout_s)
+            self._wait_for(lambda: self.confirmed >= number or self._over, timeout_s)
+            if self.confirmed < number and self._link.ended is not None:
+                raise again(self._link.ended)
             return self.confirmed >= number
 
     def flush(self, timeout_s: float) -> None:
@@ -119,10 +144,12 @@ class RabbitPublisher:
         link = self._link
         if self._closed:
             state = "closed"
+        elif link.ended is not None:
+            state = "failed"
         elif link.problem:
             state = "connecting"
         else:
-            state = "blocked" if link.blocked else "ready"
+            state = "blocked" if link.blocked or link.full else "ready"
         return PublisherStatus(
             state=state,
             problem=self._why().removeprefix(": "),
@@ -135,7 +162,10 @@ class RabbitPublisher:
     def close(self, timeout_s: float = 5.0) -> None:
         deadline = time.monotonic() + timeout_s
         if not self._closed:
-            self.wait(self.published, timeout_s)
+            try:
+                self.wait(self.published, timeout_s)
+            except Error:
+                pass  # said already
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -146,7 +176,6 @@ class RabbitPublisher:
     def _on_ready(self, channel: Any) -> None:
         self._channel = channel
         self._first_tag = 1
-        self._early.clear()
         channel.add_on_return_callback(self._on_returned)
         channel.confirm_delivery(self._on_confirm)
         self._pump()
@@ -154,14 +183,20 @@ class RabbitPublisher:
     def _on_lost(self) -> None:
         with self._changed:
             self._channel = None
-            self._waiting.extendleft(reversed(self._sent))
             self._sent.clear()
+            self._early.clear()
+            self._refused.clear()
+            self._waiting = deque(entry for entry in self._buffer if not entry.done)
             self._pumping = False
+
+    def _on_ended(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _pump(self) -> None:
         """Write what waits, some at a time."""
         channel, link = self._channel, self._link
-        if channel is None or not channel.is_open or link.blocked:
+        if channel is None or not channel.is_open or link.blocked or link.full:
             self._pumping = False  # whatever ends this state pumps again
             return
         waiting, sent, publish, queue = self._waiting, self._sent, channel.basic_publish, self._queue
@@ -171,7 +206,7 @@ class RabbitPublisher:
             except IndexError:
                 break
             sent.append(entry)
-            message = entry[0]
+            message = entry.message
             publish("", queue, message.body, _properties(message), mandatory=True)
         with self._changed:
             self._pumping = bool(waiting)
@@ -179,33 +214,70 @@ class RabbitPublisher:
             link.call(self._pump)
 
     def _on_confirm(self, frame: Any) -> None:
+        if self._channel is None:
+            return  # what was returned is confirmed, too: it counts for nothing
         method = frame.method
-        if method.NAME != "Basic.Ack":
-            self._link.break_off("refused by the broker: a message could not be stored (is the queue full?)")
-            return
-        tag, first = method.delivery_tag, self._first_tag
+        stored, tag, first = method.NAME == "Basic.Ack", method.delivery_tag, self._first_tag
+        if not stored:
+            self._link.full = "refused by the broker: a message could not be stored (is the queue full?)"
         if not method.multiple and tag != first:
-            self._early.add(tag)
+            self._early[tag] = stored
             return
+        sent, early = self._sent, self._early
+        for one in range(first, tag + 1):
+            self._decide(sent.popleft(), early.pop(one, stored) if early else stored)
         first = tag + 1
-        early = self._early
-        if early:
-            while first in early:
-                first += 1
-            self._early = {one for one in early if one > first}
+        while early and first in early:
+            self._decide(sent.popleft(), early.pop(first))
+            first += 1
+        self._first_tag = first
+        self._count()
+        if not sent and self._link.full:
+            self._retry_later()
+
+    def _decide(self, entry: _Entry, stored: bool) -> None:
+        if stored:
+            entry.done = True
+        else:
+            self._refused.append(entry)
+
+    def _count(self) -> None:
         with self._changed:
-            sent, size = self._sent, 0
-            for _ in range(first - self._first_tag):
-                size += sent.popleft()[1]
+            buffer, size, number = self._buffer, 0, 0
+            while buffer and buffer[0].done:
+                size += buffer.popleft().size
+                number += 1
             self._bytes -= size
-            self.confirmed += first - self._first_tag
-            self._first_tag = first
-            if self._waiters and (not sent or self._bytes * 2 <= self._bytes_max or not self._waiting):
+            self.confirmed += number
+            if self._waiters and (not buffer or self._bytes * 2 <= self._bytes_max or not self._waiting):
                 self._changed.notify_all()
+
+    def _retry_later(self) -> None:
+        """Everything is decided, and something was refused: again, after a pause that grows while all is."""
+        with self._changed:
+            self._waiting.extendleft(reversed(self._refused))
+            self._refused.clear()
+            self._pumping = True
+        self._pause_s = min(PAUSE_MAX_S, max(PAUSE_MIN_S, self._pause_s * 2))
+        self._channel.connection.ioloop.call_later(self._pause_s, self._retry)
+
+    def _retry(self) -> None:
+        self._link.full = ""
+        self._pump()
 
     def _on_returned(self, _channel: Any, _method: Any, _properties: Any, _body: bytes) -> None:
         """The queue has been deleted: what was sent is nowhere. Make it anew and send again."""
-        self._link.break_off(f"refused by the broker: {self._queue!r} is gone")
+        self._channel = None
+        self._link.break_off(f"{self._queue!r} is gone")
+
+
+class _Entry:
+    """A message on its way."""
+
+    __slots__ = ("done", "message", "size")
+
+    def __init__(self, message: Message, size: int) -> None:
+        self.message, self.size, self.done = message, size, False
 
 
 def _properties(message: Message) -> pika.BasicProperties:

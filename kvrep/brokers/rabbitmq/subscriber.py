@@ -15,7 +15,7 @@ from kvrep.brokers.interface import EARLIEST, LATEST, STORED, Delivery, Message
 from kvrep.brokers.outstanding import Outstanding
 from kvrep.brokers.rabbitmq.link import Link, Place
 from kvrep.brokers.rabbitmq.publisher import KEY_HEADER
-from kvrep.errors import ClosedError
+from kvrep.errors import ClosedError, again
 
 __all__ = ["RabbitSubscriber"]
 
@@ -48,6 +48,7 @@ class RabbitSubscriber:
         self._channel: Any = None
         self._saving = False
         self._link = Link(place, queue, "subscriber", self._on_ready, self._on_lost)
+        self._link.on_ended = self._on_ended
         self._link.open()
 
     # -- the reading thread ------------------------------------------------------------------------
@@ -55,9 +56,13 @@ class RabbitSubscriber:
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         with self._changed:
             if timeout_s > 0:
-                self._changed.wait_for(lambda: self._closed or self._ready(), timeout_s)
+                self._changed.wait_for(
+                    lambda: self._closed or self._link.ended or self._ready(), timeout_s
+                )
             if self._closed:
                 raise ClosedError("the subscriber is closed")
+            if self._link.ended is not None:
+                raise again(self._link.ended)
             count = min(max_messages, self._ready())
             return [self._arrived.popleft() for _ in range(count)]
 
@@ -132,6 +137,10 @@ class RabbitSubscriber:
             self._outstanding.clear()
             self._generation += 1
             self._saving = False
+
+    def _on_ended(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _on_message(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
         headers = properties.headers or {}
