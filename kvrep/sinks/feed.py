@@ -90,7 +90,7 @@ class FeedSource(Source):
         stream, head = self._stream, self._upstream.head()
         if stream is None or head is None:
             return SourceState()
-        behind = max(0, head - stream.read()) + len(self._ready) - self._at
+        behind = max(0, head - stream.at().offset) + len(self._ready) - self._at
         return SourceState(behind=behind, as_of_us=0 if behind else self._as_of_us)
 
     def close(self) -> None:

@@ -122,12 +122,17 @@ class Sink(ABC):
     def dead_letters(self) -> list[DeadLetter]:
         """What was put aside, oldest first."""
 
+    def hold(self) -> Place:
+        """The place; until :meth:`rollback` reads show one moment, that of this place. Without it: only while
+        nobody writes."""
+        return self.open()
+
     @abstractmethod
     def keyspaces(self) -> list[str]:
         """The keyspaces of which there is a copy, sorted."""
 
     @abstractmethod
-    def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
         """The rows of a keyspace in key order: the value as bytes, or a tuple of columns where it is mapped."""
 
     @abstractmethod

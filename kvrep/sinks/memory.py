@@ -95,7 +95,7 @@ class MemorySink(Sink):
     def keyspaces(self) -> list[str]:
         return sorted(self._working.rows)
 
-    def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
         return iter(sorted(self._working.rows.get(keyspace, {}).items()))
 
     def close(self) -> None:

@@ -111,6 +111,13 @@ class PostgresSink(SqlSink):
             self._need().commit()
         self._version += 1
 
+    def hold(self) -> Place:
+        with self._errors():
+            connection = self._need()
+            connection.rollback()
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            return self._load_place()
+
     def rollback(self) -> None:
         self._known.clear()
         self._give_up_copy()
@@ -119,7 +126,7 @@ class PostgresSink(SqlSink):
             with self._errors():
                 connection.rollback()
 
-    def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
         with self._errors(), self._reading(), self._need().cursor(name="kvrep_scan", binary=True) as cursor:
             cursor.itersize = 1000
             cursor.execute(f"SELECT * FROM {self._name(table_name(keyspace))} ORDER BY key")

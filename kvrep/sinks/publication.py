@@ -353,7 +353,7 @@ class Publication:
     def _behind(self) -> int | None:
         """Records that are not read yet; ``None`` while not known."""
         stream, head = self._stream, self._upstream.head()
-        return None if stream is None or head is None else max(0, head - stream.read())
+        return None if stream is None or head is None else max(0, head - stream.at().offset)
 
     # -- what receivers miss -----------------------------------------------------------------------
 

@@ -77,6 +77,12 @@ class SqliteSink(SqlSink):
             self._run("COMMIT")
         self._version += 1
 
+    def hold(self) -> Place:
+        self.rollback()
+        with self._errors():
+            self._run("BEGIN")
+            return self._load_place()
+
     def rollback(self) -> None:
         self._known.clear()
         connection = self._connection
@@ -84,7 +90,7 @@ class SqliteSink(SqlSink):
             with self._errors():
                 self._run("ROLLBACK")
 
-    def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
         with self._errors():
             cursor = self._run(f"SELECT * FROM {self._name(table_name(keyspace))} ORDER BY key")
             for key, *rest in cursor:

@@ -242,7 +242,7 @@ class StoreSink(Sink):
     def keyspaces(self) -> list[str]:
         return [name for name in self._need().keyspaces() if name != NOTES]
 
-    def scan(self, keyspace: str) -> Iterator[tuple[bytes, object]]:
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
         return self._need().scan(keyspace)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from kvrep.errors import Error, NotPrimary, RefusedError
 from kvrep.feeds.serving import RemoteChanges
 from kvrep.model.change import Change
+from kvrep.model.position import ZERO, Position
 from kvrep.model.token import Token
 from kvrep.store import Store
 
@@ -35,8 +36,8 @@ class Stream(Protocol):
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` without any."""
 
-    def read(self) -> int:
-        """The offset through which everything was read."""
+    def at(self) -> Position:
+        """Everything through here was read."""
 
     def close(self) -> None:
         """End it."""
@@ -71,9 +72,9 @@ class _LocalStream:
         self.poll = changes.poll
         self.close = changes.close
 
-    def read(self) -> int:
-        offset: int = self._changes.position.offset
-        return offset
+    def at(self) -> Position:
+        position: Position = self._changes.position
+        return position
 
 
 class Local:
@@ -132,17 +133,17 @@ class Local:
 class _RemoteStream:
     def __init__(self, changes: RemoteChanges) -> None:
         self._changes = changes
-        self._read = 0
+        self._at = ZERO
         self._token = ""
 
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         return self._changes.poll(timeout_s)
 
-    def read(self) -> int:
+    def at(self) -> Position:
         token = self._changes.token
         if token != self._token:
-            self._token, self._read = token, Token.parse(token).position.offset
-        return self._read
+            self._token, self._at = token, Token.parse(token).position
+        return self._at
 
     def close(self) -> None:
         """Every call stands for itself: nothing is left open."""
