@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvrep.errors import ClosedError, LineageMismatch, LogCorrupt, LogTrimmed, Truncated
+from kvrep.errors import ClosedError, LineageMismatch, LogCorrupt, LogTrimmed, StorageFailed, Truncated
 from kvrep.feeds.selection import Selection
 from kvrep.model.change import DELETE, EMIT, PUT, ROW_INDEX, Change, Sequence
 from kvrep.model.codec import ChainBroken, bodies
@@ -192,10 +192,10 @@ class LogReader:
                         path=str(engine.home.path), at=first + error.offset,
                     ) from error  # fmt: skip
                 continue
-            except OSError:
+            except OSError as error:
                 if engine.closed:
                     raise ClosedError("the store is closed") from None
-                raise
+                raise StorageFailed(f"the log could not be read: {error}") from error
             return self._take(found, running, first)
         return None
 

@@ -532,3 +532,47 @@ def test_many_readers_at_once(db: kvrep.Store) -> None:
     assert len(results) == 4
     for got in results:
         assert_none(check_feed(got, last=2000))
+
+
+def test_a_log_that_cannot_be_read(db: kvrep.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO from a read is a typed error; reading again tries again, and nothing is left out."""
+    from kvrep.storage.log_file import LogFile
+
+    mixed(db)
+    expected = brief(all_of(db))
+    db._node.engine.committer.log._recent.clear()
+    real = LogFile.read
+    broken = [True]
+
+    def failing(file: LogFile, start: int, length: int) -> bytes:
+        if broken[0]:
+            raise OSError(5, "Input/output error")
+        return real(file, start, length)
+
+    monkeypatch.setattr(LogFile, "read", failing)
+    with db.changes(stop=db.position) as changes:
+        for _ in range(2):
+            with pytest.raises(kvrep.StorageFailed):
+                changes.poll()
+        broken[0] = False
+        assert brief(list(changes)) == expected
+
+
+def test_large_values_come_whole(memory_store: Path) -> None:
+    """Values and transactions that are far larger than a piece of the log."""
+    with kvrep.open(memory_store, durability="os") as db:
+        with db.batch() as batch:
+            for i in range(20):
+                batch.put(b"%d" % i, bytes([i]) * (1 << 20))
+        db.put(b"one", b"x" * (30 << 20))
+        sizes = [len(c.value or b"") for c in all_of(db)]
+        assert sizes == [1 << 20] * 20 + [30 << 20]
+        middle = all_of(db)[9].resume
+        assert len(all_of(db, resume=middle)) == 11
+        with db.changes(snapshot=True) as changes:
+            rows = 0
+            for change in changes:
+                rows += change.kind == "put"
+                if change.kind == "end":
+                    break
+        assert rows == 21
