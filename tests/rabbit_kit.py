@@ -131,6 +131,13 @@ class RabbitServer:
             pass
         process.wait(10)
 
+    def terminate(self) -> None:
+        """As an operator."""
+        process, self._process = self._process, None
+        assert process is not None
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(START_S)
+
     def control(self, *words: str) -> None:
         """``rabbitmqctl`` of this node."""
         subprocess.run(
