@@ -11,12 +11,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks import reads, report, upkeep, writes
+from benchmarks import reads, replicas, report, upkeep, writes
 from benchmarks.measure import FIGURES, Bench, Figure, on_terminal
 
 ROOT = Path(__file__).parent.parent
 LATEST = ROOT / "benchmarks" / "results" / "latest.json"
-MODULES = (writes, reads, upkeep)
+MODULES = (writes, reads, upkeep, replicas)
 """Imported so that they register their figures."""
 
 HELP = """\

@@ -46,6 +46,8 @@ def fill(path: Path, mib: int, value_bytes: int) -> None:
                 for _ in range(1000):
                     batch.put(b"%016x" % source.getrandbits(64), source.randbytes(value_bytes))
             left -= 1000 * (value_bytes + 16)
+            if left // (1000 * (value_bytes + 16)) % 64 == 0:
+                db.flush(WAIT_S)
         db.flush(WAIT_S)
 
 

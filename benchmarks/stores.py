@@ -14,7 +14,7 @@ import lmdb
 import kvrep
 from benchmarks.measure import Bench
 
-__all__ = ["VALUE", "bare_map", "copied", "fill", "key", "keys", "store", "template"]
+__all__ = ["MAP_BYTES", "VALUE", "bare_map", "copied", "fill", "key", "keys", "store", "template"]
 
 MAP_BYTES = 64 << 30
 FILL_BATCH = 2000

@@ -55,7 +55,7 @@ def _killed(path: str, count: str, writes: str) -> None:
     import random
     import signal
 
-    db = kvrep.open(path, flush_interval_s=3600, memtable_bytes=1 << 30)
+    db = kvrep.open(path, flush_interval_s=3600, memtable_bytes=1 << 30, memtable_bytes_max=4 << 30)
     drawn = keys(random.Random(8), int(writes), int(count))
     futures = [db.submit_put(k, VALUE) for k in drawn]
     futures[-1].result(60)

@@ -135,6 +135,24 @@ def raw_writes(bench: Bench, folder: Path, size: int) -> Callable[[], float]:
     return sample
 
 
+def raw_latencies(folder: Path, size: int, count: int) -> list[float]:
+    """Seconds of each of ``count`` bare writes of ``size`` bytes, flushed, into an allocated file."""
+    fd = os.open(folder / "latencies", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    content, clock = os.urandom(size), time.perf_counter
+    took: list[float] = []
+    try:
+        os.posix_fallocate(fd, 0, size * count)
+        os.fsync(fd)
+        for i in range(count):
+            began = clock()
+            os.pwrite(fd, content, i * size)
+            os.fdatasync(fd)
+            took.append(clock() - began)
+    finally:
+        os.close(fd)
+    return took
+
+
 def in_threads(count: int, work: Callable[[int], None]) -> float:
     """Run ``work(number)`` in ``count`` threads; the seconds from the common start to the last end."""
     ready = threading.Barrier(count + 1)

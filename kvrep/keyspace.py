@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from kvrep.codecs import BYTES, Codec
-from kvrep.errors import ClosedError, TransactionExpired
+from kvrep.errors import ClosedError, Error, TransactionExpired, again
 from kvrep.model.position import Position
 from kvrep.model.record import Kind, Op, write_payload
 from kvrep.runtime.checks import check_key, check_value, prefix_stop
@@ -448,8 +448,13 @@ class Transaction(Generic[V]):
         if not committer.take_place(self, granted.release):
             try:
                 deadline = self._node.deadline(self._timeout_s)
-                if not granted.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                    raise TransactionExpired("no turn for this transaction before its deadline")
+                while not granted.acquire(timeout=max(0.0, min(0.05, deadline - time.monotonic()))):
+                    if committer.holds_place(self):
+                        break  # who left the place was interrupted before it could tell us
+                    if time.monotonic() >= deadline:
+                        raise TransactionExpired("no turn for this transaction before its deadline")
+                if not committer.holds_place(self):
+                    raise self._expired()
             except BaseException:
                 committer.leave_place(self, None)
                 raise
@@ -469,7 +474,11 @@ class Transaction(Generic[V]):
                         self._tail[(payload[i], flat[j])] = flat[j + 1]
         self._barrier = ahead[-1] if ahead else None
 
-    def _expired(self) -> TransactionExpired:
+    def _expired(self) -> Error:
+        """Why the place is ours no more."""
+        error = self._node.engine.committer.place_error(self)
+        if error is not None:
+            return again(error)
         return TransactionExpired("the transaction was open longer than transaction_age_max_s")
 
     # -- reading and writing -----------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from math import inf
+from types import NoneType
 from typing import Any, Literal, TypedDict
 
 from kvrep.errors import ConfigurationMismatch
@@ -130,6 +132,7 @@ class Options:
     """A shared secret that followers and clients must show; needs ``tls`` beyond the loopback."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.name is not None and not _NAME.fullmatch(self.name):
             _reject("name", self.name, "1 to 64 of A-Z a-z 0-9 _ . -, starting with a letter or digit")
         if self.durability not in ("sync", "os"):
@@ -158,6 +161,20 @@ class Options:
             _reject("heartbeat_timeout_s", self.heartbeat_timeout_s, "at least two heartbeat intervals")
         if self.retention_bytes > self.retention_bytes_max:
             _reject("retention_bytes", self.retention_bytes, "at most retention_bytes_max")
+
+    def _check_types(self) -> None:
+        for name in ("name", "listen", "advertise", "token"):
+            if not isinstance(getattr(self, name), (str, NoneType)):
+                _reject(name, getattr(self, name), "text")
+        for name in ("create", "voter"):
+            if not isinstance(getattr(self, name), bool):
+                _reject(name, getattr(self, name), "True or False")
+        for name, given in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if name.endswith(("_bytes", "_bytes_max", "s_max")) and not name.endswith("_s_max"):
+                if isinstance(given, bool) or not isinstance(given, int):
+                    _reject(name, given, "a whole number")
+            elif isinstance(given, float) and not 0 <= given < inf:
+                _reject(name, given, "a finite number")
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvrep.cli.arguments import is_address, security
 from kvrep.cli.exits import UsageError
-from kvrep.errors import NotAStore, NotPrimary, PeerUnavailable, StoreInUse, UnknownOutcome
+from kvrep.errors import ClosedError, NotAStore, NotPrimary, PeerUnavailable, StoreInUse, UnknownOutcome
 from kvrep.model.position import Position
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class RemoteTarget:
     def write(self, ops: list[Op]) -> Position:
         try:
             answer = self.call("write", {"ops": ops})
-        except PeerUnavailable as error:
+        except (PeerUnavailable, ClosedError) as error:
+            # A node that closes may have logged the write already, and another one may commit it.
             raise UnknownOutcome(
                 f"{self.address} ended without an answer: the write may have been done, or not",
                 hint="read the keys once the node answers again; writing the same again is safe",

@@ -67,20 +67,22 @@ class Sender:
     those of a follower that is behind go at once.
 
     A heartbeat goes every interval whatever else is sent, because it alone echoes the follower's stamp;
-    and at once when ``committed`` moved while nothing is to be sent or in flight that would tell it.
+    and when ``committed`` moved while nothing is to be sent or in flight that would tell it: at once, or
+    ``commit_linger_s`` after the last segment, so that the next segment of a busy writer can tell it instead.
     """
 
     __slots__ = (
+        "_commit_linger",
         "_echo",
         "_end",
         "_heartbeat_at",
         "_interval",
-        "_linger",
         "_segment_at",
         "_segment_bytes_max",
         "_timeout",
         "_told",
         "epoch",
+        "linger_s",
         "progress",
         "stamp_us",
     )
@@ -94,6 +96,7 @@ class Sender:
         heartbeat_interval_s: float,
         heartbeat_timeout_s: float,
         linger_s: float = 0.0,
+        commit_linger_s: float = 0.0,
         now: float,
     ) -> None:
         self.progress = progress
@@ -103,7 +106,8 @@ class Sender:
         self._segment_bytes_max = segment_bytes_max
         self._interval = heartbeat_interval_s
         self._timeout = heartbeat_timeout_s
-        self._linger = linger_s
+        self.linger_s = linger_s
+        self._commit_linger = commit_linger_s
         self._heartbeat_at = now
         self._segment_at = float("-inf")
         self._end = 0
@@ -141,8 +145,22 @@ class Sender:
         self.progress.last_heard = now
         self.progress.credit_bytes += granted
 
-    def next(self, now: float, last: int, committed: int) -> Step:
-        """The next step, with the log's end at ``last`` (what may be shipped) and so much committed."""
+    @property
+    def wants_heartbeat(self) -> bool:
+        """Whether a stamp is to be echoed at once."""
+        return self._echo
+
+    @property
+    def tell_at(self) -> float:
+        """From when on a commit is told at once. Before it, a :class:`Wait` ends by then of itself, so a moved
+        commit or an ack need not wake anybody."""
+        return self._segment_at + self._commit_linger
+
+    def next(self, now: float, last: int, committed: int, *, hurry: bool = False) -> Step:
+        """The next step, with the log's end at ``last`` (what may be shipped) and so much committed.
+
+        ``hurry``: somebody waits until this follower shows what is committed.
+        """
         progress = self.progress
         dead_at = progress.last_heard + self._timeout
         if now >= dead_at:
@@ -158,13 +176,15 @@ class Sender:
                     room = min(self._segment_bytes_max, progress.credit_bytes)
                     return SendSegment(progress.sent, room)
                 until = min(until, ready_at)
+        elif now < self.tell_at and not hurry:
+            until = min(until, self.tell_at)
         elif committed > self._told and not progress.in_flight_bytes:
             return _HEARTBEAT
         return Wait(min(until, dead_at))
 
     def _ready_at(self) -> float:
         behind = self.progress.sent < self._end
-        return float("-inf") if behind else self._segment_at + self._linger
+        return float("-inf") if behind else self._segment_at + self.linger_s
 
     def sent_segment(self, first: int, last: int, size: int, now: float, committed: int) -> None:
         """A run is about to leave; call it once, before its first byte does, with the size of all parts."""

@@ -19,12 +19,14 @@ from kvrep.errors import (
     Overloaded,
     RolledBack,
     StaleRead,
+    StorageFailed,
     ValueTooLarge,
     again,
 )
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position, epoch_after
 from kvrep.options import Options
+from kvrep.runtime.compression import need_zstd
 from kvrep.runtime.events import Events
 from kvrep.runtime.roles import Roles
 from kvrep.status import Event, EventKind, Outcome, Role, Status
@@ -76,6 +78,8 @@ class Node:
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: Options, transport: Transport | None = None) -> Node:
         """Open the store at ``path`` and start its role."""
+        if options.compression is not None:
+            need_zstd()
         follower = bool(options.sources)
         engine = Engine.open(Path(path), options, lineage=b"" if follower else os.urandom(16))
         node = cls(engine, options, transport)
@@ -151,7 +155,11 @@ class Node:
             if self.engine.committer.epoch or self._closed:
                 self.engine.writable = _nothing
                 return
-            self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            try:
+                write = self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
+            except OSError as error:
+                raise StorageFailed(f"the promise of an epoch could not be stored: {error}") from error
+            self.finish(write, None)  # it may find no room: then the next write begins the epoch
             self.engine.writable = _nothing
 
     def next_epoch(self, seen: int = 0) -> int:

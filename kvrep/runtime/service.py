@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import ClosedError, NotPrimary, ProtocolError
+from kvrep.errors import ClosedError, NotPrimary, Overloaded, ProtocolError
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
 from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
 from kvrep.runtime.promoting import answer_promise, answer_records, answer_standing
 from kvrep.runtime.signal import Signal
+from kvrep.storage.digest import DIGEST_MODULUS
+from kvrep.storage.tree import digests_out
 from kvrep.storage.write import Write
 from kvrep.transport.interface import Session, SnapshotItem, SnapshotRequest
 
@@ -132,10 +134,37 @@ class NodeService:
         return {"position": str(self._position())}
 
     def _digests(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Flush, recompute the digests from LMDB, and say as of which position they hold."""
+        """Flush, recompute the digests from LMDB as of one moment, and say which position that is.
+
+        ``Overloaded`` when it takes longer than ``timeout_s`` (default 60). Writes go on meanwhile.
+        """
         engine = self._node.engine
-        engine.flush(_timeout(request) or 60.0)
-        return engine.recompute_digests()
+        deadline = time.monotonic() + (_timeout(request) or 60.0)
+        engine.flush(deadline - time.monotonic())
+
+        def breathe() -> None:
+            time.sleep(0)  # lets go of the GIL
+            if time.monotonic() > deadline:
+                raise Overloaded("the digests were not recomputed in time", hint="allow more time")
+
+        pinned = engine.pinned()
+        try:
+            off, state = pinned.differing(breathe), pinned.state
+        finally:
+            pinned.close()
+        digests, counts = {}, {}
+        for name in state.digests.keys() | off.keys():
+            digest_off, count_off = off.get(name, (0, 0))
+            digests[name] = (state.digests.get(name, 0) + digest_off) % DIGEST_MODULUS
+            counts[name] = state.counts.get(name, 0) + count_off
+        return {
+            "position": str(engine.position_at(state.applied.offset)),
+            "digests": digests_out(digests),
+            "counts": counts,
+            "stored": digests_out(state.digests),
+            "verified": state.verified,
+            "diverged": state.diverged,
+        }
 
     def _marks(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """The digests kept at the last digest mark, where every node cuts its flush: nothing is recomputed.
@@ -147,7 +176,7 @@ class NodeService:
         position = self._node.engine.position_at(state.mark) if state.mark else None
         return {
             "mark": None if position is None else str(position),
-            "digests": {name: value.to_bytes(16, "big") for name, value in state.mark_digests.items()},
+            "digests": digests_out(state.mark_digests),
         }
 
     def _keyspaces(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

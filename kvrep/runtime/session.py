@@ -42,6 +42,8 @@ __all__ = ["FollowerSession"]
 log = logging.getLogger("kvrep.replication")
 
 COMPRESS_BYTES_MIN = 512
+COMMIT_LINGER_S = 0.001
+"""How long after a segment its commit may wait to ride in the next one."""
 PARTS_MAX = 4096
 """Parts that a follower takes of one record."""
 
@@ -71,6 +73,8 @@ class FollowerSession:
         self._joining = threading.Lock()
         self._feeding = False
         """Set when the Welcome is in the outbox: records may follow it."""
+        self._heeds_commits = True
+        self._hurry = False
         self._asked_epoch = 0
         self.vote_refused = False
         """It cannot become a voter (its name is another voter's); said once."""
@@ -97,6 +101,16 @@ class FollowerSession:
 
     def wake(self) -> None:
         """The log, the commit or an ack moved."""
+        self._signal.set()
+
+    def wake_for_commit(self) -> None:
+        """The commit moved: wake the sender, unless it looks by itself soon."""
+        if self._heeds_commits:
+            self._signal.set()
+
+    def hurry(self) -> None:
+        """Somebody waits until this follower shows what is committed."""
+        self._hurry = True
         self._signal.set()
 
     def end(self, refused: Refused | None = None) -> None:
@@ -159,7 +173,8 @@ class FollowerSession:
             raise
         if moved:
             self._shipping.on_ack(self, ack)
-        self._signal.set()
+        if self._heeds_commits or sender.wants_heartbeat:
+            self._signal.set()
 
     def _on_credit(self, credit: Credit) -> None:
         if self._sender is None:
@@ -270,7 +285,8 @@ class FollowerSession:
             segment_bytes_max=options.segment_bytes_max,
             heartbeat_interval_s=options.heartbeat_interval_s,
             heartbeat_timeout_s=options.heartbeat_timeout_s,
-            linger_s=0.0 if engine.configuration.synchronous else 0.001,
+            linger_s=self._shipping.linger_s,
+            commit_linger_s=COMMIT_LINGER_S,
             now=now,
         )
         # Once the Welcome has left, the reader may get an ack and the sender may ship: both are ready.
@@ -323,10 +339,17 @@ class FollowerSession:
         engine = self._engine
         now = time.monotonic()
         with self._lock:
+            # Before ``committed`` is read: a commit after that wakes us.
+            self._heeds_commits = now >= sender.tell_at
+            hurry, self._hurry = self._hurry, False
+            sender.linger_s = self._shipping.linger_s
             stamp = sender.stamp_us
             committed = engine.committer.committed
             last = self._shipping.shippable()
-            step = sender.next(now, last, committed)
+            step = sender.next(now, last, committed, hurry=hurry)
+            if hurry and sender.progress.in_flight_bytes:
+                self._hurry = True  # until it has confirmed what is on its way
+                self._heeds_commits = True
         match step:
             case SendSegment():
                 return self._segment(sender, step, committed)

@@ -39,6 +39,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
+ASYNC_LINGER_S = 0.001
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -287,8 +288,8 @@ class Shipping:
                 )
             if promise.committed > own.offset and self.engine.configuration.synchronous:
                 return (
-                    f"{voter.name} knows records through {promise.committed} as committed, and this node, which"
-                    f" acknowledged them, ends at {own.offset}: it lost data; follow {voter.name} instead"
+                    f"{voter.name} knows records through {promise.committed} as committed, and this node,"
+                    f" which wrote them, ends at {own.offset}: it lost data; follow {voter.name} instead"
                 )
         return ""
 
@@ -422,19 +423,40 @@ class Shipping:
         if closed is not None:
             raise again(closed)
         if tracker is None or not self._open:
-            raise NotPrimary(self._problem, hint="start the missing voters", epoch=self.epoch,
-                             primary_address=None)  # fmt: skip
+            raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
             return
         with self._lock:
             missing = tracker.missing(self._joined)
+            proposed = tracker.proposed
             needed = tracker.configuration.copies_wanted
+            if proposed is not None:
+                needed = max(needed, proposed[1].copies_wanted)
         if missing:
             raise NotEnoughFollowers(
                 f"the ack rule needs {needed} copies, {needed - missing} can be made now",
                 needed=needed,
                 connected=needed - missing,
             )
+
+    def _not_primary(self) -> NotPrimary:
+        return NotPrimary(
+            self._problem, hint="start the missing voters", epoch=self.epoch, primary_address=None
+        )
+
+    def _check_primary(self) -> None:
+        """Raise unless the epoch has begun and the store is open; followers may be missing."""
+        if not self._open:
+            raise self._not_primary()
+        closed = self.engine.committer.closed
+        if closed is not None:
+            raise again(closed)
+
+    @property
+    def linger_s(self) -> float:
+        """How far apart segments shall be: an asynchronous primary lets them gather."""
+        tracker = self._tracker
+        return 0.0 if tracker is None or tracker.configuration.synchronous else ASYNC_LINGER_S
 
     def on_written(self) -> None:
         """The log has grown: ship before it is flushed here."""
@@ -470,7 +492,7 @@ class Shipping:
                     self.engine.view.withheld = None
                     self._acked.notify_all()
         for session in list(self._joined.values()):
-            session.wake()
+            session.wake_for_commit()
 
     def shippable(self) -> int:
         return self.engine.tail.offset
@@ -486,7 +508,7 @@ class Shipping:
                     new = change(old)
                     write = self._configuring = self.engine.configure(new)
                     break
-            self.engine.writable_as_primary()
+            self._check_primary()
             if time.monotonic() >= deadline_s:
                 raise Overloaded("another configuration change, or the epoch itself, is not committed yet")
             with self._acked:
@@ -714,6 +736,9 @@ class Shipping:
     def await_more(self, position: Position, acks: Acks | None, level: Level, deadline_s: float) -> None:
         """Wait until enough copies of a committed write are at ``level``."""
         needed = self._copies_asked(acks)
+        if level == "visible":
+            for session in list(self._joined.values()):
+                session.hurry()
         with self._acked:
             self._more_waiting += 1
             try:

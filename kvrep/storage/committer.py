@@ -24,7 +24,7 @@ from typing import Any
 
 from kvrep.errors import ClosedError, Error, Overloaded, StorageFailed, StorageFull, again
 from kvrep.model.codec import RecordEncoder
-from kvrep.model.record import Record
+from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
 from kvrep.storage.write import Write, complete_all, complete_one
@@ -34,6 +34,8 @@ __all__ = ["Committer"]
 GROUP_WRITES_MAX = 4096
 GROUP_BYTES_MAX = 4 << 20
 LOOK_UP_S = 0.05
+WRITE_OVERHEAD_BYTES = 160
+"""What a write that waits costs in memory beside its keys and values."""
 
 
 def _as_durable(durable: int) -> int:
@@ -84,6 +86,8 @@ class Committer:
         self.closed: Error | None = None
         """Set once: why no write is taken any more."""
         self.failure: StorageFailed | None = None
+        self.no_epoch: Error | None = None
+        """Why the epoch could not begin, while it has not: nothing else may be logged in it."""
         self.rule: Callable[[int], int] = _as_durable
         """Durable offset here -> committed offset. Replaced by the replication of a primary."""
         self.on_written: Callable[[], None] | None = None
@@ -104,6 +108,8 @@ class Committer:
         self._behind: list[Write] = []
         self._holder: object | None = None
         self._held_since_s = 0.0
+        self._taken_back: tuple[object, Error] | None = None
+        """Who last lost the place to a refused write, and that refusal."""
         self._queue: deque[tuple[object, Callable[[], None]]] = deque()
         self._queued_bytes = 0
         # Held by whoever writes to the log.
@@ -123,9 +129,11 @@ class Committer:
         with self._order:
             if self.closed is not None:
                 raise again(self.closed)
-            if self._queued_bytes + self.pending_bytes + write.size > self.uncommitted_bytes_max and (
-                self._ordered or self.pending or self._behind
-            ):
+            if self.no_epoch is not None and write.kind != Kind.EPOCH:
+                raise again(self.no_epoch)
+            count = len(self._ordered) + len(self._behind) + len(self.pending)
+            size = self._queued_bytes + self.pending_bytes + write.size + count * WRITE_OVERHEAD_BYTES
+            if size > self.uncommitted_bytes_max and count:
                 raise Overloaded(
                     f"{(self._queued_bytes + self.pending_bytes) >> 10} KiB of writes are not committed yet"
                     " (uncommitted_bytes_max)"
@@ -157,35 +165,49 @@ class Committer:
 
     def leave_place(self, owner: object, write: Write | None) -> bool:
         """Give the place back, with the transaction's write or without. False if it was not held."""
-        grant = None
         with self._order:
             if self._holder is not owner:
                 self._queue = deque(entry for entry in self._queue if entry[0] is not owner)
                 return False
-            if write is not None:
-                if self.closed is not None:
-                    write.complete(self.closed)
-                else:
-                    self._ordered.append(write)
-                    self._queued_bytes += write.size
-            self._ordered += self._behind
-            self._behind = []
-            self._holder = None
-            if self._queue:
-                self._holder, grant = self._queue.popleft()
-                self._held_since_s = time.monotonic()
+            refused = self.closed or self.no_epoch
+            grant = self._pass_place([write] if write is not None and refused is None else [])
             waiting = bool(self._ordered)
+        if write is not None and refused is not None:
+            write.complete(refused)
         if grant is not None:
             grant()
         if waiting and write is None:
             self.kick()
         return True
 
+    def _pass_place(self, writes: list[Write]) -> Callable[[], None] | None:
+        """The holder leaves with ``writes``; returns how to tell the next one. The order lock is held."""
+        ordered = [*self._ordered, *writes, *self._behind]
+        queued = self._queued_bytes + sum(w.size for w in writes)
+        queue, now = deque(self._queue), time.monotonic()
+        following, grant = queue.popleft() if queue else (None, None)
+        # No call stands between these, so an interrupt finds all of it done or nothing.
+        self._ordered, self._behind, self._queued_bytes = ordered, [], queued
+        self._holder, self._queue, self._held_since_s = following, queue, now
+        return grant
+
     def expire_place(self, age_max_s: float) -> None:
-        """Take the place from a transaction that has held it too long."""
+        """Take the place from a transaction that has held it too long, or was interrupted at its end."""
         holder = self._holder
-        if holder is not None and time.monotonic() - self._held_since_s > age_max_s:
+        if holder is None:
+            return
+        if time.monotonic() - self._held_since_s > age_max_s or not getattr(holder, "_open", True):
             self.leave_place(holder, None)
+
+    def look_after(self) -> None:
+        """Have written what an interrupted thread put in order or began, and left. From time to time."""
+        if (self._ordered or self._group is not None) and not self.lead.locked():
+            self.kick()
+
+    def place_error(self, owner: object) -> Error | None:
+        """Why ``owner`` lost the place, if it was for another reason than its age."""
+        taken = self._taken_back
+        return taken[1] if taken is not None and taken[0] is owner else self.closed
 
     def holds_place(self, owner: object) -> bool:
         return self._holder is owner
@@ -283,6 +305,7 @@ class Committer:
                 or self.rule is not _as_durable
                 or self.on_written is not None
                 or write.kind
+                or not self.epoch
                 or self.closed is not None
             ):
                 return False
@@ -341,9 +364,8 @@ class Committer:
                 count += 1
                 if count >= GROUP_WRITES_MAX or size >= GROUP_BYTES_MAX:
                     break
-            group = _Group(ordered[:count], size)
-            self._group = group
-            self._ordered = ordered[count:]
+            group, rest = _Group(ordered[:count], size), ordered[count:]
+            self._group, self._ordered = group, rest  # no call between: an interrupt finds both or neither
         return group
 
     def _write_group(self) -> None:
@@ -354,8 +376,10 @@ class Committer:
         early = self.on_written
         log = self.log
         if self.closed is not None and not group.written(log):
-            self._fail(group, self.closed)
-            return
+            # What an interrupted leader has begun to write may be on the disk: it is written to its end.
+            if group.frames is None or self.failure is not None:
+                self._fail(group, self.closed)
+                return
         try:
             if group.frames is None:
                 self._encode_group(group)
@@ -423,6 +447,7 @@ class Committer:
             refused = StorageFull("no disk space for the log")
             refused.__cause__ = error
             self._fail(group, refused)
+            self._fail_dependents(refused)
             return
         failure = self.fail_storage(error)
         self._fail(group, failure)
@@ -433,10 +458,24 @@ class Committer:
             self._queued_bytes -= group.queued_bytes
         complete_all(group.writes, error)
 
+    def _fail_dependents(self, error: Error) -> None:
+        """Refuse, too, what stands behind a refused group: transactions among it may have read its writes."""
+        with self._order:
+            waiting, self._ordered = self._ordered, []
+            self._queued_bytes -= sum(w.size for w in waiting)
+            self._taken_back = (self._holder, error) if self._holder is not None else None
+            grant = self._pass_place([])
+        complete_all(waiting, error)
+        if grant is not None:
+            grant()
+
     def fail_storage(self, error: BaseException) -> StorageFailed:
         """The disk failed for good: nothing is written any more in this process."""
         if self.failure is None:
-            failure = StorageFailed(f"the log could not be written: {error}")
+            if isinstance(error, StorageFailed):
+                failure = StorageFailed(error.message)
+            else:
+                failure = StorageFailed(f"the log could not be written: {error}")
             failure.__cause__ = error
             self.failure = failure
             self.refuse(failure)

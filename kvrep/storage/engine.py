@@ -30,6 +30,7 @@ from kvrep.errors import (
     ProtocolError,
     RolledBack,
     StorageFull,
+    UnknownOutcome,
     again,
 )
 from kvrep.model.codec import FRAME_BYTES, decode
@@ -54,6 +55,9 @@ from kvrep.storage.write import Write
 __all__ = ["Engine"]
 
 log = logging.getLogger("kvrep.storage")
+
+DELETES_BEHIND_MAX = 1.25
+"""Up to this share of memtable_bytes_max deletes are taken while there is no room for a flush."""
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _fork_guard = threading.Lock()
@@ -320,9 +324,18 @@ class Engine:
         """
         committer = self.committer
         write = Write(Kind.EPOCH, dict(payload), 256)
+        before = self.epochs, self.branch, self.configurations[:]
+
+        def began(done: Write) -> None:  # on the leader's thread, so that no group is encoded meanwhile
+            if isinstance(done.error, StorageFull):
+                committer.no_epoch = done.error
+                committer.epoch = 0
+                self.epochs, self.branch, self.configurations = before
+
+        write.when_done(began)
         with committer.lead:  # no group is being encoded meanwhile
             committer.order(write)  # first: nobody orders anything before ``epoch`` is set
-            committer.epoch = epoch
+            committer.epoch, committer.no_epoch = epoch, None
             offset = self.tail.offset + 1
             self.epochs = self.epochs.with_epoch(epoch, offset)
             self._note_branch(offset, payload["branch"])
@@ -347,14 +360,14 @@ class Engine:
         """Put a user's write in order; waits for memory, not for the disk. Raises what refuses it."""
         self.writable()
         if self.view.memory_bytes >= self._slow_bytes:
-            self._slow_down(deadline_s)
+            self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.order(write)
 
     def commit(self, write: Write, deadline_s: float) -> None:
         """Order a user's write and wait until its outcome is known or the deadline has passed."""
         self.writable()
         if self.view.memory_bytes >= self._slow_bytes:
-            self._slow_down(deadline_s)
+            self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.commit(write, deadline_s)
 
     def admit_now(self) -> float:
@@ -367,14 +380,20 @@ class Engine:
             raise StorageFull(self.flusher.full.message) from self.flusher.full
         return 0.005 if behind >= 1.0 else (behind - 0.5) * 0.004
 
-    def _slow_down(self, deadline_s: float) -> None:
+    def _slow_down(self, deadline_s: float, *, deletes: bool) -> None:
         """Writers are slowed as the flush falls behind, and stopped at the bound."""
         flusher = self.flusher
+        if flusher.full is not None:  # deletes help, so they get some room of their own
+            if deletes and flusher.behind < DELETES_BEHIND_MAX:
+                return
+            raise StorageFull(flusher.full.message, hint=flusher.full.hint) from flusher.full
         if flusher.behind < 1.0:
-            time.sleep((flusher.behind - 0.5) * 0.004)
+            time.sleep(max(0.0, flusher.behind - 0.5) * 0.004)
         elif not flusher.wait_for_room(deadline_s):
             if flusher.full is not None:
                 raise StorageFull(flusher.full.message, hint=flusher.full.hint) from flusher.full
+            if self.committer.closed is not None:
+                raise again(self.committer.closed)
             raise Overloaded("writing is faster than the flush into LMDB (memtable_bytes_max)")
 
     # -- a follower's writing ----------------------------------------------------------------------
@@ -419,8 +438,9 @@ class Engine:
     def sync(self) -> None:
         """Make everything logged durable."""
         try:
-            with self.committer.lead:
-                self.committer.log.sync()
+            if not self.committer.log.sync_beside():
+                with self.committer.lead:
+                    self.committer.log.sync()
         except OSError as error:
             raise self.committer.fail_storage(error) from error
 
@@ -431,12 +451,12 @@ class Engine:
         visible here (asynchronous mode), reads go back to ``to``.
         """
         committer = self.committer
-        applied = self.tree.state.applied.offset
-        if to < applied:
-            raise LogCorrupt(
-                f"cannot cut the log at {to}: LMDB holds {applied}", path=str(self.home.path), at=to
-            )
-        with committer.lead:
+        with self.flusher.hold, committer.lead:
+            applied = self.tree.state.applied.offset
+            if to < applied:
+                raise LogCorrupt(
+                    f"cannot cut the log at {to}: LMDB holds {applied}", path=str(self.home.path), at=to
+                )
             tail = self.tail
             if to >= tail.offset:
                 return None
@@ -628,6 +648,9 @@ class Engine:
         self.on_tick()
         self.view.expire_snapshots()
         self.committer.expire_place(self.options.transaction_age_max_s)
+        self.committer.look_after()
+        if self.committer.failure is not None:
+            return
         now = time.monotonic()
         if not self.committer.sync and now - self._synced_s >= self.options.sync_interval_s:
             self._synced_s = now
@@ -760,18 +783,35 @@ class Engine:
             committer = self.committer
             committer.refuse(ClosedError("the store is closed"))
             committer.stop(max(0.1, deadline - time.monotonic()))
+            if committer.lead.acquire(timeout=max(0.1, deadline - time.monotonic())):
+                committer.lead.release()  # a group under way in a caller's thread is in the log now
+                committer.advance()
             self._last_flush(deadline)
-            self.flusher.stop(max(0.1, deadline - time.monotonic()))
+            stopped = self.flusher.stop(max(0.1, deadline - time.monotonic()))
             self.view.closed = ClosedError("the store is closed")
             self.view.close()
             for record in list(committer.pending):
                 if type(record) is Write:
-                    record.complete(ClosedError("the store was closed before the write was committed"))
-            if not self.tree.close(max(0.5, deadline - time.monotonic())):
-                log.warning("%s: a read was still under way at close; LMDB stays open", self.home.path)
-            self._close_log()
-            self.home.close()
-            _open_engines.discard(self)
+                    record.complete(_unknown_at_close(record))
+            if stopped:
+                self._close_files(deadline)
+                return
+            # Closing LMDB under a flush would end the interpreter, and a new opener would meet it.
+            log.warning("%s: a flush is still under way; the store stays locked until it ends", self.home.path)
+            name = f"kvrep-close-{self.home.name or self.home.path.name}"
+            threading.Thread(target=self._close_later, name=name, daemon=True).start()
+
+    def _close_later(self) -> None:
+        while not self.flusher.stop(60.0):
+            pass
+        self._close_files(time.monotonic() + 60.0)
+
+    def _close_files(self, deadline: float) -> None:
+        if not self.tree.close(max(0.5, deadline - time.monotonic())):
+            log.warning("%s: a read was still under way at close; LMDB stays open", self.home.path)
+        self._close_log()
+        self.home.close()
+        _open_engines.discard(self)
 
     def _last_flush(self, deadline: float) -> None:
         if self.committer.failure is not None or self.view.tables == ():
@@ -787,6 +827,19 @@ class Engine:
             with committer.lead:
                 if committer.failure is None:
                     committer.log.mark(committer.committed)
-                committer.log.close()
+                    committer.log.close()
         except OSError as error:
             log.warning("%s: the log could not be closed cleanly: %s", self.home.path, error)
+        finally:
+            committer.log.abandon()  # after a failure: as it is, nothing is tried again
+
+
+def _unknown_at_close(write: Write) -> UnknownOutcome:
+    return UnknownOutcome(
+        f"the store was closed before the write at {write.position} was committed", position=write.position
+    )
+
+
+def _deletes_only(write: Write) -> bool:
+    """Whether a write record does nothing but delete."""
+    return all(value is None for flat in write.payload[1::2] for value in flat[1::2])

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from kvrep.errors import Error, StorageFull
+from kvrep.errors import Error, StorageFailed, StorageFull
 from kvrep.storage.memtable import Table, merged_slices
 from kvrep.storage.tree import Change, State, Tree
 from kvrep.storage.view import PREFIX_BYTES, View
@@ -51,6 +51,8 @@ class Flusher:
         self.interval_s = interval_s
         self.full: StorageFull | None = None
         """Why flushing stands still, if it does."""
+        self.failure: BaseException | None = None
+        """Why nothing is flushed any more."""
         self.flushes = 0
         self.flushed_bytes = 0
         self.flush_s = 0.0
@@ -66,12 +68,16 @@ class Flusher:
         self._changed = threading.Condition()
         self._asked = 0
         self._answered = 0
+        self._stands = 0
+        """How often there was no room for a flush."""
         self._stop = False
         self._poke = threading.Event()
         # Held during every step of the thread: who takes it finds no flush under way.
         self.hold = threading.Lock()
         self._thread: threading.Thread | None = None
         view.on_rotate = self._poke.set
+        # Tables are the smallest parts that a flush is made of, and their freezing is what wakes the thread.
+        view.table_bytes_max = min(view.table_bytes_max, memtable_bytes // 4)
 
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -100,12 +106,14 @@ class Flusher:
         """Have everything that is published now put into LMDB; False when ``deadline_s`` passed first."""
         with self._changed:
             self._asked += 1
-            mine = self._asked
+            mine, stands = self._asked, self._stands
         self._poke.set()
         with self._changed:
             while self._answered < mine:
-                if self.full is not None:
+                if self.full is not None and self._stands > stands:
                     raise StorageFull(self.full.message, hint=self.full.hint) from self.full
+                if self.failure is not None:
+                    raise StorageFailed(f"the flush failed: {self.failure}") from self.failure
                 if self._thread is None or not self._thread.is_alive():
                     return False
                 left = deadline_s - time.monotonic()
@@ -124,7 +132,7 @@ class Flusher:
         with self._changed:
             while self.behind >= 1.0:
                 left = deadline_s - time.monotonic()
-                if left <= 0 or self.full is not None or self._stop:
+                if left <= 0 or self.full is not None or self.failure is not None or self._stop:
                     return False
                 self._changed.wait(min(left, 0.1))
         return True
@@ -138,23 +146,30 @@ class Flusher:
             try:
                 with self.hold:
                     self._tick()
-                    self._step()
+                    if self.failure is None:
+                        self._step()
             except StorageFull as error:
                 self._standstill(error)
             except Error as error:
                 log.error("the flush failed: %s", error)
-                self._failed(error)
-                return
+                self._give_up(error)
             except Exception as error:
                 log.exception("the flush failed")
-                self._failed(error)
-                return
+                self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Nothing is flushed any more; the thread goes on to look after snapshots and transactions."""
+        self._failed(error)
+        with self._changed:
+            self.failure = error
+            self._changed.notify_all()
 
     def _standstill(self, error: StorageFull) -> None:
         if self.full is None:
             log.warning("flushing waits for room: %s", error)
         with self._changed:
             self.full = error
+            self._stands += 1
             self._changed.notify_all()
         self._poke.wait(RETRY_S)
 
@@ -211,13 +226,15 @@ class Flusher:
         limit = None if everything else self._limit()
         if limit is not None and self.behind < HELD_BACK_MAX:
             tables = tuple(t for t in tables if t.last <= limit)
-        wanted = len(tables)
+        frozen = tables
         while tables:
             entries, payload = sum(map(len, tables)), sum(t.payload_bytes for t in tables)
             if self.tree.room_for(entries, payload):
                 return tables
             tables = tables[(len(tables) + 1) // 2 :]
-        if wanted:
+        if frozen and _deleting(self.view.tables[1:]) and self.tree.may_try(sum(t.payload_bytes for t in frozen)):
+            return frozen
+        if frozen:
             raise StorageFull("neither the disk nor the LMDB map has room for a flush")
         return ()
 
@@ -242,3 +259,9 @@ class Flusher:
         """Let a waiting writer have the interpreter: it would otherwise wait 5 ms for it."""
         if self._busy():
             time.sleep(BREATH_S)
+
+
+def _deleting(tables: Sequence[Table]) -> bool:
+    """Whether a good part of the entries are deletes, which give room back."""
+    entries = sum(map(len, tables))
+    return 4 * sum(value is None for t in tables for value in t.entries.values()) >= entries

@@ -168,9 +168,13 @@ class Home:
             raise StoreInUse(
                 f"{self.path} is already open in {who}", path=str(self.path), pid=pid, host=host
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         self._lock_fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except OSError as error:
+            self.close()
+            raise OpenError(f"cannot write the lock file in {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Give the lock back. Idempotent."""

@@ -191,6 +191,9 @@ class Log:
         """Where in the present file the next group is to be put into its index."""
         # Readers hold it while they read; trim and cut hold it while they close and unlink files.
         self._files_lock = threading.Lock()
+        # Protects ``synced`` and ``_cuts``; held for an assignment.
+        self._synced_lock = threading.Lock()
+        self._cuts = 0
         # Held while the spare file is made or taken.
         self._spare_lock = threading.Lock()
 
@@ -217,7 +220,8 @@ class Log:
         file.end = end
         self.tail = tail
         if sync:
-            self.synced = tail.offset
+            with self._synced_lock:
+                self.synced = tail.offset
         if self._recent_wanted:
             data = records[0] if len(records) == 1 else b"".join(records)
             self._recent.add(Run(first, tail.offset, data))
@@ -280,7 +284,29 @@ class Log:
         offset, current = self.tail.offset, self._current
         if current is not None and self.synced < offset:
             current.sync()
-        self.synced = max(self.synced, offset)
+        with self._synced_lock:
+            self.synced = max(self.synced, offset)
+
+    def sync_beside(self) -> bool:
+        """Make durable what has been appended so far, without holding up the writer. Any thread.
+
+        False when the present file is just being left; then :meth:`sync`, as the writer, finds it synced.
+        """
+        with self._files_lock:  # a file that was left has been synced to its end before the next is here
+            offset, cuts, current = self.tail.offset, self._cuts, self._current
+            if self.synced >= offset:
+                return True
+            if current is None:
+                return False
+            fd = os.open(current.path, os.O_RDWR | os.O_CLOEXEC)  # ours, whatever becomes of the writer's
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        with self._synced_lock:
+            if cuts == self._cuts:  # else the offsets may stand for other records by now
+                self.synced = max(self.synced, offset)
+        return True
 
     @property
     def marked(self) -> bool:
@@ -303,7 +329,6 @@ class Log:
         current, self._current = self._current, None
         if current is None:
             return
-        self.synced = max(self.synced, self.tail.offset)
         if current.end == 0:
             with self._files_lock:
                 self._files = self._files[:-1]
@@ -312,6 +337,8 @@ class Log:
         else:
             os.truncate(current.path, current.end)
             current.sync()
+        with self._synced_lock:
+            self.synced = max(self.synced, self.tail.offset)
         fsync_directory(self.directory)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -471,7 +498,9 @@ class Log:
                 self._cut_file(self._files[-1], tail.offset)
             self._recent = _Recent()
         self.tail = tail
-        self.synced = min(self.synced, tail.offset)
+        with self._synced_lock:
+            self._cuts += 1
+            self.synced = min(self.synced, tail.offset)
 
     def _cut_file(self, file: LogFile, last: int) -> None:
         for group in file.groups():

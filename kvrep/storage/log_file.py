@@ -52,7 +52,7 @@ GROUP_MAGIC = 0x4B565247
 GROUP_MAGIC_BYTES = b"KVRG"
 GROUP = struct.Struct(">IIQQQI")
 GROUP_BYTES = GROUP.size
-_GROUP_BODY = struct.Struct(">IIQQQ")
+_PLACED_BODY = struct.Struct(">QIIQQQ")
 _U32 = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 
@@ -179,8 +179,9 @@ class LogFile:
             os.close(self.fd)
 
     def group_header(self, at: int, length: int, first: int, synced: int, committed: int) -> bytes:
-        body = _GROUP_BODY.pack(GROUP_MAGIC, length, first, synced, committed)
-        return body + _U32.pack(crc32(body, crc32(_U64.pack(at), self._seed)))
+        # The checksum runs over the position and the header, as if they stood behind each other.
+        body = _PLACED_BODY.pack(at, GROUP_MAGIC, length, first, synced, committed)
+        return body[8:] + _U32.pack(crc32(body, self._seed))
 
     def write_group(
         self, records: Sequence[bytes], length: int, first: int, synced: int, committed: int, *, sync: bool

@@ -11,7 +11,15 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["ENTRY_OVERHEAD_BYTES", "Entries", "Table", "merged_slices", "overlay"]
+__all__ = [
+    "ENTRY_OVERHEAD_BYTES",
+    "TABLE_BYTES_MAX",
+    "TABLE_ENTRIES_MAX",
+    "Entries",
+    "Table",
+    "merged_slices",
+    "overlay",
+]
 
 ENTRY_OVERHEAD_BYTES = 160
 """What an entry costs beside its bytes: two bytes objects and a dict slot (measured)."""
@@ -79,8 +87,8 @@ def overlay(tables: Sequence[Table], start: bytes, stop: bytes) -> Entries:
     """What ``tables`` (newest first) say about the keys in ``[start, stop)``: the newest word on each."""
     entries: Entries = {}
     for table in reversed(tables):
-        source = table.entries
-        entries.update((key, source[key]) for key in table.slice(start, stop))
+        keys = table.slice(start, stop)
+        entries.update(zip(keys, map(table.entries.__getitem__, keys), strict=True))
     return entries
 
 
@@ -98,15 +106,18 @@ def merged_slices(tables: Sequence[Table], size: int) -> Iterator[list[tuple[byt
     places = [0] * len(tables)
     for cut in [*cuts, None]:
         piece: Entries = {}
+        run: list[bytes] = []
+        runs = 0
         for i in range(len(tables) - 1, -1, -1):
             start = places[i]
             end = len(keys[i]) if cut is None else bisect_left(keys[i], cut, start)
-            places[i] = end
             if end > start:
-                source = tables[i].entries
-                piece.update((key, source[key]) for key in keys[i][start:end])
-        for part in _parts(sorted(piece.items()), 4 * size):
-            yield part
+                places[i] = end
+                run = keys[i][start:end]
+                piece.update(zip(run, map(tables[i].entries.__getitem__, run), strict=True))
+                runs += 1
+        order = run if runs == 1 else sorted(piece)  # runs are in order already: this merges them
+        yield from _parts(list(zip(order, map(piece.__getitem__, order), strict=True)), 4 * size)
 
 
 def _parts(items: list[tuple[bytes, bytes | None]], size: int) -> Iterable[list[tuple[bytes, bytes | None]]]:

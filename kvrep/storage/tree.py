@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +40,9 @@ __all__ = ["Change", "State", "Tree", "lmdb_errors"]
 META = b"kvrep:meta"
 STATE_KEY = b"state"
 PAGE_BYTES = 4096
+MAP_SHARE_MAX = 0.95
+"""The rest of the map is kept for deletes."""
+BOATS = 8
 
 Change = tuple[str, list[tuple[bytes, bytes]], list[bytes]]
 """(keyspace, puts in key order, deleted keys in order)."""
@@ -156,7 +161,11 @@ class Tree:
         self._handles: dict[str, Any] = {}
         # Protects the count of live read transactions; taken only when one is begun or ended.
         self._count_lock = threading.Condition()
-        self._live = 0
+        # Weakly, so that a read that an interrupt took from its thread is not waited for at the end.
+        self._reads: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._held = 0
+        self._boats: list[Any] | None = None
+        """Reads to go on with after a commit failed, if one did."""
         self._closing = False
         self._close_at_end = False
         """Whether whoever ends the last read closes the environment, too."""
@@ -259,28 +268,38 @@ class Tree:
         with self._count_lock:
             if self._closing:
                 raise ClosedError("the store is closed")
-            self._live += 1
-        try:
             with lmdb_errors("beginning a read"):
-                try:
-                    return self.env.begin()
-                except lmdb.ReadersFullError:
-                    self.env.reader_check()
-                    return self.env.begin()
-        except BaseException:
-            with self._count_lock:
-                self._live -= 1
-            raise
+                txn = self._begin()
+            self._reads.add(txn)
+        return txn
+
+    def _begin(self) -> Any:
+        try:
+            return self.env.begin()
+        except lmdb.ReadersFullError:
+            self.env.reader_check()
+            return self.env.begin()
+        except lmdb.PanicError:  # after a failed commit
+            if not self._boats:
+                raise
+            return self._boats.pop()
 
     def end(self, txn: Any) -> None:
-        txn.abort()
         with self._count_lock:
-            self._live -= 1
+            self._reads.discard(txn)
+            if self._boats is not None and not self._closing:
+                self._boats.append(txn)
+            else:
+                txn.abort()
             if self._closing:
                 self._count_lock.notify_all()
             last = self._close_at_end and self._live == 0
         if last:
             self.env.close()
+
+    @property
+    def _live(self) -> int:
+        return len(self._reads) + self._held
 
     def _drain(self, pool: list[Any]) -> None:
         while pool:
@@ -319,27 +338,50 @@ class Tree:
         """
         state = self.state.copy()
         created: dict[str, Any] = {}
-        with lmdb_errors("flushing"):
-            txn = self.env.begin(write=True)
-            try:
-                for keyspace, puts, deletes in changes:
-                    handle = self._handles.get(keyspace) or created.get(keyspace)
-                    if handle is None:
-                        handle = self.env.open_db(keyspace.encode(), txn=txn)
-                        created[keyspace] = handle
-                    self._apply(txn, handle, state, keyspace, puts, deletes)
-                    breathe()
-                update(state)
-                txn.put(STATE_KEY, state.pack(), db=self._meta)
-                txn.commit()
-            except BaseException:
-                txn.abort()
-                raise
+        boats: list[Any] = []
+        try:
+            with lmdb_errors("flushing"):
+                # After some failures of a commit LMDB begins no reads any more. These are for that case; they
+                # see what the memtables add up to the present with, and pin no page that the flush could use.
+                boats = [self.env.begin() for _ in range(BOATS)]
+                self._commit(state, created, changes, update, breathe)
+        except StorageFailed as error:
+            if self._disk_bytes() < 64 * PAGE_BYTES:  # a short write is EIO in LMDB's words
+                raise StorageFull("no disk space while flushing") from error
+            self._boats, boats = boats, []
+            raise
+        finally:
+            for boat in boats:
+                boat.abort()
         self.state = state
         self.generation += 1
         self.refresh()
         self._handles.update(created)  # last: a read transaction from before the commit does not know them
         return state
+
+    def _commit(
+        self,
+        state: State,
+        created: dict[str, Any],
+        changes: Iterable[Change],
+        update: Callable[[State], None],
+        breathe: Callable[[], None],
+    ) -> None:
+        txn = self.env.begin(write=True)
+        try:
+            for keyspace, puts, deletes in changes:
+                handle = self._handles.get(keyspace) or created.get(keyspace)
+                if handle is None:
+                    handle = self.env.open_db(keyspace.encode(), txn=txn)
+                    created[keyspace] = handle
+                self._apply(txn, handle, state, keyspace, puts, deletes)
+                breathe()
+            update(state)
+            txn.put(STATE_KEY, state.pack(), db=self._meta)
+            txn.commit()
+        except BaseException:
+            txn.abort()
+            raise
 
     def _apply(
         self,
@@ -405,10 +447,19 @@ class Tree:
         used = self.file_bytes
         touched = min(entries * PAGE_BYTES, used) * 9 // 8
         worst = touched + payload_bytes * 3 // 2 + 64 * PAGE_BYTES
-        reusable = 0 if worst < PAGE_BYTES else self._free_bytes()
-        need = max(0, worst - reusable)
+        need = max(0, worst - self._free_bytes())
+        return used + need <= self.map_bytes * MAP_SHARE_MAX and need <= self._disk_bytes()
+
+    def may_try(self, payload_bytes: int) -> bool:
+        """Whether a flush that deletes much may be tried although its worst case does not fit into the map.
+
+        LMDB says so cleanly if the map is too small after all; of the disk it must not find out.
+        """
+        return payload_bytes * 3 // 2 + self.file_bytes // 8 + 64 * PAGE_BYTES <= self._disk_bytes()
+
+    def _disk_bytes(self) -> int:
         disk = os.statvfs(self.path)
-        return used + need <= self.map_bytes and need <= disk.f_bavail * disk.f_frsize
+        return disk.f_bavail * disk.f_frsize
 
     def _free_bytes(self) -> int:
         """Pages on the free list that a flush may use again, roughly (readers may still pin some)."""
@@ -430,8 +481,13 @@ class Tree:
             self._closing = True
         self.refresh()
         with self._count_lock:
-            home = self._count_lock.wait_for(lambda: self._live == 0, timeout_s)
+            deadline = time.monotonic() + timeout_s
+            while not (home := self._live == 0) and (left := deadline - time.monotonic()) > 0:
+                self._count_lock.wait(min(left, 0.05))  # what is collected as garbage tells nobody
+            boats, self._boats = self._boats, None
         if home:
+            for boat in boats or ():
+                boat.abort()
             self.env.close()
         return home
 
@@ -439,10 +495,10 @@ class Tree:
         """Another copy took this one's place: begin no more reads, and close when the last one has ended."""
         with self._count_lock:
             self._closing = True
-            self._live += 1
+            self._held += 1
         self.refresh()
         with self._count_lock:
-            self._live -= 1
+            self._held -= 1
             self._close_at_end = True
             last = self._live == 0
         if last:

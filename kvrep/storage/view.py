@@ -18,7 +18,7 @@ from typing import Any
 from kvrep.errors import ClosedError, Error, InvalidKeyspace, SnapshotExpired, again
 from kvrep.model.position import Position
 from kvrep.model.record import Kind
-from kvrep.storage.memtable import Table, overlay
+from kvrep.storage.memtable import ENTRY_OVERHEAD_BYTES, TABLE_BYTES_MAX, TABLE_ENTRIES_MAX, Table, overlay
 from kvrep.storage.tree import Tree
 
 __all__ = ["Snapshot", "View"]
@@ -47,6 +47,8 @@ class View:
         """The last published offset."""
         self.tables: tuple[Table, ...] = (Table(clock()),)
         """Newest first; the first one is active, the others never change."""
+        self.table_bytes_max: int = TABLE_BYTES_MAX if before is None else before.table_bytes_max
+        """Payload at which a table freezes."""
         self.frozen_bytes = 0
         """Memory of the frozen tables, entry overhead counted in."""
         self.on_rotate: Callable[[], None] = lambda: None
@@ -92,7 +94,15 @@ class View:
     @property
     def keyspaces(self) -> list[str]:
         """Keyspaces that hold or held data."""
-        return sorted(self._names)
+        tables = self.tables
+        names = {name for name in self._names if self._in_tables(tables, self._prefixes[name])}
+        return sorted(names.union(self.tree.keyspaces))
+
+    @staticmethod
+    def _in_tables(tables: Sequence[Table], prefix: bytes) -> bool:
+        if any(table.slice(prefix, _after(prefix)) for table in tables[1:]):
+            return True
+        return any(key.startswith(prefix) for key in list(tables[0].entries))
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -123,7 +133,7 @@ class View:
                     self._rotate()
                     table, fresh, size, writes = self.tables[0], {}, 0, 0
             self._add(table, fresh, size, writes, records[-1].offset)
-            if table.full:
+            if len(table) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
     def publish_write(self, write: Any) -> None:
@@ -142,7 +152,7 @@ class View:
             table.payload_bytes += len(key) if value is None else len(key) + len(value)
             table.writes += 1
             table.last = self.last = write.offset
-            if table.full:
+            if len(entries) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
     def _add(self, table: Table, fresh: dict[bytes, bytes | None], size: int, writes: int, last: int) -> None:
@@ -171,7 +181,8 @@ class View:
 
     @property
     def memory_bytes(self) -> int:
-        return self.frozen_bytes + self.tables[0].memory_bytes
+        active = self.tables[0]  # its own memory_bytes, spelt out: every write asks
+        return self.frozen_bytes + active.payload_bytes + ENTRY_OVERHEAD_BYTES * len(active.entries)
 
     @property
     def payload_bytes(self) -> int:

@@ -3,10 +3,14 @@
 The two messages that every write waits for have a fixed form, big-endian; the rest is protobuf, as
 described in ``protos/kvrep/_pb/wire.proto``::
 
-    Ack      u8 1   u64 written   u64 synced   u64 visible   u64 promised epoch   u64 stamp
+    Ack      u8 1   u64 written   u64 synced   u64 visible   u64 promised epoch   u64 stamp   u32 checksum
     Segment  u8 2   u64 epoch   u64 first   u64 last   u64 committed   u16 part   u16 parts
-             u8 flags (1: compressed, 2: more follows)   the records up to the end
-    others   u8 0   u24 bytes in the header   header   payload up to the end
+             u8 flags (1: compressed, 2: more follows)   u32 checksum   the records up to the end
+    others   u8 0   u24 bytes in the header   header   u32 checksum
+    snapshot items and requests: as others, with the payload up to the end in place of the checksum
+
+The checksum is the CRC-32 of all bytes before it. Records and snapshot chunks carry checksums of their own;
+an Ack or a Fence with a turned bit would be believed without one, and nothing else on the way looks.
 
 Between two thread switches, with cold caches, protobuf took 5 us to write an Ack and 14 us to read a
 Segment; this takes 1 us and 8 us. Raw payloads avoid the protobuf bytes field, which is three times slower
@@ -81,6 +85,7 @@ META_BYTES_MAX = 1 << 20
 _ACK_KIND, _SEGMENT_KIND = 1, 2
 _ACK = Struct(">BQQQQQ")
 _SEGMENT = Struct(">BQQQQHHB")
+_SEGMENT_HEAD_BYTES = _SEGMENT.size + 4
 # A protobuf header is shorter than 2^24 bytes, so that its first byte is the kind 0.
 _LENGTH = Struct(">I")
 _prefix = _LENGTH.pack
@@ -94,9 +99,9 @@ def encode_from_follower(message: FromFollower) -> bytes:
     """The bytes of a message to the primary."""
     if type(message) is Ack:
         m = message
-        return _ACK.pack(_ACK_KIND, m.written, m.synced, m.visible, m.promised_epoch, m.stamp_us)
+        return _sealed(_ACK.pack(_ACK_KIND, m.written, m.synced, m.visible, m.promised_epoch, m.stamp_us))
     header = _FOLLOWER_ENCODERS[type(message)](message).SerializeToString()
-    return _prefix(len(header)) + header
+    return _sealed(_prefix(len(header)) + header)
 
 
 def encode_from_primary(message: FromPrimary) -> bytes:
@@ -104,13 +109,17 @@ def encode_from_primary(message: FromPrimary) -> bytes:
     if type(message) is Segment:
         return _encode_segment(message)
     header = _PRIMARY_ENCODERS[type(message)](message).SerializeToString()
-    return _prefix(len(header)) + header
+    return _sealed(_prefix(len(header)) + header)
+
+
+def _sealed(data: bytes) -> bytes:
+    return data + _prefix(crc32(data))
 
 
 def _encode_segment(m: Segment) -> bytes:
     flags = m.compressed | m.more << 1
     head = _SEGMENT.pack(_SEGMENT_KIND, m.epoch, m.first, m.last, m.committed, m.part, m.parts, flags)
-    return head + m.data
+    return b"".join((head, _prefix(crc32(head)), m.data))
 
 
 def encode_snapshot_request(request: SnapshotRequest) -> bytes:
@@ -250,6 +259,7 @@ _PRIMARY_ENCODERS: dict[type, Callable[[Any], pb.FromPrimary]] = {
 
 def decode_from_follower(data: bytes) -> FromFollower:
     """Read a follower's message; ``ProtocolError`` when it is not one."""
+    data = _unsealed(data)
     if data[:1] == b"\x01":
         return _decode_ack(data)
     end = _header_end(data)
@@ -270,6 +280,7 @@ def decode_from_primary(data: bytes) -> FromPrimary:
     """Read a primary's message; ``ProtocolError`` when it is not one."""
     if data[:1] == b"\x02":
         return _decode_segment(data)
+    data = _unsealed(data)
     end = _header_end(data)
     try:
         message = pb.FromPrimary.FromString(data[4:end])
@@ -282,6 +293,17 @@ def decode_from_primary(data: bytes) -> FromPrimary:
         raise ProtocolError(f"{kind}: {len(data) - end} bytes behind the message")
     decoded: FromPrimary = _PRIMARY_DECODERS[kind](getattr(message, kind))
     return decoded
+
+
+def _unsealed(data: bytes) -> bytes:
+    """The message without its checksum, which fits."""
+    size = len(data)
+    if size < 8:
+        raise ProtocolError(f"a message of {size} bytes is too short")
+    body = data[:-4]
+    if _read_length(data, size - 4)[0] != crc32(body):
+        raise ProtocolError(f"a message of {size} bytes was damaged on its way")
+    return body
 
 
 def decode_snapshot_request(data: bytes) -> SnapshotRequest:
@@ -349,8 +371,10 @@ def _decode_info(m: pb.SnapshotInfo, payload: bytes) -> SnapshotInfo:
 
 
 def _decode_segment(data: bytes) -> Segment:
-    if len(data) <= _SEGMENT.size:
+    if len(data) <= _SEGMENT_HEAD_BYTES:
         raise ProtocolError(f"a segment of {len(data)} bytes holds no records")
+    if _read_length(data, _SEGMENT.size)[0] != crc32(data[: _SEGMENT.size]):
+        raise ProtocolError(f"a segment of {len(data)} bytes was damaged on its way")
     _, epoch, first, last, committed, part, parts, flags = _SEGMENT.unpack_from(data)
     # One test for all on the way of every write; what exactly is wrong is found out only if it is.
     if (epoch | last | committed) >> 63 or not 0 < first <= last or not part < parts <= PARTS_MAX:
@@ -363,7 +387,7 @@ def _decode_segment(data: bytes) -> Segment:
         epoch=epoch,
         first=first,
         last=last,
-        data=data[_SEGMENT.size :],
+        data=data[_SEGMENT_HEAD_BYTES:],
         committed=committed,
         part=part,
         parts=parts,

@@ -304,7 +304,7 @@ def test_closing_on_one_loop_ends_the_waits_of_another(store_path: Path) -> None
         other = asyncio.create_task(asyncio.to_thread(asyncio.run, hang()))
         await until(lambda: len(committer.pending) == 1, "it is not logged")
         await db.close(5.0)
-        with pytest.raises(kvrep.ClosedError):
+        with pytest.raises(kvrep.UnknownOutcome):  # it is logged, and may be committed at the next open
             await other
         committer.rule = rule
 
@@ -529,7 +529,7 @@ def test_unfinished_writes_are_bounded(store_path: Path) -> None:
 
             with held(db._core.node.engine.committer.lead), pytest.raises(kvrep.Overloaded):
                 pipeline()
-            assert 60 <= len(futures) <= 66
+            assert 40 <= len(futures) <= 66  # what a write counts as includes some overhead
             await asyncio.gather(*futures)
             assert await db.count() == 1 + len(futures)
 
@@ -553,6 +553,8 @@ def test_a_store_leaves_no_object_or_thread(store_path: Path) -> None:
             alive.extend(map(weakref.ref, (db, db._core, db._core.node, db._core.here())))
         names = [thread.name for thread in threading.enumerate() if thread.name.startswith("kvrep")]
         assert names == []
+        timers = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+        assert [timer for timer in timers if not timer.cancelled()] == []
 
     asyncio.run(use())
     gc.collect()

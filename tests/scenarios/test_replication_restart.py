@@ -72,8 +72,9 @@ def test_a_tail_that_the_primary_lost_is_cut_from_its_followers(tmp_path: Path) 
                     p.put(b"k", b"2")
                 lost = caught.value.position
                 until(lambda: b.status().last_offset == lost.offset)
+                p.close(2.0)
+                between.cut()
                 between.release()
-                p.close()
             _restore(tmp_path / "a", tmp_path / "older")
             with kvrep.open(tmp_path / "a", name="a", listen=listen, **FAST) as again:
                 writable_for_c = kvrep.open(tmp_path / "c", name="c", follow=listen, **FAST)

@@ -339,11 +339,15 @@ def test_concurrent_reads_of_one_transaction(store_path: Path) -> None:
                         return await asyncio.gather(*(txn[b"%d" % i] for i in range(20)))
 
                 reading = group.create_task(many())
-                await asyncio.sleep(0)
+                for _ in range(10):  # every read has begun
+                    await asyncio.sleep(0)
+                assert len(db._core.node.engine.committer._queue) == 1
                 await blocker.__aexit__(None, None, None)
         assert reading.result() == [b"v"] * 20
+        async with db.transaction(timeout_s=5.0) as after:  # asked for once, so it is free again
+            assert await after.get(b"0") == b"v"
 
-    use(store_path, body)
+    use(store_path, body, ack_timeout_s=60.0)  # so that a read that waits in vain is noticed
 
 
 def test_a_batch_is_one_record(store_path: Path) -> None:
@@ -428,16 +432,17 @@ def test_refusals_come_before_anything_is_written(store_path: Path) -> None:
     use(store_path, body, value_bytes_max=1000)
 
 
-def test_waiting_for_a_position(store_path: Path) -> None:
+def test_waiting_for_a_position(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wait_for and at_least end with the commit, or as StaleRead or RolledBack; no thread is involved."""
+    monkeypatch.setattr("kvrep.aio.core.LOOK_UP_S", 2 * WAIT_S)  # the commit tells them, nothing else
 
     async def body(db: kvrep.aio.Store) -> None:
         position = await db.put(b"a", b"1")
         await db.wait_for(position)
         later = kvrep.Position(position.epoch, position.offset + 2)
         names = {t.name for t in threading.enumerate()}
-        waiting = [asyncio.create_task(db.wait_for(later)) for _ in range(50)]
-        reading = asyncio.create_task(db.get(b"c", at_least=later))
+        waiting = [asyncio.create_task(db.wait_for(later, timeout_s=60)) for _ in range(50)]
+        reading = asyncio.create_task(db.get(b"c", at_least=later, timeout_s=60))
         await asyncio.sleep(0)
         assert {t.name for t in threading.enumerate()} == names
         await db.put(b"b", b"2")

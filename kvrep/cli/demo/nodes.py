@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvrep.errors import Error
 
-__all__ = ["DemoFailed", "Node"]
+__all__ = ["DemoFailed", "Node", "uninterrupted"]
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
@@ -21,6 +23,26 @@ STOP_TIMEOUT_S = 10.0
 
 class DemoFailed(Error):
     """The demo could not go on."""
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds signals back for a moment in which they would leave something behind; they act afterwards."""
+    held: list[int] = []
+
+    def hold(number: int, frame: object) -> None:
+        del frame
+        held.append(number)
+
+    # Handlers, not a signal mask: a process that is started meanwhile would inherit the mask.
+    before = {n: signal.signal(n, hold) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held_back in held[:1]:
+            signal.raise_signal(held_back)
 
 
 class Node:
@@ -54,9 +76,10 @@ class Node:
         with self.log.open("ab") as log:
             # Its standard input is our end of a pipe: however we end, it closes, and the node ends, too.
             # A session of its own keeps the terminal's Ctrl-C away from it: we end the nodes in order.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-            )
+            with uninterrupted():  # a process that was started must be known, to be ended
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                )
 
     def wait_ready(self) -> None:
         """Return once the node answers; from then on it keeps its port, over restarts, too."""
@@ -82,8 +105,8 @@ class Node:
 
     def kill(self) -> None:
         """SIGKILL: no goodbye, nothing flushed."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
 
     def reap(self) -> None:
         """Wait for the end of a killed process."""

@@ -23,7 +23,7 @@ from kvrep.cli.console import Live, bar, duration, key_values, megabytes, number
 from kvrep.cli.demo.checking import compare_with_files, equal_digests, resolve, wait_writable
 from kvrep.cli.demo.lag import Lag
 from kvrep.cli.demo.loading import Batch, Load, batches_of, find_files
-from kvrep.cli.demo.nodes import DemoFailed, Node
+from kvrep.cli.demo.nodes import DemoFailed, Node, uninterrupted
 from kvrep.cli.exits import Exit
 from kvrep.cli.target import RemoteTarget
 
@@ -73,8 +73,12 @@ class Demo:
                 self.restart_primary()
                 self.load_the_rest()
                 self.verify()
+        except BaseException:
+            for node in self.nodes:
+                node.kill()  # nobody waits for the end of what broke off
+            raise
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 self.end()
         self.total_s = time.monotonic() - self.began_s
         return self.report.ok
@@ -359,12 +363,14 @@ def _check_possible(demo: Demo, folder: Path) -> None:
 
 @contextmanager
 def _folder(args: argparse.Namespace) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="kvrep-demo-", dir=args.folder))
+    folder = None
     try:
+        with uninterrupted():
+            folder = Path(tempfile.mkdtemp(prefix="kvrep-demo-", dir=args.folder))
         yield folder
     finally:
-        if not args.keep:
-            with _uninterrupted():
+        if folder is not None and not args.keep:
+            with uninterrupted():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -376,18 +382,6 @@ def _signals_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Tidying up takes a few seconds at the most; a second Ctrl-C must not leave a process behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in numbers}
     try:
         yield
     finally:

@@ -1,0 +1,136 @@
+"""kill -9 at every step of a bootstrap: the old copy is live, or the new one, and it goes on by itself."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from bootstrap_kit import (
+    OPTIONS,
+    alike,
+    follower,
+    gate,
+    generations,
+    primary,
+    receiving,
+    streaming,
+    trimmed,
+    write,
+)
+from replication_kit import WAIT_S, NodeProcess, processes, until
+
+STRACE = shutil.which("strace")
+CHILD = Path(__file__).parent.parent / "bootstrap_child.py"
+NOWHERE = "127.0.0.1:9"
+OLD, NEW = 301, 3301
+"""How many pairs the copies have."""
+
+needs_strace = pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+
+# Of the thread that bootstraps: mkdir 2 makes the next generation, pwrite64 4 is inside of the copy,
+# fdatasync 1 precedes the note of what has arrived, fsync 3 is the copy's last, fsync 4 to 6 are its
+# directories', fsync 7 to 9 and rename 2 make it live, unlinkat and rmdir remove the old one.
+STEPS = [
+    ("mkdir", 2), ("pwrite64", 4), ("fdatasync", 1), ("fsync", 3), ("fsync", 7), ("rename", 2), ("fsync", 9),
+    ("unlinkat", 2), ("rmdir", 1),
+]  # fmt: skip
+CALLS = {"mkdir": 4, "rename": 2, "ftruncate": 2, "fsync": 9, "pwrite64": 7, "unlinkat": 5}
+ALL_STEPS = [(call, n) for call, last in CALLS.items() for n in range(1, last + 1) if (call, n) not in STEPS]
+
+
+class Cluster(NamedTuple):
+    """A primary in another process, all that it holds, and the closed store of a follower it left behind."""
+
+    node: NodeProcess
+    pairs: list[tuple[bytes, bytes]]
+    template: Path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    base = tmp_path_factory.mktemp("cluster")
+    with primary(base / "a", 0, retention_bytes_max=512 << 10) as a:
+        a.put(b"seen", b"old")
+        write(a, OLD - 1)
+        with follower(base / "b", a.address, voter=False) as b:
+            alike(a, streaming(b))
+        old = a.status().last_offset
+        a.put(b"seen", b"new")
+        write(a, NEW - OLD, seed=2)
+        trimmed(a, old + 1)
+        pairs = list(a.items())
+    with processes() as start:
+        node = start(base / "a", name="a", listen="127.0.0.1:0", **OPTIONS).ready()
+        yield Cluster(node, pairs, base / "b")
+
+
+def killed_at(call: str, number: int, path: Path, source: str) -> None:
+    """Run a follower that is killed at its n-th call, counted by thread."""
+    assert STRACE is not None
+    inject = f"inject={call}:signal=SIGKILL:when={number}"
+    done = subprocess.run(
+        [STRACE, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject,
+         sys.executable, str(CHILD), str(path), source, repr({**OPTIONS, "voter": False})],
+        timeout=60,
+        check=False,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
+def check_kill(cluster: Cluster, path: Path, call: str, number: int) -> None:
+    node = cluster.node
+    shutil.copytree(cluster.template, path)
+    killed_at(call, number, path, node.address)
+    with follower(path, NOWHERE, voter=False) as b:
+        pairs = dict(b.items())
+        assert (pairs[b"seen"], len(pairs)) in ((b"old", OLD), (b"new", NEW))
+    with follower(path, node.address, voter=False) as b:
+        b.wait_for(node.run("db.position"), WAIT_S)
+        assert list(b.items()) == cluster.pairs
+        until(lambda: b.status().verified_through > 0, what="the copy's digest")
+        assert b.status().rescued == ()
+    assert generations(path) == ["gen-000002"]
+    assert not (path / "gen-000002" / "COPY").exists()
+
+
+@needs_strace
+@pytest.mark.parametrize(("call", "number"), STEPS)
+def test_follower_killed(cluster: Cluster, tmp_path: Path, call: str, number: int) -> None:
+    """After a kill the follower has one whole copy, reads from it without its primary, and catches up."""
+    check_kill(cluster, tmp_path / "b", call, number)
+
+
+@needs_strace
+@pytest.mark.prove
+@pytest.mark.parametrize(("call", "number"), ALL_STEPS)
+def test_follower_killed_at_every_step(cluster: Cluster, tmp_path: Path, call: str, number: int) -> None:
+    """The same at every other call that changes the disk."""
+    check_kill(cluster, tmp_path / "b", call, number)
+
+
+def test_primary_killed_while_it_sends(tmp_path: Path) -> None:
+    """A primary that is killed in the middle leaves no copy behind, and serves another after its start."""
+    with primary(tmp_path / "a"):
+        pass
+    options = {**OPTIONS, "name": "a", "listen": "127.0.0.1:0"}
+    with processes() as start:
+        node = start(tmp_path / "a", **options).ready()
+        with gate(node.address, 2 << 20) as g, follower(tmp_path / "b", g.address) as b:
+            receiving(b)
+            node.kill()
+            assert len(list((tmp_path / "a" / "spool").iterdir())) == 1
+            node = start(tmp_path / "a", **options).ready()
+            assert not (tmp_path / "a" / "spool").exists()
+            g.target = node.address
+            g.release()
+            g.cut()
+            streaming(b)
+            b.wait_for(node.run("db.put(b'last', b'1')"), WAIT_S)
+            assert node.run("list(db.items())") == list(b.items())
