@@ -53,7 +53,10 @@ class WriteFuture:
 
         Returns the position, or raises what ``put`` would have raised.
         """
-        return self._node.finish(self._write, timeout)
+        write = self._write
+        if write.done and write.error is None:
+            return write.position
+        return self._node.finish(write, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Like :meth:`result`, but gives the error instead of raising it."""
@@ -239,6 +242,15 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
             data = check_value(data, self._value_max)
         return Write(Kind.WRITE, (self._keyspace, (key, data)), len(key) + len(data))
 
+    def _pair(self, key: bytes, value: V) -> tuple[bytes, bytes]:
+        """Checked, as they are stored. (``_put`` spells it out: it is called for every single write.)"""
+        data: Any = value if self._encode is None else self._encode(value)
+        if type(key) is not bytes or not 0 < len(key) <= 511:
+            key = check_key(key)
+        if type(data) is not bytes or len(data) > self._value_max:
+            data = check_value(data, self._value_max)
+        return key, data
+
     def _delete(self, key: bytes) -> Write:
         key = check_key(key)
         return Write(Kind.WRITE, (self._keyspace, (key, None)), len(key))
@@ -374,7 +386,11 @@ class Batch(Generic[V]):
         """Where it was committed; ``None`` until then, and when it was empty."""
         self._space = keyspace
         self._timeout_s = timeout_s
-        self._ops: list[Op] = []
+        self._size_max = keyspace._node.options.record_bytes_max
+        self._payload: list[Any] = []
+        """As ``write_payload`` makes it: keyspaces, and the flat list of keys and values of each."""
+        self._name = ""
+        self._flat: list[bytes | None] = []
         self._size = 0
         self._open = True
 
@@ -382,32 +398,41 @@ class Batch(Generic[V]):
         return self
 
     def __len__(self) -> int:
-        return len(self._ops)
+        return sum(map(len, self._payload[1::2])) // 2
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Add a put, into this keyspace or another one of the same store."""
         space: Keyspace[Any] = self._space if keyspace is None else keyspace
-        self._add(space._put(key, value))
+        key, data = space._pair(key, value)
+        self._add(space, key, data, len(key) + len(data) + 16)
 
     def delete(self, key: bytes, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Add a delete."""
         space: Keyspace[Any] = self._space if keyspace is None else keyspace
-        self._add(space._delete(key))
+        key = check_key(key)
+        self._add(space, key, None, len(key) + 16)
 
-    def _add(self, write: Write) -> None:
+    def _add(self, space: Keyspace[Any], key: bytes, data: bytes | None, size: int) -> None:
         if not self._open:
             raise ClosedError("the batch is over")
-        name, (key, value) = write.payload
-        self._size += write.size + 16
-        self._space._node.check_record_size(self._size)
-        self._ops.append((name, key, value))
+        self._size = size = self._size + size
+        if size > self._size_max:
+            self._space._node.check_record_size(size)
+        if space._keyspace != self._name:
+            self._name, self._flat = space._keyspace, []
+            self._payload += (self._name, self._flat)
+        self._flat.extend((key, data))
+
+    def _write(self) -> Write | None:
+        """All of it as one write; ``None`` when it is empty."""
+        return Write(Kind.WRITE, self._payload, self._size) if self._payload else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
-        if kind is None and self._ops:
-            write = Write(Kind.WRITE, write_payload(self._ops), self._size)
+        write = self._write() if kind is None else None
+        if write is not None:
             self.position = self._space._node.commit(write, self._timeout_s)
 
 

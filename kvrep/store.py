@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -17,6 +17,7 @@ from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
 from kvrep.runtime.promoting import Force
+from kvrep.runtime.replaying import check_address
 from kvrep.status import Event, EventKind, Outcome, Status
 
 __all__ = ["Store", "open"]
@@ -183,8 +184,9 @@ class Store(Keyspace[bytes]):
     def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener(event)`` when roles change, records are dropped, followers come and go.
 
-        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls nothing but later
-        events (of more than 1000 waiting ones the oldest are dropped). Returns a function that ends it.
+        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls
+        nothing but later events (of more than 1000 waiting ones the oldest are dropped). Returns a function
+        that ends it.
         """
         return self._node.events.listen(listener)
 
@@ -197,23 +199,50 @@ class Store(Keyspace[bytes]):
         *,
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
+        priorities: Mapping[str, int] | None = None,
+        addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
     ) -> Position:
-        """Change the commit rule, on the primary: a record that holds once committed under both rules.
+        """Change the configuration, on the primary: a record that holds once committed under both rules.
 
-        Returns its position. ``ValueError`` for a rule that does not exist; refusals as of ``put``.
+        ``acks`` and ``ack_timeout_s`` are the commit rule. ``priorities`` and ``addresses`` are those of
+        voters, by name; a voter that joins from another address is noted without being asked. One change at
+        a time, never before this epoch's first record is committed: until then it waits.
+
+        Returns its position. ``ValueError`` for a rule that does not exist, or a name that is no voter's;
+        refusals as of ``put``.
         """
         self._node.engine.need_alive()
+        for address in (addresses or {}).values():
+            check_address(address)
 
         def change(now: Configuration) -> Configuration:
             new = now if acks is None else replace(now, acks=acks)
-            return new if ack_timeout_s is None else replace(new, ack_timeout_s=ack_timeout_s)
+            new = new if ack_timeout_s is None else replace(new, ack_timeout_s=ack_timeout_s)
+            for name, priority in (priorities or {}).items():
+                new = new.changed(new.need(name).store_id, priority=int(priority))
+            for name, address in (addresses or {}).items():
+                new = new.changed(new.need(name).store_id, address=address)
+            return new
 
-        change(Configuration())  # raises for what no configuration can say
+        # Raises for what no configuration can say.
+        replace(Configuration(), acks=0 if acks is None else acks,
+                ack_timeout_s=5.0 if ack_timeout_s is None else ack_timeout_s)  # fmt: skip
         return self._node.reconfigure(change, timeout_s)
 
+    def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+        """Make a named follower a voter again, on the primary, after :meth:`remove_voter`.
+
+        Others become voters by themselves. ``ValueError`` when no such follower is known, or it declines.
+        """
+        self._node.engine.need_alive()
+        return self._node.add_voter(name, timeout_s)
+
     def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
-        """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""
+        """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it.
+
+        It stays a follower, and does not become a voter again before :meth:`add_voter` says so.
+        """
         self._node.engine.need_alive()
 
         def change(now: Configuration) -> Configuration:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
@@ -178,8 +178,9 @@ class Store(Keyspace[bytes]):
     def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener(event)`` when roles change, records are dropped, followers come and go.
 
-        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls nothing but later
-        events (of more than 1000 waiting ones the oldest are dropped). Returns a function that ends it.
+        See :class:`EventKind`. It runs on a thread of the store, one event at a time; a slow listener stalls
+        nothing but later events (of more than 1000 waiting ones the oldest are dropped). Returns a function
+        that ends it.
         """
         return self._sync._node.events.listen(listener)
 
@@ -192,15 +193,24 @@ class Store(Keyspace[bytes]):
         *,
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
+        priorities: Mapping[str, int] | None = None,
+        addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
     ) -> Position:
-        """Change the commit rule, on the primary: a record that holds once committed under both rules.
-
-        Returns its position. ``ValueError`` for a rule that does not exist; refusals as of ``put``.
-        """
+        """Change the configuration, on the primary; see :meth:`kvrep.Store.reconfigure`."""
         return await self._core.call(
-            lambda: self._sync.reconfigure(acks=acks, ack_timeout_s=ack_timeout_s, timeout_s=timeout_s)
+            lambda: self._sync.reconfigure(
+                acks=acks,
+                ack_timeout_s=ack_timeout_s,
+                priorities=priorities,
+                addresses=addresses,
+                timeout_s=timeout_s,
+            )
         )
+
+    async def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+        """As :meth:`kvrep.Store.add_voter`."""
+        return await self._core.call(lambda: self._sync.add_voter(name, timeout_s=timeout_s))
 
     async def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""

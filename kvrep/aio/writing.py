@@ -13,7 +13,6 @@ from kvrep.aio.core import Core
 from kvrep.aio.reading import _plain, paced
 from kvrep.errors import TransactionExpired, again
 from kvrep.model.position import Position
-from kvrep.model.record import Kind, write_payload
 from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
@@ -118,8 +117,8 @@ class Batch(Generic[V]):
     ) -> None:
         batch = self._plain
         batch._open = False
-        if kind is None and batch._ops:
-            write = Write(Kind.WRITE, write_payload(batch._ops), batch._size)
+        write = batch._write() if kind is None else None
+        if write is not None:
             self.position = await self._core.commit(write, self._timeout_s)
 
 

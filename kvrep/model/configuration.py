@@ -51,6 +51,8 @@ class Configuration:
     ack_timeout_s: float = 5.0
     voters: tuple[Voter, ...] = ()
     next_member: int = 1
+    removed: tuple[bytes, ...] = ()
+    """Stores that were taken off the voters by hand: they are made voters again by hand only."""
 
     def __post_init__(self) -> None:
         check_acks(self.acks)
@@ -100,6 +102,13 @@ class Configuration:
     def named(self, name: str) -> Voter | None:
         return next((v for v in self.voters if v.name == name), None)
 
+    def need(self, name: str) -> Voter:
+        """The voter of that name; ``ValueError`` when there is none."""
+        voter = self.named(name)
+        if voter is None:
+            raise ValueError(f"{name!r} is not a voter; they are {', '.join(v.name for v in self.voters)}")
+        return voter
+
     def with_voter(self, store_id: bytes, name: str, address: str = "") -> Configuration:
         """This configuration and one more voter, with the next free member number.
 
@@ -110,13 +119,23 @@ class Configuration:
         if self.next_member >= EPOCH_MEMBERS:
             raise ValueError(f"all {EPOCH_MEMBERS - 1} member numbers are used up")
         voter = Voter(store_id=store_id, name=name, member=self.next_member, address=address)
-        return replace(self, voters=(*self.voters, voter), next_member=self.next_member + 1)
+        removed = tuple(i for i in self.removed if i != store_id)
+        return replace(self, voters=(*self.voters, voter), next_member=self.next_member + 1, removed=removed)
 
     def without_voter(self, store_id: bytes) -> Configuration:
-        return replace(self, voters=tuple(v for v in self.voters if v.store_id != store_id))
+        voters = tuple(v for v in self.voters if v.store_id != store_id)
+        removed = (*(i for i in self.removed if i != store_id), store_id)[-EPOCH_MEMBERS:]
+        return replace(self, voters=voters, removed=removed)
+
+    def changed(self, store_id: bytes, **changes: Any) -> Configuration:
+        """This configuration with other fields (``address``, ``priority``) of one voter."""
+        voters = tuple(replace(v, **changes) if v.store_id == store_id else v for v in self.voters)
+        return self if voters == self.voters else replace(self, voters=voters)
 
     def to_wire(self) -> dict[str, Any]:
+        removed = {"removed": list(self.removed)} if self.removed else {}
         return {
+            **removed,
             "acks": self.acks,
             "ack_timeout_ms": round(self.ack_timeout_s * 1000),
             "next_member": self.next_member,
@@ -133,6 +152,7 @@ class Configuration:
                 ack_timeout_s=data["ack_timeout_ms"] / 1000,
                 voters=voters,
                 next_member=data["next_member"],
+                removed=tuple(bytes(i) for i in data.get("removed", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a configuration: {error}") from error

@@ -152,8 +152,9 @@ class Sender:
 
     @property
     def tell_at(self) -> float:
-        """From when on a commit is told at once. Before it, a :class:`Wait` ends by then of itself, so a moved
-        commit or an ack need not wake anybody."""
+        """From when on a commit is told at once.
+
+        A :class:`Wait` before it ends by then of itself, so a commit or an ack need not wake anybody."""
         return self._segment_at + self._commit_linger
 
     def next(self, now: float, last: int, committed: int, *, hurry: bool = False) -> Step:

@@ -44,6 +44,11 @@ __all__ = ["Node"]
 log = logging.getLogger("kvrep")
 
 NO_TIMEOUT_S = 86_400.0
+_position = tuple.__new__  # half the price of a named tuple's own constructor
+
+
+def _nothing() -> None:
+    """What ``writable`` becomes when nothing can refuse a write at the door."""
 
 
 class Node:
@@ -116,10 +121,7 @@ class Node:
         if not follower:
             self.engine.home.drop_unfinished()
         if follower:
-            from kvrep.runtime.replaying import Replaying
-
-            self.engine.writable = self.refuse_follower
-            self.replaying = Replaying(self, self.options.sources)
+            self.roles.be_follower(self.options.sources)
         elif self.options.listen is not None or len(self.engine.configuration.voters) > 1:
             from kvrep.runtime.shipping import Shipping
 
@@ -129,8 +131,8 @@ class Node:
         if self.options.listen is not None:
             self._listen()
         if self.shipping is not None:
-            self.shipping.start()
-        if self.replaying is not None:
+            self.roles.start_primary(self.shipping)
+        elif self.replaying is not None:
             self.replaying.start()
         if self.engine.unverified:
             self.verify_copy()
@@ -176,17 +178,18 @@ class Node:
         fenced: tuple[bytes, ...],
         unfenced: bool = False,
         forced: Configuration | None = None,
+        prepare: Callable[[], None] = _nothing,
     ) -> Write:
-        """Promise ``epoch`` to ourselves, durably, and order its first record.
+        """Promise ``epoch`` to ourselves, durably, and order its first record; see ``Engine.start_epoch``.
 
         ``forced`` replaces the configuration and begins a new branch: the two histories never join silently.
         """
         engine = self.engine
-        if not engine.home.promise(epoch, engine.home.store_id):
-            raise Error(f"epoch {epoch} is below what this node has promised")
         configuration = engine.configuration if forced is None else forced
         if not configuration.voters:
             configuration = self.first_configuration()
+        if self.address:
+            configuration = configuration.changed(engine.home.store_id, address=self.address)
         payload = {
             "lineage": engine.home.lineage,
             "branch": os.urandom(16) if forced is not None else engine.branch or engine.home.lineage,
@@ -198,8 +201,9 @@ class Node:
             "unfenced": unfenced,
             "forced": forced is not None,
         }
+        write = engine.start_epoch(epoch, payload, prepare)
         self.ack_timeout_s = configuration.ack_timeout_s
-        return engine.start_epoch(epoch, payload)
+        return write
 
     def first_configuration(self) -> Configuration:
         """That of a new store: its own options, itself the only voter."""
@@ -208,7 +212,7 @@ class Node:
             acks=options.acks if options.acks is not None else 0,
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
         )
-        return seed.with_voter(home.store_id, home.name, self.options.advertise or "")
+        return seed.with_voter(home.store_id, home.name, self.address)
 
     def _listen(self) -> None:
         from kvrep.runtime.service import NodeService
@@ -243,6 +247,12 @@ class Node:
         return shipping.epoch if shipping is not None and shipping.leading else 0
 
     @property
+    def fenced(self) -> bool:
+        """Whether it is primary by a full fence, or by force."""
+        shipping = self.shipping
+        return shipping is not None and shipping.leading and (shipping.fenced or shipping.forced)
+
+    @property
     def label(self) -> str:
         """For thread names and messages."""
         return self.engine.home.name or self.engine.home.path.name
@@ -266,7 +276,8 @@ class Node:
             with self._moved:
                 self._moved.notify_all()
             self.on_moved()
-            for part in (self.roles, self.shipping, self.replaying, self._server):
+            self.roles.stop(max(0.5, deadline - time.monotonic()))  # no role changes after this
+            for part in (self.shipping, self.replaying, self._server):
                 if part is not None:
                     part.stop(max(0.5, deadline - time.monotonic()))
             if self._verification is not None:
@@ -287,15 +298,25 @@ class Node:
         level: Literal["synced", "visible"] | None = None,
     ) -> Position:
         """Order a write and wait for its outcome; raises what refuses it or :class:`AckTimeout`."""
-        deadline = time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
+        if timeout_s is None:
+            timeout_s = self.ack_timeout_s
         if acks is not None or level is not None:
-            self._check_more(acks, level)
-        self.engine.commit(write, deadline)
+            return self._commit_more(write, timeout_s, acks, level)
+        self.engine.commit(write, timeout_s)
         if write.error is not None or not write.done:
             self._raise_outcome(write)
-        if acks is not None or level is not None:
-            self._await_more(write, acks, level, deadline)
-        return Position(write.epoch, write.offset)
+        return _position(Position, (write.epoch, write.offset))
+
+    def _commit_more(
+        self, write: Write, timeout_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
+    ) -> Position:
+        deadline = time.monotonic() + timeout_s
+        self._check_more(acks, level)
+        self.engine.commit(write, timeout_s)
+        if write.error is not None or not write.done:
+            self._raise_outcome(write)
+        self._await_more(write, acks, level, deadline)
+        return write.position
 
     def finish(self, write: Write, timeout_s: float | None) -> Position:
         """Wait for a write that is in order already."""
@@ -306,8 +327,7 @@ class Node:
 
     def submit(self, write: Write) -> Write:
         """Order a write for the background leader."""
-        self.engine.order(write, self.deadline(None))
-        self.engine.committer.kick()  # always: who holds the lead lock need not look for new writes
+        self.engine.submit(write, self.ack_timeout_s)
         return write
 
     def _raise_outcome(self, write: Write) -> None:
@@ -498,6 +518,14 @@ class Node:
         self.ack_timeout_s = self.engine.configuration.ack_timeout_s
         return write.position
 
+    def add_voter(self, name: str, timeout_s: float) -> Position:
+        """Make a known follower a voter, even one that was removed before."""
+        shipping = self.shipping
+        if shipping is None:
+            self.engine.writable_as_primary()
+            raise ValueError(f"no follower named {name!r} is known here")
+        return self.reconfigure(lambda now: shipping.with_voter(now, name), timeout_s)
+
     # -- status ------------------------------------------------------------------------------------
 
     def status(self) -> Status:
@@ -542,9 +570,10 @@ class Node:
 
     @property
     def primary_address(self) -> str:
-        if self.replaying is not None:
-            return self.replaying.primary_address or ""
-        return self.address
+        replaying, shipping = self.replaying, self.shipping
+        if replaying is not None:
+            return replaying.primary_address or ""
+        return shipping.primary_address if shipping is not None else self.address
 
     def _not_writable(self) -> str:
         committer = self.engine.committer
@@ -557,10 +586,6 @@ class Node:
         except Error as error:
             return error.message
         return ""
-
-
-def _nothing() -> None:
-    """What ``writable`` becomes when nothing can refuse a write at the door."""
 
 
 def _grpc(options: Options) -> Transport:

@@ -7,28 +7,32 @@ means that a promotion that cannot succeed leaves no promise behind.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, UnsafePromotion
+from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, ReplicationError, UnsafePromotion
 from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import EpochTable, Position, epoch_after
 from kvrep.replication.messages import Promise
-from kvrep.replication.promotion import Promotion
+from kvrep.replication.promotion import Fetch, Promotion
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
     from kvrep.runtime.roles import Roles
+    from kvrep.storage.engine import Engine
 
 __all__ = ["Peer", "answer_promise", "answer_records", "answer_standing", "ask_all", "promise_of", "promote"]
 
 log = logging.getLogger("kvrep.replication")
 
 ASK_TIMEOUT_S = 2.0
-ATTEMPTS_MAX = 3
+GRACE_S = 0.03
+"""How long answers are still waited for once there are enough."""
+ATTEMPTS_MAX = 4
 FETCH_BYTES = 1 << 20
 
 
@@ -53,86 +57,117 @@ class Peer:
     """The epoch in which it is primary; 0 when it is not."""
     primary_address: str
     """Where it says the primary is; empty when it does not know."""
+    fenced: bool
+    """Whether its epoch was made by a full fence, or by force."""
 
 
 # -- the side that asks --------------------------------------------------------------------------------
 
 
-def promote(roles: Roles, deadline_s: float, force: Force | None = None) -> int:
-    """Make this node primary; returns the epoch.
+def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, asked: bool = False) -> int:
+    """Make this node primary; returns the epoch. The roles' lock is held.
 
-    Raises :class:`UnsafePromotion` that names who is missing and what could be lost; then nothing changed,
-    except that some voters may have promised an epoch in which nobody is primary (a primary that meets such a
-    promise promotes itself anew).
+    Raises :class:`UnsafePromotion` that names who is missing and what could be lost, or :class:`Fenced` when
+    another node's promotion came first; then nothing changed, except that some voters may have promised an
+    epoch in which nobody is primary (a primary that meets such a promise promotes itself anew).
+    ``asked``: it is known already that the voters are there, so nobody is asked first.
     """
     node = roles.node
     engine = node.engine
-    home = engine.home
-    effective, proposed = engine.configurations_in_force()
     if force is not None:
-        return _promote_by_force(roles, effective, force, deadline_s)
-    me = effective.voter(home.store_id) or (proposed[1].voter(home.store_id) if proposed else None)
-    if me is None or me.witness:
-        raise UnsafePromotion(
-            f"{node.label} is not a data voter of its group",
-            hint="promote one of the voters that status() lists",
-            missing=(),
-            needed=effective.fence,
-            answered=0,
-        )
-    if engine.tail.offset < home.vote_floor:
-        raise UnsafePromotion(
-            f"{node.label} has confirmed records up to {home.vote_floor} and does not hold them any more",
-            hint="let it catch up, or promote another voter",
-            missing=(),
-            needed=effective.fence,
-            answered=0,
-        )
-    rules = () if proposed is None else (proposed[1],)
-    seen = 0
-    for _ in range(ATTEMPTS_MAX):
-        peers = ask_all(roles, "standing", {}, deadline_s)
-        asked = _promotion(node, effective, rules, node.next_epoch(seen), peers)
-        if not asked.would_be_enough:
-            raise _unsafe(node, asked, answered=len(peers) + 1)
-        seen = max(seen, asked.highest_seen)
+        return _promote_by_force(roles, force, deadline_s)
+    rival = seen = 0
+    for attempt in range(ATTEMPTS_MAX):
+        effective, rules = _rules(engine)
+        _check_candidate(node, effective, rules)
+        if attempt or not asked:
+            peers = ask_all(roles, "standing", {}, deadline_s, _would_do(node, effective, rules))
+            newest = max(peers, key=lambda peer: peer.primary_epoch, default=None)
+            if newest is not None and newest.primary_epoch > rival:
+                if attempt:  # somebody was promoted since we began: two at once, and that one won
+                    raise Fenced(
+                        f"{newest.voter.name} became primary meanwhile, in epoch {newest.primary_epoch}",
+                        epoch=newest.primary_epoch,
+                        primary_address=newest.voter.address,
+                    )
+                rival = newest.primary_epoch
+            told = _promotion(node, effective, rules, node.next_epoch(seen), peers)
+            if not told.would_be_enough:
+                raise _unsafe(node, told, answered=len(peers) + 1)
+            seen = max(seen, told.highest_seen)
         epoch = node.next_epoch(seen)
         with roles.standing_still():
             promotion = _collect(roles, effective, rules, epoch, deadline_s)
-            if promotion.superseded:
-                seen = promotion.highest_seen
-                continue
-            if not promotion.enough:
-                raise _unsafe(node, promotion, answered=len(promotion.promised))
-            _fetch_all(roles, promotion, deadline_s)
-            roles.take_over(epoch, promotion.promised)
-            return epoch
-    raise UnsafePromotion(
-        f"other promotions came between, the last one at epoch {seen}",
-        hint="see who is primary now",
-        missing=(),
-        needed=effective.fence,
-        answered=0,
-    )
+            if promotion is not None and not promotion.superseded:
+                if not promotion.enough:
+                    raise _unsafe(node, promotion, answered=len(promotion.promised))
+                _fetch_all(roles, promotion, deadline_s)
+                _check_candidate(node, *_rules(engine))
+                roles.take_over(epoch, promotion.promised)
+                return epoch
+            seen = promotion.highest_seen if promotion is not None else 0
+        # Another promotion is under way. Ours goes on a little later, unless that one has succeeded.
+        roles.pause(random.uniform(0.02, 0.1) * (attempt + 1))
+    raise Fenced(f"other promotions came between, the last one at epoch {seen}", epoch=seen)
 
 
-def _promote_by_force(roles: Roles, effective: Configuration, force: Force, deadline_s: float) -> int:
+def _rules(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
+    """The configuration in effect, and those that may be, too."""
+    effective, proposed = engine.configurations_in_force()
+    return effective, () if proposed is None else (proposed[1],)
+
+
+def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configuration, ...]) -> None:
+    """``UnsafePromotion`` unless this node is a data voter that holds all it ever confirmed."""
+    home = node.engine.home
+    voter = (rules[-1] if rules else effective).voter(home.store_id)
+    text, hint = "", ""
+    if voter is None or voter.witness:
+        text = f"{node.label} is not a data voter of its group"
+        hint = "promote one of the voters that status() lists"
+    elif node.engine.tail.offset < home.vote_floor:
+        text = f"{node.label} has confirmed records up to {home.vote_floor} and does not hold them any more"
+        hint = "let it catch up, or promote another voter"
+    if text:
+        raise UnsafePromotion(text, hint=hint, missing=(), needed=effective.fence, answered=0)
+
+
+def _would_do(
+    node: Node, effective: Configuration, rules: tuple[Configuration, ...]
+) -> Callable[[list[Peer]], bool]:
+    """Whether these answers are enough to ask for promises."""
+    return lambda peers: _promotion(node, effective, rules, node.next_epoch(), peers).would_be_enough
+
+
+def _promote_by_force(roles: Roles, force: Force, deadline_s: float) -> int:
     """Take what promises and records can be had, and begin a new branch under a new configuration."""
     node = roles.node
-    configuration = _forced_configuration(node, effective, force)
-    peers = ask_all(roles, "standing", {}, deadline_s)
+    configuration = _forced_configuration(node, node.engine.configuration, force)
     me = configuration.voter(node.engine.home.store_id)
     assert me is not None
-    seen = max([node.next_epoch(), *(max(p.promise.epoch, p.promise.last.epoch) for p in peers)])
-    epoch = epoch_after(seen, me.member)
-    with roles.standing_still():
-        promotion = _collect(roles, effective, (), epoch, deadline_s)
-        _fetch_all(roles, promotion, deadline_s, complete=False)
-        missing = ", ".join(promotion.missing)
-        log.warning("%s: promoted by force in epoch %d, without the promises of: %s",
-                    node.label, epoch, missing or "nobody")  # fmt: skip
-        roles.take_over(epoch, promotion.promised, configuration)
-    return epoch
+    seen = 0
+    for _ in range(ATTEMPTS_MAX):
+        peers = ask_all(roles, "standing", {}, deadline_s)
+        seen = max([node.next_epoch(seen), *(max(p.promise.epoch, p.promise.last.epoch) for p in peers)])
+        epoch = epoch_after(seen, me.member)
+        with roles.standing_still():
+            promotion = _collect(roles, node.engine.configuration, (), epoch, deadline_s)
+            if promotion is None or promotion.superseded:
+                continue
+            _fetch_what_can_be_had(roles, promotion, deadline_s)
+            missing = ", ".join(promotion.missing)
+            log.warning("%s: promoted by force in epoch %d, without the promises of: %s",
+                        node.label, epoch, missing or "nobody")  # fmt: skip
+            roles.take_over(epoch, promotion.promised, configuration)
+            return epoch
+    raise Fenced(f"other promotions came between, the last one at epoch {seen}", epoch=seen)
+
+
+def _fetch_what_can_be_had(roles: Roles, promotion: Promotion, deadline_s: float) -> None:
+    try:
+        _fetch_all(roles, promotion, deadline_s, forced=True)
+    except (UnsafePromotion, ReplicationError) as error:
+        log.warning("%s: goes on by force without the records of a voter: %s", roles.node.label, error)
 
 
 def _forced_configuration(node: Node, effective: Configuration, force: Force) -> Configuration:
@@ -163,15 +198,14 @@ def _promotion(
 
 def _collect(
     roles: Roles, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, deadline_s: float
-) -> Promotion:
-    """Promise ``epoch`` ourselves, durably, then ask the others to."""
+) -> Promotion | None:
+    """Promise ``epoch`` ourselves, durably, then ask the others to; ``None`` if a higher one came between."""
     node = roles.node
     home = node.engine.home
     with node.engine.committer.lead:
+        node.engine.committer.log.sync()
         if not home.promise(epoch, home.store_id):
-            raise Fenced(
-                f"epoch {home.promised_epoch} has been promised meanwhile", epoch=home.promised_epoch
-            )
+            return None
     request = {
         "epoch": epoch,
         "store_id": home.store_id,
@@ -179,40 +213,63 @@ def _collect(
         "address": node.address,
         "lineage": home.lineage,
     }
-    peers = ask_all(roles, "promise", request, deadline_s)
+
+    def enough(peers: list[Peer]) -> bool:
+        promotion = _promotion(node, effective, rules, epoch, peers)
+        return promotion.enough or promotion.superseded
+
+    peers = ask_all(roles, "promise", request, deadline_s, enough)
     return _promotion(node, effective, rules, epoch, peers)
 
 
-def ask_all(roles: Roles, method: str, request: Mapping[str, Any], deadline_s: float) -> list[Peer]:
-    """Ask every other voter with a known address at once; those that answered in time, in no order."""
+def ask_all(
+    roles: Roles,
+    method: str,
+    request: Mapping[str, Any],
+    deadline_s: float,
+    enough: Callable[[list[Peer]], bool] | None = None,
+) -> list[Peer]:
+    """Ask every other voter with a known address at once; those that answered in time, in no order.
+
+    Once the answers are ``enough``, only those that come right behind are waited for: a voter that is cut off
+    must not hold up the rest. Raises :class:`ClosedError` when this node is closing.
+    """
     node = roles.node
+    voters = [voter for voter in roles.other_voters() if voter.address]
     found: list[Peer] = []
-    # Protects the list that the asking threads add to.
-    lock = threading.Lock()
+    # Protects the answers and announces each.
+    answered = threading.Condition()
+    left = len(voters)
 
     def ask(voter: Voter) -> None:
+        nonlocal left
+        peer = None
         try:
-            answer = roles.call(
-                voter.address, method, request, min(ASK_TIMEOUT_S, deadline_s - time.monotonic())
-            )
-            peer = _peer(voter, answer)
+            timeout_s = min(ASK_TIMEOUT_S, deadline_s - time.monotonic())
+            peer = _peer(voter, roles.call(voter.address, method, request, timeout_s))
         except (Error, ValueError) as error:
             log.debug("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
-            return
-        with lock:
-            found.append(peer)
+        except Exception:
+            log.exception("%s: asking %s at %s", node.label, voter.name, voter.address)
+        with answered:
+            left -= 1
+            if peer is not None:
+                found.append(peer)
+            answered.notify_all()
 
-    threads = [
-        threading.Thread(target=ask, args=(voter,), name=f"kvrep-ask-{node.label}", daemon=True)
-        for voter in roles.other_voters()
-        if voter.address
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.1, deadline_s - time.monotonic() + 0.5))
-    with lock:
-        return list(found)
+    for voter in voters:
+        threading.Thread(target=ask, args=(voter,), name=f"kvrep-ask-{node.label}", daemon=True).start()
+    until = min(deadline_s, time.monotonic() + ASK_TIMEOUT_S) + 0.2
+    sufficient = False
+    with answered:
+        while left and (now := time.monotonic()) < until:
+            if enough is not None and not sufficient and enough(found):
+                sufficient, until = True, min(until, now + GRACE_S)
+                continue
+            answered.wait(until - now)
+        peers = list(found)
+    roles.need_open()
+    return peers
 
 
 def _peer(voter: Voter, answer: Mapping[str, Any]) -> Peer:
@@ -225,7 +282,13 @@ def _peer(voter: Voter, answer: Mapping[str, Any]) -> Peer:
             committed=int(answer["committed"]),
             epochs=EpochTable((int(e), int(f)) for e, f in answer["epochs"]),
         )
-        return Peer(voter, promise, int(answer["primary_epoch"]), str(answer["primary_address"]))
+        return Peer(
+            voter,
+            promise,
+            int(answer["primary_epoch"]),
+            str(answer["primary_address"]),
+            bool(answer.get("fenced")),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"{voter.name} answered what is not a standing: {error}") from error
 
@@ -248,35 +311,55 @@ def _unsafe(node: Node, promotion: Promotion, *, answered: int) -> UnsafePromoti
     )
 
 
-def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float, *, complete: bool = True) -> None:
+def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float, *, forced: bool = False) -> None:
     """Make our log equal to the best one among those that promised."""
     node = roles.node
     engine = node.engine
     while (fetch := promotion.fetch) is not None:
         log.info("%s: fetches records after %s through %s from %s",
                  node.label, fetch.after, fetch.to, fetch.voter.name)  # fmt: skip
+        _check_fetch(node, promotion, fetch, forced=forced)
         if fetch.after.offset < engine.tail.offset:
             engine.cut(fetch.after.offset, reason=f"{fetch.voter.name} holds a newer history")
         while engine.tail.offset < fetch.to.offset:
             left = deadline_s - time.monotonic()
             if left <= 0:
-                raise UnsafePromotion(
-                    f"the records of {fetch.voter.name} could not be fetched in time",
-                    missing=(fetch.voter.name,),
-                    needed=promotion.needed,
-                    answered=len(promotion.promised),
-                )
+                raise _unfetched(promotion, fetch, "could not be fetched in time")
             first = engine.tail.offset + 1
-            answer = roles.call(fetch.voter.address, "records", {"first": first, "bytes": FETCH_BYTES}, left)
+            try:
+                request = {"first": first, "bytes": FETCH_BYTES}
+                answer = roles.call(fetch.voter.address, "records", request, left)
+            except ReplicationError as error:
+                raise _unfetched(promotion, fetch, f"could not be fetched: {error}") from error
             if not answer.get("data"):
-                raise ProtocolError(f"{fetch.voter.name} has no record {first}")
-            engine.append(first, bytes(answer["data"]), sync=True)
+                raise _unfetched(promotion, fetch, f"end before {first}")
+            engine.append(first, bytes(answer["data"]), sync=True, epoch=promotion.epoch)
         promotion.fetched(promise_of(node, promotion.epoch))
         for _, configuration in engine.configurations[-2:]:
             if configuration.voters:
                 promotion.learned(configuration)
-        if complete and not promotion.enough:
+        if not forced and not promotion.enough:
             raise _unsafe(node, promotion, answered=len(promotion.promised))
+
+
+def _check_fetch(node: Node, promotion: Promotion, fetch: Fetch, *, forced: bool) -> None:
+    """``UnsafePromotion`` when taking over that history would drop what may not, or cannot, be dropped."""
+    engine = node.engine
+    if fetch.after.offset < engine.tree.state.applied.offset:
+        raise _unfetched(promotion, fetch, f"part from ours at {fetch.after}, below what LMDB holds")
+    if fetch.below_committed and not forced and engine.configuration.synchronous:
+        raise _unfetched(promotion, fetch, f"part from ours at {fetch.after}, below what is committed here")
+
+
+def _unfetched(promotion: Promotion, fetch: Fetch, what: str) -> UnsafePromotion:
+    name = fetch.voter.name
+    return UnsafePromotion(
+        f"{name} holds newer records, and they {what}",
+        hint=f"promote {name} instead",
+        missing=(name,),
+        needed=promotion.needed,
+        answered=len(promotion.promised),
+    )
 
 
 # -- the side that answers -----------------------------------------------------------------------------
@@ -309,6 +392,7 @@ def answer_standing(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": [list(entry) for entry in promise.epochs],
         "primary_epoch": node.primary_epoch,
         "primary_address": node.primary_address,
+        "fenced": node.fenced,
     }
 
 
@@ -334,11 +418,16 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         raise ProtocolError(f"this node lacks records that it has confirmed (up to {home.vote_floor})")
     with engine.committer.lead:
         engine.committer.log.sync()
-        home.promise(epoch, asker)
-        if home.promised_epoch == epoch and home.promised_to == asker:
+        granted = home.promise(epoch, asker)
+        if granted:
             # Under the lock: nothing may be appended, or acked, in the old epoch after this answer was made.
             node.roles.promised(epoch, address)
-        return answer_standing(node, {})
+        answer = answer_standing(node, {})
+    if not granted and answer["promised"] == epoch:
+        answer["promised"] = (
+            epoch + 1
+        )  # this very epoch is another's, as only a copied member number makes it
+    return answer
 
 
 def answer_records(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:

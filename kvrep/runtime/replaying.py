@@ -50,11 +50,14 @@ if TYPE_CHECKING:
     from kvrep.runtime.node import Node
     from kvrep.transport.interface import Connection, Stream
 
-__all__ = ["Replaying"]
+__all__ = ["Replaying", "check_address"]
 
 log = logging.getLogger("kvrep.replication")
 
 BACKOFF_MIN_S = 0.05
+HURRIED_S = 0.01
+HURRIED_MAX = 5
+"""How often in a row a node that was named as the primary is tried without backing off."""
 SYNC_BYTES = 4 << 20
 """A follower that catches up syncs its log at least this often."""
 SOURCES_MAX = 16
@@ -71,7 +74,8 @@ class _Refused(ProtocolError):
 class Replaying:
     """Two threads: one that receives and stores, one that watches the clock for it."""
 
-    def __init__(self, node: Node, sources: tuple[str, ...]) -> None:
+    def __init__(self, node: Node, sources: tuple[str, ...], before: Replaying | None = None) -> None:
+        """``before`` is what this node followed with until now, when it goes on after an interruption."""
         self.node = node
         self.engine = node.engine
         self.options = node.options
@@ -84,8 +88,12 @@ class Replaying:
         self._own_sources = len(sources)
         self._sources = list(sources)
         for source in self._sources:
-            _check_address(source)
+            check_address(source)
         self._next_source = 0
+        self._next = ""
+        """Where to go at once, before anything else."""
+        self._wake = threading.Event()
+        """Ends a pause between two attempts."""
         self._state = "connecting"
         self._problem = ""
         self._primary_name = ""
@@ -102,8 +110,14 @@ class Replaying:
         """Unsynced bytes grant no credit: more of them than half of it would stop the primary."""
         self._busy = False
         """Whether a message is being dealt with: meanwhile the silence is our own."""
+        self._chance = random.SystemRandom()  # whoever seeds Python's own must not put followers in step
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        if before is not None:
+            self.primary_address, self.slots = before.primary_address, before.slots
+            self._fresh_us = before._fresh_us
+            self._next = before._next
+            self._own_sources, self._primary_name = before._own_sources, before._primary_name
 
     def start(self) -> None:
         label = self.node.label
@@ -118,6 +132,7 @@ class Replaying:
         """End the stream and both threads."""
         deadline = time.monotonic() + timeout_s
         self._stop.set()
+        self._wake.set()
         stream = self._stream
         if stream is not None:
             stream.cancel()
@@ -129,6 +144,11 @@ class Replaying:
                 thread.join(max(0.1, deadline - time.monotonic()))
 
     @property
+    def alive(self) -> bool:
+        """Whether one of its threads still runs."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    @property
     def stopping(self) -> bool:
         return self._stop.is_set()
 
@@ -137,7 +157,7 @@ class Replaying:
     def _run(self) -> None:
         failures = 0
         while not self._stop.is_set():
-            address = self._sources[self._next_source % len(self._sources)]
+            address = self._choose()
             try:
                 joined = self._one_stream(address)
             except StorageFailed as error:
@@ -148,6 +168,7 @@ class Replaying:
                 return
             except _Reconnect:
                 failures = 0
+                self._next = self._next or address
                 continue
             except (LineageMismatch, _Refused) as error:
                 joined = False
@@ -166,10 +187,26 @@ class Replaying:
             failures += 1
             self._pause(failures)
 
+    def _choose(self) -> str:
+        """Where to connect to now: where we were sent, else one source after the other, else the voters that
+        the configuration names, each of whom says who is primary."""
+        named, self._next = self._next, ""
+        if named:
+            return named
+        known = list(self._sources)
+        own = self.node.address
+        for voter in self.engine.configuration.voters:
+            if voter.address and voter.address not in known and voter.address != own and not voter.witness:
+                known.append(voter.address)
+        return known[self._next_source % len(known)]
+
     def _pause(self, failures: int) -> None:
         """Back off with jitter: retry for ever, never in step with others."""
         limit = min(self.options.reconnect_backoff_max_s, BACKOFF_MIN_S * 2 ** min(failures, 10))
-        self._stop.wait(random.uniform(limit / 2, limit))
+        if self._next and failures <= HURRIED_MAX:
+            limit = HURRIED_S
+        self._wake.wait(self._chance.uniform(limit / 2, limit))
+        self._wake.clear()
 
     def _give_up(self, error: Error) -> None:
         self._say("refused", str(error))
@@ -217,8 +254,8 @@ class Replaying:
         with self._lock:
             self._receiver = receiver
         self._say("joining", self._problem)
-        stream.send(hello)
         try:
+            stream.send(hello)
             while True:
                 message = stream.receive()
                 self._busy = True
@@ -351,7 +388,7 @@ class Replaying:
         self, receiver: Receiver, stream: Stream, connection: Connection, action: Append, more: bool
     ) -> None:
         sync_now = not more and not self._unsynced_bytes
-        self.engine.append(action.first, action.data, sync=sync_now)
+        self.engine.append(action.first, action.data, sync=sync_now, epoch=receiver.epoch)
         if sync_now:
             self._appended(receiver, stream, connection)
             return
@@ -379,8 +416,8 @@ class Replaying:
             tail = engine.tail
             if reply and tail.offset < engine.home.vote_floor:
                 raise ProtocolError(
-                    f"this node has confirmed records up to {engine.home.vote_floor} and got a copy without them:"
-                    f" it does not vote before it has them again"
+                    f"this node confirmed records up to {engine.home.vote_floor} and got a copy without them:"
+                    " it does not vote before it has them again"
                 )
             answer = Promise(
                 epoch=engine.home.promised_epoch,
@@ -426,21 +463,38 @@ class Replaying:
                 receiver.promised(epoch)
         if address:
             self.go_to(address)
+            self._wake.set()
         if stream is not None and (receiver is None or receiver.epoch < epoch):
             stream.cancel()
+
+    def follow(self, address: str) -> None:
+        """Leave the present source for this one at once."""
+        self.go_to(address)
+        self._wake.set()
+        connection, stream = self._connection, self._stream
+        if stream is not None and connection is not None and connection.address != address:
+            stream.cancel()
+
+    def keep_from(self) -> int:
+        """The first offset that must stay in the log: should this node become primary, the others need it."""
+        engine_log, bytes_max = self.engine.committer.log, self.options.retention_bytes_max
+        wanted = [slot.acked for slot in self.slots if slot.store_id != self.engine.home.store_id]
+        kept = [acked + 1 for acked in wanted if engine_log.bytes_after(acked) <= bytes_max]
+        return min([self.engine.tree.state.applied.offset + 1, *kept])
 
     def go_to(self, address: str) -> None:
         """Try this address next."""
         if address not in self._sources:
             try:
-                _check_address(address)
+                check_address(address)
             except Error as error:
                 log.warning("%s: told of a primary at %r: %s", self.node.label, address, error)
                 return
             if len(self._sources) >= SOURCES_MAX:
                 del self._sources[self._own_sources]
             self._sources.append(address)
-        self._next_source = self._sources.index(address) - 1
+        self._next = address
+        self._next_source = self._sources.index(address)
 
     # -- the clock ---------------------------------------------------------------------------------
 
@@ -491,7 +545,7 @@ class Replaying:
         )
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """``OpenError`` unless it is a ``"host:port"`` that one can connect to."""
     try:
         Address.parse(address)

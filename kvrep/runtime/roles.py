@@ -10,22 +10,24 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvrep.errors import (
     ClosedError,
     Error,
     Fenced,
+    LineageMismatch,
     NotPrimary,
     Overloaded,
     PeerUnavailable,
+    ProtocolError,
     UnsafePromotion,
 )
 from kvrep.model.configuration import Configuration, Voter
-from kvrep.replication.messages import SlotState
 from kvrep.runtime.promoting import Force, ask_all, promote
-from kvrep.runtime.replaying import Replaying
-from kvrep.runtime.shipping import Shipping
+from kvrep.runtime.replaying import Replaying, check_address
+from kvrep.runtime.shipping import Shipping, nothing_commits
 from kvrep.status import EventKind
 
 if TYPE_CHECKING:
@@ -36,112 +38,210 @@ __all__ = ["Roles"]
 log = logging.getLogger("kvrep.replication")
 
 SEEK_INTERVAL_S = 0.2
+"""How often a node that is no primary any more looks for the new one."""
+MISSED_INTERVAL_MAX_S = 2.0
+"""How often, at most, a primary asks the voters that are away whether they have another one."""
+START_ASK_S = 1.0
+"""How long a restarted primary waits for the voters' word on who is primary now."""
+SETTLE_S = 3.0
+"""How long a stream that arrives during a promotion waits for its end."""
+STOP_S = 5.0
 
 
 class Roles:
-    """One per node that is part of a group. Its thread looks for the new primary when this one was fenced."""
+    """One per node. Its thread (``kvrep-seek-NAME``) looks for the new primary when this one was fenced, or
+    lost voters; it starts when it is first needed."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        # Serializes promotions, switchovers and changes of the source.
+        # Serializes promotions, switchovers and changes of the source; close() takes it and keeps it.
         self.lock = threading.RLock()
         self._seek = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        # Protects the thread, the calls under way and ``_promoting``; announces its end.
+        self._changed = threading.Condition()
+        self._calls: set[Any] = set()
+        self._promoting = False
 
     # -- roles -------------------------------------------------------------------------------------
 
-    def promote(self, timeout_s: float, force: Force | None = None) -> int:
-        """Become primary; see :func:`kvrep.runtime.promoting.promote`. Returns the epoch."""
+    def promote(self, timeout_s: float, force: Force | None = None, *, asked: bool = False) -> int:
+        """Become primary; see :func:`kvrep.runtime.promoting.promote`. Returns the epoch.
+
+        ``asked``: the primary itself wants it and has seen that the voters are there.
+        """
         node = self.node
         deadline = time.monotonic() + timeout_s
         self._need_transport()
-        if not self.lock.acquire(timeout=timeout_s):
-            raise Overloaded("another change of roles is under way on this node")
-        try:
+        with self._changing(timeout_s):
             shipping = node.shipping
             if shipping is not None and shipping.leading:
                 return shipping.epoch
-            if node.shipping is None and node.replaying is None:
+            if shipping is None and node.replaying is None:
                 raise NotPrimary("this store is not part of a group; it takes writes as it is",
                                  primary_address=None, epoch=None)  # fmt: skip
-            return promote(self, deadline, force)
+            return promote(self, deadline, force, asked=asked)
+
+    @contextmanager
+    def _changing(self, timeout_s: float) -> Iterator[None]:
+        """Nobody else changes roles meanwhile. ``Overloaded`` when somebody does for too long."""
+        if not self.lock.acquire(timeout=timeout_s):
+            raise Overloaded("another change of roles is under way on this node")
+        try:
+            self.need_open()
+            yield
         finally:
             self.lock.release()
 
+    def need_open(self) -> None:
+        """``ClosedError`` once the node is closing: a change of roles goes no further."""
+        if self._stop.is_set() or self.node.closing:
+            raise ClosedError("the store is closed")
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but not through a close."""
+        self._stop.wait(seconds)
+        self.need_open()
+
     def follow(self, address: str) -> None:
-        """Become, or stay, a follower: of the node at ``address`` from now on."""
+        """Become, or stay, a follower: of the node at ``address`` from now on.
+
+        Raises :class:`LineageMismatch` when the node there is known to hold another store, ``OpenError`` for
+        an address that is none; then nothing has changed.
+        """
+        check_address(address)
         self._need_transport()
-        with self.lock:
-            node = self.node
-            if node.closing:
-                raise ClosedError("the store is closed")
-            if node.replaying is not None:
-                node.replaying.go_to(address)
-                return
-            self._end_role(NotPrimary(f"this node follows {address}", primary_address=address, epoch=None))
-            self._start_following((address,))
+        self._check_source(address)
+        with self._changing(SETTLE_S):
+            self._follow(address)
+
+    def _follow(self, address: str) -> None:
+        """As :meth:`follow`, of a node that is known to be ours. The lock is held."""
+        node = self.node
+        if node.replaying is not None:
+            node.replaying.follow(address)
+            return
+        shipping = node.shipping
+        assert shipping is not None
+        shipping.retire(NotPrimary(f"this node follows {address}", primary_address=address, epoch=None))
+        shipping.stop(STOP_S)
+        replaying = self.be_follower((address,))
+        node.shipping = None
+        replaying.start()
+        node.tell(EventKind.FOLLOWER, address=address)
+
+    def _check_source(self, address: str) -> None:
+        """Refuse an address where another store answers, or this one."""
+        home = self.node.engine.home
+        try:
+            answer = self.call(address, "standing", {}, 2.0)
+            lineage, store_id = bytes(answer["lineage"]), bytes(answer["store_id"])
+        except (Error, KeyError, TypeError):
+            return  # nobody there yet, or an older version: the stream will tell
+        if store_id == home.store_id:
+            raise ProtocolError(f"{address} is this node itself", hint="give the address of the primary")
+        if home.lineage and lineage and lineage != home.lineage:
+            raise LineageMismatch(
+                f"the node at {address} holds another store than {self.node.label}",
+                ours=home.lineage.hex(),
+                theirs=lineage.hex(),
+            )
+
+    def be_follower(self, sources: tuple[str, ...], before: Replaying | None = None) -> Replaying:
+        """Set this node up as a follower that is not started yet; ``before``: what it was until now."""
+        node, engine = self.node, self.node.engine
+        error = NotPrimary("this node is a follower", primary_address=None, epoch=None)
+        with engine.committer.lead:  # a promise that is given meanwhile tells one of the two where to go
+            engine.committer.end_epoch(error)
+            engine.committer.rule = nothing_commits
+            replaying = Replaying(node, sources if before is None else before.sources, before)
+            node.replaying = replaying
+        engine.reset_hooks()
+        engine.writable = node.refuse_follower
+        engine.keep_from = replaying.keep_from
+        return replaying
+
+    def start_primary(self, shipping: Shipping) -> None:
+        """Begin as the primary that this node was before, unless the voters know a newer one.
+
+        They are asked first, as far as they answer soon: a node that was replaced meanwhile, or lost what it
+        had acknowledged, does not even ask to be primary.
+        """
+        peers = ask_all(self, "standing", {}, time.monotonic() + START_ASK_S)
+        engine = self.node.engine
+        newest = max(peers, key=lambda peer: peer.primary_epoch, default=None)
+        if newest is not None and newest.primary_epoch > engine.epochs.last_epoch:
+            log.warning("%s: %s is primary in epoch %d; following it",
+                        self.node.label, newest.voter.name, newest.primary_epoch)  # fmt: skip
+            with self.lock:
+                self._follow(newest.voter.address)
+            return
+        problem = shipping.lost(peers)
+        if problem:
+            shipping.complain(f"{self.node.label}: {problem}")
+            shipping.hold(problem)
+        else:
+            shipping.start()
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
-        """Nothing is appended meanwhile. If nobody took over inside, the former role goes on."""
+        """Nothing is appended or shipped meanwhile. If nobody took over inside, the former role goes on."""
         node = self.node
         replaying, shipping = node.replaying, node.shipping
-        sources = replaying.sources if replaying is not None else ()
-        if replaying is not None:
-            replaying.stop(5.0)
+        with self._changed:
+            self._promoting = True
         try:
+            if replaying is not None:
+                replaying.stop(STOP_S)
+                if replaying.alive:
+                    raise Overloaded("this node is still busy with what its primary sent")
+            elif shipping is not None:
+                shipping.suspend("this node is being promoted")
             yield
-        except BaseException:
-            if replaying is not None and node.replaying is replaying and not node.closing:
-                self._start_following(sources)
-            raise
-        if node.shipping is None or (shipping is not None and node.shipping is shipping):
-            if replaying is not None and not node.closing:
-                self._start_following(sources)
+        finally:
+            if node.closing:
+                pass
+            elif replaying is not None and node.replaying is replaying:
+                self.be_follower(replaying.sources, replaying).start()
+            elif shipping is not None and node.shipping is shipping:
+                shipping.resume()
+                self.seek()
+            with self._changed:
+                self._promoting = False
+                self._changed.notify_all()
+
+    def await_settled(self) -> None:
+        """Wait, not for long, for the end of a promotion that is under way here."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._promoting or self._stop.is_set(), SETTLE_S)
 
     def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None = None) -> None:
-        """The promotion succeeded: be primary in ``epoch``."""
+        """The promotion succeeded: be primary in ``epoch``. Raises what prevents it; then nothing changed."""
         node = self.node
-        heard: tuple[SlotState, ...] = node.replaying.slots if node.replaying is not None else ()
-        old = node.shipping
+        self.need_open()
+        replaying, old = node.replaying, node.shipping
         if old is not None:
-            old.stop(5.0)
-        engine = node.engine
-        engine.committer.accept()
+            old.retire(Fenced(f"epoch {epoch} begins", epoch=epoch))
+            old.stop(STOP_S)
         shipping = Shipping(node)
-        for voter in self.other_voters():
-            slot = next((s for s in heard if s.store_id == voter.store_id), None)
-            if slot is not None and shipping.slots.get(voter.store_id) is None:
-                shipping.slots.note(
-                    voter.store_id, name=voter.name, address=voter.address, voter=True, acked=slot.acked
-                )
+        if replaying is not None:
+            shipping.inherit(replaying.slots)
         node.shipping, node.replaying = shipping, None
-        shipping.take_over(epoch, fenced, forced)
+        try:
+            shipping.take_over(epoch, fenced, forced)
+        except BaseException as error:
+            shipping.retire(Fenced(f"epoch {epoch} did not begin: {error}", epoch=epoch))
+            shipping.stop(STOP_S)
+            if old is not None and replaying is None:
+                node.shipping = Shipping(node)
+                node.shipping.resume()
+            else:
+                node.shipping, node.replaying = None, replaying
+            raise
+        node.engine.home.drop_unfinished()
         log.info("%s: promoted, epoch %d", node.label, epoch)
-
-    def _start_following(self, sources: tuple[str, ...]) -> None:
-        node = self.node
-        node.engine.writable = node.refuse_follower
-        node.replaying = Replaying(node, sources)
-        node.shipping = None
-        node.replaying.start()
-        node.tell(EventKind.FOLLOWER, address=sources[0] if sources else "")
-
-    def _end_role(self, error: Error) -> None:
-        """Stop being primary: nothing more is written in our epoch. What is logged waits for its outcome."""
-        node = self.node
-        engine = node.engine
-        committer = engine.committer
-        committer.refuse(error)
-        with committer.lead:
-            committer.epoch = 0
-            committer.rule = _nothing_commits
-            committer.on_written = None
-        if node.shipping is not None:
-            node.shipping.stop(5.0)
-        engine.reset_hooks()
-        node.shipping = None
+        self.seek()
 
     # -- what a promise means here -----------------------------------------------------------------
 
@@ -152,46 +252,89 @@ class Roles:
         if shipping is not None:
             shipping.promised_away(epoch, address)
             self.seek()
-        elif replaying is not None:
+        if replaying is not None:
             replaying.promised(epoch, address)
 
+    # -- finding another primary -------------------------------------------------------------------
+
     def seek(self) -> None:
-        """Look for another primary until one is found, or this node is one again."""
-        if self._thread is None and not self._stop.is_set():
-            self._thread = threading.Thread(
-                target=self._run, name=f"kvrep-seek-{self.node.label}", daemon=True
-            )
-            self._thread.start()
+        """Look for another primary until one is found, or this node needs none."""
+        with self._changed:
+            if self._stop.is_set():
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name=f"kvrep-seek-{self.node.label}", daemon=True
+                )
+                self._thread.start()
         self._seek.set()
 
     def _run(self) -> None:
+        missed = 0
         while not self._stop.is_set():
             self._seek.wait()
-            self._seek.clear()
             while not self._stop.is_set() and self._unsettled():
+                self._seek.clear()
                 try:
                     self._look()
+                    self._renew()
                 except Error as error:
                     log.info("%s: looking for the primary: %s", self.node.label, error)
+                except Exception:
+                    log.exception("%s: looking for the primary", self.node.label)
                 shipping = self.node.shipping
-                leading = shipping is not None and shipping.leading
-                self._stop.wait(10 * SEEK_INTERVAL_S if leading else SEEK_INTERVAL_S)
+                missed = missed + 1 if shipping is not None and shipping.leading else 0
+                pause = min(SEEK_INTERVAL_S * 2 ** min(missed, 8), MISSED_INTERVAL_MAX_S)
+                if self._seek.wait(pause):
+                    missed = 0
+                    self._stop.wait(SEEK_INTERVAL_S / 4)  # voters that come and go must not keep us busy
+            missed = 0
+            if not self._unsettled():
+                self._seek.clear()
+                if self._unsettled():
+                    self._seek.set()
 
     def _unsettled(self) -> bool:
-        """Whether another primary may be about: this one is none, was fenced, or went on without promises."""
+        """Whether another primary may be about: this one is none, was fenced, went on without promises, or
+        lacks voters, who may have found another."""
         shipping = self.node.shipping
-        return shipping is not None and not (shipping.leading and (shipping.fenced or shipping.forced))
+        if shipping is None:
+            return False
+        if not shipping.leading or not (shipping.fenced or shipping.forced):
+            return True
+        missing = shipping.missing_voters()
+        return bool(missing) and any(v.address for v in self.other_voters() if v.store_id in missing)
 
     def _look(self) -> None:
         """Ask the voters we know; follow one that is primary in a newer epoch than ours."""
         node = self.node
-        newest = max(node.engine.epochs.last_epoch, node.primary_epoch)
         peers = ask_all(self, "standing", {}, time.monotonic() + 2.0)
-        found = max(peers, key=lambda peer: peer.primary_epoch, default=None)
-        if found is not None and found.primary_epoch > newest and self._unsettled():
-            log.warning("%s: %s is primary in epoch %d; following it",
-                        node.label, found.voter.name, found.primary_epoch)  # fmt: skip
-            self.follow(found.voter.address)
+        with self.lock:
+            if self._stop.is_set() or not self._unsettled():
+                return
+            newest = max(node.engine.epochs.last_epoch, node.primary_epoch)
+            shipping = node.shipping
+            unfenced = shipping is not None and shipping.leading and not (shipping.fenced or shipping.forced)
+            found = [p for p in peers if p.primary_epoch > newest or (unfenced and p.fenced)]
+            if found:
+                peer = max(found, key=lambda p: p.primary_epoch)
+                log.warning("%s: %s is primary in epoch %d; following it",
+                            node.label, peer.voter.name, peer.primary_epoch)  # fmt: skip
+                self._follow(peer.voter.address)
+
+    def _renew(self) -> None:
+        """A primary that was fenced for an epoch which began and came to nothing promotes itself anew.
+
+        Only a whole promotion will do, because a record of that epoch was seen. (Where none was, the primary
+        asks for promises by its streams: see ``Shipping``.)
+        """
+        shipping, options = self.node.shipping, self.node.options
+        if shipping is None or not shipping.replaced:
+            return
+        if shipping.superseded_s(time.monotonic()) < options.heartbeat_timeout_s:
+            return
+        log.warning("%s: no primary of the newer epoch shows itself; trying again above it", self.node.label)
+        self.promote(2 * options.heartbeat_timeout_s)
 
     # -- handing over ------------------------------------------------------------------------------
 
@@ -214,6 +357,12 @@ class Roles:
         status = next((f for f in shipping.followers() if f.store_id == voter.store_id.hex()), None)
         if status is None or not status.connected or status.state != "streaming":
             found.append(f"{to} is not connected")
+        rule = node.engine.configuration
+        away = set(shipping.missing_voters())
+        there = rule.data_voters - len(away)
+        if there < rule.fence:
+            names = ", ".join(v.name for v in rule.voters if v.store_id in away)
+            found.append(f"{rule.fence} data voters must promise, {there} are there; missing: {names}")
         return found
 
     def switchover(self, to: str, timeout_s: float, *, dry_run: bool) -> tuple[str, ...]:
@@ -229,15 +378,11 @@ class Roles:
         if blocked:
             raise UnsafePromotion("; ".join(blocked), missing=(to,), needed=1, answered=0)
         deadline = time.monotonic() + timeout_s
-        if not self.lock.acquire(timeout=timeout_s):
-            raise Overloaded("another change of roles is under way on this node")
-        try:
+        with self._changing(timeout_s):
             voter = node.engine.configuration.named(to)
             assert voter is not None
             self._hand_over(voter, deadline)
-            self.follow(voter.address)
-        finally:
-            self.lock.release()
+            self._follow(voter.address)
         return ()
 
     def _hand_over(self, voter: Voter, deadline: float) -> None:
@@ -250,10 +395,37 @@ class Roles:
             raise Overloaded("a transaction held the writer's place for too long")
         try:
             self._await_caught_up(voter, deadline)
+            self.need_open()
             left = max(0.5, deadline - time.monotonic())
-            self.call(voter.address, "promote", {"timeout_s": left}, left + 1.0)
+            self._have_promoted(voter, left)
         finally:
             committer.leave_place(owner, None)
+
+    def _have_promoted(self, voter: Voter, timeout_s: float) -> None:
+        """Tell ``voter`` to promote itself. If it does not, see to it that somebody is primary."""
+        node = self.node
+        try:
+            self.call(voter.address, "promote", {"timeout_s": timeout_s, "asked": True}, timeout_s + 1.0)
+            return
+        except Error as error:
+            log.warning("%s: the switchover to %s failed: %s", node.label, voter.name, error)
+            failure = error
+        peers = ask_all(self, "standing", {}, time.monotonic() + 2.0)
+        shipping = node.shipping
+        epoch = shipping.epoch if shipping is not None else 0
+        if any(p.voter.store_id == voter.store_id and p.primary_epoch > epoch for p in peers):
+            return  # it succeeded, and only the answer was lost
+        if shipping is not None and not shipping.leading:
+            try:
+                promote(self, time.monotonic() + 5.0)
+                log.warning("%s: goes on as primary in epoch %d", node.label, node.primary_epoch)
+            except Error as error:
+                log.error("%s: could not promote itself anew: %s", node.label, error)
+        if isinstance(failure, UnsafePromotion):
+            raise failure
+        raise UnsafePromotion(
+            f"{voter.name} did not become primary: {failure}", missing=(voter.name,), needed=1, answered=0
+        ) from failure
 
     def _await_caught_up(self, voter: Voter, deadline: float) -> None:
         node = self.node
@@ -276,27 +448,32 @@ class Roles:
 
     def other_voters(self) -> list[Voter]:
         """Every voter of the configurations in the log, but ourselves; the newest word on each."""
-        engine = self.node.engine
-        found = {v.store_id: v for _, c in engine.configurations[-2:] for v in c.voters}
-        for store_id, slot in self.node.shipping.slots.all() if self.node.shipping is not None else []:
+        engine, shipping = self.node.engine, self.node.shipping
+        effective, proposed = engine.configurations_in_force()
+        rules = (effective,) if proposed is None else (effective, proposed[1])
+        found = {v.store_id: v for c in rules for v in c.voters}
+        for store_id, slot in shipping.slots.all() if shipping is not None else ():
             voter = found.get(store_id)
-            if voter is not None and slot.address and slot.address != voter.address:
-                from dataclasses import replace
-
+            if voter is not None and slot.address:
                 found[store_id] = replace(voter, address=slot.address)
         found.pop(engine.home.store_id, None)
         return list(found.values())
 
     def call(self, address: str, method: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Ask another node; ``PeerUnavailable`` without an answer in time."""
+        """Ask another node; ``PeerUnavailable`` without an answer in time, ``ClosedError`` at close."""
         transport = self._need_transport()
         if not address:
             raise PeerUnavailable("no address is known", address="")
         connection = transport.connect(address, name=self.node.label)
+        with self._changed:
+            self.need_open()
+            self._calls.add(connection)
         try:
             answer: dict[str, Any] = connection.call(method, request, max(0.05, timeout_s))
             return answer
         finally:
+            with self._changed:
+                self._calls.discard(connection)
             connection.close()
 
     def _need_transport(self) -> Any:
@@ -307,13 +484,17 @@ class Roles:
         return transport
 
     def stop(self, timeout_s: float) -> None:
-        self._stop.set()
+        """End the thread and whatever change of roles is under way; there is none after this."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._stop.set()
+            calls = list(self._calls)
+            self._changed.notify_all()
         self._seek.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(max(0.1, timeout_s))
-
-
-def _nothing_commits(durable: int) -> int:
-    """The rule of a follower: only its primary says what is committed."""
-    del durable
-    return 0
+        for connection in calls:
+            connection.close()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(max(0.1, deadline - time.monotonic()))
+        if self.lock.acquire(timeout=max(0.1, deadline - time.monotonic())):
+            self.lock.release()

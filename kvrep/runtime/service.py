@@ -11,7 +11,7 @@ from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
 from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
-from kvrep.runtime.promoting import answer_promise, answer_records, answer_standing
+from kvrep.runtime.promoting import Force, answer_promise, answer_records, answer_standing
 from kvrep.runtime.signal import Signal
 from kvrep.storage.digest import DIGEST_MODULUS
 from kvrep.storage.tree import digests_out
@@ -49,6 +49,7 @@ class NodeService:
         }
 
     def open_session(self, peer: str) -> Session:
+        self._node.roles.await_settled()
         shipping = self._node.shipping
         if shipping is None:
             address = self._node.primary_address
@@ -112,7 +113,10 @@ class NodeService:
         return {"position": str(position)}
 
     def _promote(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        self._node.roles.promote(_timeout(request) or 10.0)
+        force = None
+        if request.get("force"):
+            force = Force(voters=tuple(map(str, request.get("voters") or ())), acks=request.get("acks"))
+        self._node.roles.promote(_timeout(request) or 10.0, force, asked=bool(request.get("asked")))
         return {"position": str(self._position()), "epoch": self._node.primary_epoch}
 
     def _switchover(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

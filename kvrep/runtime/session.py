@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FollowerSession"]
 
-log = logging.getLogger("kvrep.replication")
-
 COMPRESS_BYTES_MIN = 512
 COMMIT_LINGER_S = 0.001
 """How long after a segment its commit may wait to ride in the next one."""
@@ -76,6 +73,8 @@ class FollowerSession:
         self._heeds_commits = True
         self._hurry = False
         self._asked_epoch = 0
+        self.settled_in: Configuration | None = None
+        """The configuration in which this follower is what it can be."""
         self.vote_refused = False
         """It cannot become a voter (its name is another voter's); said once."""
         self._ended = False
@@ -245,11 +244,13 @@ class FollowerSession:
         shared = view.epochs.common(view.last, hello.epochs, hello.last.offset)
         if shared >= hello.committed or self._shipping.forced or not self._engine.configuration.synchronous:
             return None
+        if hello.branch != view.branch:
+            return None  # a branch that ours was forced out of, which is how it comes to lack them
         text = (
             f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
             f" and {view.name} lacks them: it lost data"
         )
-        log.error("%s", text)
+        self._shipping.complain(text)
         return Refused(reason="unfenced", message=text, epoch=view.epoch)
 
     def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:

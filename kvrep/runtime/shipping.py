@@ -17,9 +17,11 @@ from kvrep.errors import (
     Overloaded,
     ProtocolError,
     StaleRead,
+    StorageFailed,
+    StorageFull,
     again,
 )
-from kvrep.model.configuration import Acks, Configuration
+from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import EPOCH_MAX, Position, member_of
 from kvrep.replication.acks import CommitTracker, Level
 from kvrep.replication.messages import Ack, Promise, Refused, SlotState
@@ -32,8 +34,9 @@ from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
+    from kvrep.runtime.promoting import Peer
 
-__all__ = ["Shipping"]
+__all__ = ["Shipping", "nothing_commits"]
 
 log = logging.getLogger("kvrep.replication")
 
@@ -57,6 +60,8 @@ class Shipping:
         """Whether that epoch was made by a full fence."""
         self.forced = False
         """Whether it was made by force: then followers may be told to drop what they know to be committed."""
+        # Until an epoch begins, nothing that is logged here may be taken for committed.
+        self.engine.committer.rule = nothing_commits
         self.slots = Slots(self.engine.home.path / "SLOTS")
         self.spools = Spools(self)
         # Protects everything below. Taken inside the committer's ``lead`` and before its ``_order``, never
@@ -71,10 +76,18 @@ class Shipping:
         """Whether the epoch start is in order, so that writes may follow it."""
         self._configuring: Write | None = None
         self._problem = "this node is not a primary yet"
+        self._unfenced_at = float("inf")
+        """When an asynchronous primary goes on without the promises that are still missing."""
+        self._complaints: set[str] = set()
         self._superseded_by = 0
         self._superseded_s = 0.0
+        self._superseded_address = ""
+        """Where the node is that a higher epoch was promised to; empty when that is not known."""
+        self._held = False
+        """Whether this node lacks what it had acknowledged: it never asks to be primary by itself."""
         self._replaced = False
-        """Whether records of another primary of a higher epoch were seen: this node must not go on."""
+        """Whether records of another primary of a higher epoch were seen: this node must fetch them before it
+        may go on, as only a whole promotion does."""
         self._announced = 0
         """The last offset that followers were told to fetch."""
         self._stopped = False
@@ -92,13 +105,11 @@ class Shipping:
         """
         engine = self.engine
         self._hook()
-        if engine.tail.offset > engine.committer.committed:
-            engine.view.withheld = self._await_epoch
         self._become(0)
         if not self._open:
             self.node.roles.seek()
-        if not engine.configuration.synchronous and self._promotion is not None:
-            self._await_begin(min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5))
+        if not engine.configuration.synchronous:
+            self._await_begin()
             self._begin_unfenced()
 
     def _hook(self) -> None:
@@ -107,10 +118,13 @@ class Shipping:
         engine.keep_from = self._keep_from
         engine.on_tick = self._tick
         engine.flush_limit = self._flush_limit
+        if not self._open and engine.tail.offset > engine.committer.committed:
+            # Some of these may have been acknowledged: a primary that did not show them would read backwards.
+            engine.view.withheld = self._await_epoch
 
     def _flush_limit(self) -> int | None:
-        """In asynchronous mode, what no voter has confirmed stays out of LMDB for a while: should another node
-        be promoted, this one can cut its log instead of fetching a whole copy. ``None``: no such limit."""
+        """In asynchronous mode, what no voter has confirmed stays out of LMDB for a while: should another
+        node be promoted, this one can cut its log instead of fetching a whole copy. ``None``: no limit."""
         configuration = self.engine.configuration
         if configuration.synchronous or configuration.data_voters < 2:
             return None
@@ -132,7 +146,12 @@ class Shipping:
         rules = () if proposed is None else (proposed[1],)
         own = self._own_promise(epoch)
         with self._lock:
+            if self._stopped:
+                return
             self._promotion = Promotion(effective, home.store_id, epoch, own, proposed=rules)
+            if not engine.configuration.synchronous:
+                ask_s = min(ASK_S_MAX, self.options.reconnect_backoff_max_s + 0.5)
+                self._unfenced_at = time.monotonic() + ask_s
         self._try_to_begin()
 
     def _own_promise(self, epoch: int) -> Promise:
@@ -150,31 +169,66 @@ class Shipping:
         """Whether this node's epoch has begun and no higher one is known."""
         return self._open and not self._superseded_by
 
+    @property
+    def primary_address(self) -> str:
+        """Where the primary is, as far as this node knows: here, unless a higher epoch is known."""
+        return self._superseded_address if self._superseded_by else self.node.address
+
+    def superseded_s(self, now: float) -> float:
+        """For how long a higher epoch has been known in which no primary has shown itself; 0 without one."""
+        with self._lock:
+            return now - self._superseded_s if self._superseded_by else 0.0
+
+    @property
+    def replaced(self) -> bool:
+        """Whether only a whole promotion may make this node primary again."""
+        return self._replaced
+
+    def missing_voters(self) -> list[bytes]:
+        """The data voters whose join is not verified now."""
+        with self._lock:
+            joined = set(self._joined)
+        me = self.engine.home.store_id
+        voters = self.engine.configuration.voters
+        return [v.store_id for v in voters if not v.witness and v.store_id != me and v.store_id not in joined]
+
     def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None) -> None:
-        """Be primary in ``epoch``, which ``fenced`` have promised; ``forced`` is the configuration from then on."""
+        """Be primary in ``epoch``, which ``fenced`` have promised; ``forced``: the configuration it brings.
+
+        Raises :class:`Fenced` when a higher epoch was promised meanwhile.
+        """
         self._hook()
         self.forced = forced is not None
         self._begin(epoch, fenced, unfenced=forced is not None, forced=forced)
+
+    def hold(self, problem: str) -> None:
+        """Do not even ask to be primary, because of ``problem``; look for another one."""
+        self._hook()
+        self._problem, self._held = problem, True
+        self.node.roles.seek()
 
     def promised_away(self, epoch: int, address: str) -> None:
         """This node itself has promised ``epoch`` to the node at ``address``: nothing is acknowledged any
         more. If no primary of that epoch shows itself, this node asks to be primary above it."""
         with self._lock:
-            if not self.epoch or epoch <= max(self._superseded_by, self.epoch):
+            asking = self._promotion.epoch if self._promotion is not None else 0
+            if self._stopped or epoch <= max(self._superseded_by, self.epoch, asking):
                 return
+            self._promotion = None
             self._superseded_by = epoch
             self._superseded_s = time.monotonic()
+            self._superseded_address = address
+            self._problem = f"this node has promised epoch {epoch} to {address}"
         log.warning("%s: promised epoch %d to %s", self.node.label, epoch, address)
         self._fence(epoch, address)
 
     def _fence(self, epoch: int, address: str) -> None:
+        with self._lock:
+            self._tracker = None  # what is logged now waits for the new primary's word
         self.node.tell(EventKind.FENCED, epoch=epoch, address=address)
         self.engine.committer.refuse(
             Fenced(f"epoch {epoch} is newer than {self.epoch}", epoch=epoch, primary_address=address or None)
         )
-        with self._lock:
-            tracker, self._tracker = self._tracker, None
-        del tracker  # what is logged now waits for the new primary's word
 
     def synced_by(self, store_id: bytes) -> int:
         """The last offset that a follower has confirmed; 0 when it is not connected."""
@@ -267,10 +321,25 @@ class Shipping:
             if problem:
                 self._problem = problem
                 return
-            fenced = promotion.promised
-            epoch = promotion.epoch
             self._promotion = None
-        self._begin(epoch, fenced, unfenced=False)
+        self._begin_with(promotion, unfenced=False)
+
+    def _begin_with(self, promotion: Promotion, *, unfenced: bool) -> None:
+        """Begin, unless a higher epoch was promised meanwhile or the promise cannot be stored."""
+        try:
+            self._begin(promotion.epoch, promotion.promised, unfenced=unfenced)
+        except Fenced as error:
+            with self._lock:
+                if not self._stopped and self._superseded_by < error.epoch:
+                    self._superseded_by, self._superseded_s = error.epoch, time.monotonic()
+                self._problem = error.message
+            self.node.roles.seek()
+        except (OSError, StorageFailed, StorageFull) as error:
+            log.error("%s: the epoch could not begin: %s", self.node.label, error)
+            with self._lock:  # tried again in a while, as if somebody had promised this epoch away
+                self._problem = f"the epoch could not begin: {error}"
+                if not self._superseded_by:
+                    self._superseded_by, self._superseded_s = promotion.epoch, time.monotonic()
 
     def _ahead(self, promotion: Promotion) -> str:
         """Why the log of a voter that has promised forbids to begin; empty when it does not.
@@ -279,9 +348,19 @@ class Shipping:
         acknowledged, unless this node lost its disk. What another primary wrote may have been. (Asynchronous
         primaries that lost their unsynced tail go on without it.)
         """
-        mine, own = self._member(), promotion.own.last
-        for voter in promotion.ahead:
-            promise = promotion.answer(voter)
+        answers = [(voter, promotion.answer(voter)) for voter in promotion.ahead]
+        return self._lost(promotion.own, answers)
+
+    def lost(self, peers: list[Peer]) -> str:
+        """As :meth:`_ahead`, of voters that were only asked."""
+        own = self._own_promise(0)
+        return self._lost(own, [(p.voter, p.promise) for p in peers if not p.voter.witness])
+
+    def _lost(self, held: Promise, answers: list[tuple[Voter, Promise]]) -> str:
+        mine, own = self._member(), held.last
+        for voter, promise in answers:
+            if promise.last <= own:
+                continue
             if member_of(promise.last.epoch) != mine:
                 return (
                     f"{voter.name} holds records of another primary that this node lacks; follow it instead"
@@ -297,11 +376,10 @@ class Shipping:
         voter = self.engine.configuration.voter(self.engine.home.store_id)
         return voter.member if voter is not None else 0
 
-    def _await_begin(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _await_begin(self) -> None:
         with self._acked:
             while self._promotion is not None and not self._stopped:
-                left = deadline - time.monotonic()
+                left = self._unfenced_at - time.monotonic()
                 if left <= 0:
                     return
                 self._acked.wait(left)
@@ -314,7 +392,8 @@ class Shipping:
                 return
             self._promotion = None
         log.warning("%s: goes on without the promises of %s", self.node.label, ", ".join(promotion.missing))
-        self._begin(promotion.epoch, promotion.promised, unfenced=True)
+        self._begin_with(promotion, unfenced=not promotion.enough)
+        self.node.roles.seek()
 
     def _begin(
         self,
@@ -324,23 +403,35 @@ class Shipping:
         unfenced: bool,
         forced: Configuration | None = None,
     ) -> None:
+        """Raises :class:`Fenced` or ``OSError``; then nothing has changed."""
         engine = self.engine
         committer = engine.committer
         effective, proposed = (forced, None) if forced is not None else engine.configurations_in_force()
-        tracker = CommitTracker(
-            effective if effective.voters else self.node.first_configuration(),
-            engine.home.store_id,
-            epoch_start=engine.tail.offset + 1,
-            committed=committer.committed,
-            proposed=proposed,
-        )
-        with self._lock:
-            self._tracker = tracker
-            self.fenced = not unfenced
-            self.epoch = epoch
-        committer.rule = self._rule
-        engine.on_configuration = self._on_configuration
-        write = self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced, forced=forced)
+
+        def prepare() -> None:
+            tracker = CommitTracker(
+                effective if effective.voters else self.node.first_configuration(),
+                engine.home.store_id,
+                epoch_start=engine.tail.offset + 1,
+                committed=committer.committed,
+                proposed=proposed,
+            )
+            with self._lock:
+                if self._stopped:
+                    raise Fenced(f"this role of {self.node.label} has ended", epoch=epoch)
+                self._tracker = tracker
+                self.fenced = not unfenced
+                self.epoch = epoch
+                self._superseded_by, self._superseded_address, self._replaced = 0, "", False
+            committer.rule = self._rule
+            engine.on_configuration = self._on_configuration
+
+        try:
+            self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced, forced=forced, prepare=prepare)
+        except BaseException:
+            with self._lock:
+                self._tracker, self.epoch = None, 0
+            raise
         with self._lock:
             self._problem = ""
             self._open = True
@@ -351,11 +442,12 @@ class Shipping:
             session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         self.node.tell(EventKind.PRIMARY, epoch=epoch)
-        write.when_done(self._begun)
 
-    def _begun(self, write: Write) -> None:
-        if write.error is not None:
-            log.error("%s: the epoch start could not be written: %s", self.node.label, write.error)
+    def complain(self, text: str) -> None:
+        """Log something that only people can mend; once, however often it is met."""
+        if text not in self._complaints and len(self._complaints) < 100:
+            self._complaints.add(text)
+            log.error("%s", text)
 
     def superseded(self, store_id: bytes, seen: int, *, written: int) -> None:
         """A voter has promised epoch ``seen``, above ours, and holds records of epoch ``written``.
@@ -371,6 +463,7 @@ class Shipping:
                 return
             self._superseded_by = seen
             self._superseded_s = time.monotonic()
+            self._superseded_address = ""
             if written > self.epoch and member_of(written) != self._member():
                 self._replaced = True
         log.warning("%s: fenced by epoch %d", self.node.label, seen)
@@ -381,30 +474,61 @@ class Shipping:
         """A voter promised a higher epoch in which nobody has written since: be primary above it."""
         with self._lock:
             seen = self._superseded_by
-            if not seen or self._replaced or self._stopped:
+            if not seen or self._replaced or self._held or self._stopped:
                 return
             if now - self._superseded_s < self.options.heartbeat_timeout_s:
                 return
         if not self._next_epoch(seen):
             return
+        if not self.node.roles.lock.acquire(blocking=False):
+            return  # a change of roles is under way; at the next tick
+        try:
+            log.warning("%s: nobody became primary in epoch %d; this node tries again above it",
+                        self.node.label, seen)  # fmt: skip
+            self.suspend(f"this node asks to be primary above epoch {seen}")
+            self._become(seen)
+        finally:
+            self.node.roles.lock.release()
+
+    def suspend(self, problem: str) -> None:
+        """Write and feed nothing, ask nobody, until :meth:`resume` or the end of this role."""
         with self._lock:
-            self._superseded_by = 0
-            self._tracker = None
+            if self._stopped:
+                return
+            self._superseded_by, self._superseded_address = 0, ""
+            self._tracker = self._promotion = None
             self._open = False
             self.epoch = 0
-            self._problem = f"this node asks to be primary above epoch {seen}"
+            self._problem = problem
             sessions = list(self._sessions.values())
             self._sessions.clear()
             self._joined.clear()
-        log.warning("%s: nobody became primary in epoch %d; this node tries again above it",
-                    self.node.label, seen)  # fmt: skip
         for session in sessions:
             session.end(Refused(reason="starting", message="promises are asked for again"))
+        self._end_epoch(NotPrimary(problem, primary_address=None, epoch=None))
+
+    def _end_epoch(self, error: Error) -> None:
+        """Nothing more is written or committed by this role. What is logged waits for its outcome."""
         committer = self.engine.committer
+        committer.refuse(error)
         with committer.lead:
-            committer.epoch = 0
-        committer.accept()
-        self._become(seen)
+            committer.end_epoch(error)
+            committer.on_written = None
+
+    def resume(self) -> None:
+        """After :meth:`suspend`: ask for promises again, by the streams of followers."""
+        self._hook()
+        if not self._held:
+            self._become(0)
+
+    def retire(self, error: Error) -> None:
+        """This role is over: no epoch of it can begin any more, and nothing is committed by it."""
+        with self._lock:
+            self._stopped = True
+            self._tracker = self._promotion = None
+        self._end_epoch(error)
+        with self.engine.committer.lead:
+            self.engine.committer.rule = nothing_commits
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -418,11 +542,9 @@ class Shipping:
             return tracker.local_durable(durable)
 
     def _check_writable(self) -> None:
+        self._check_primary()
         tracker = self._tracker
-        closed = self.engine.committer.closed
-        if closed is not None:
-            raise again(closed)
-        if tracker is None or not self._open:
+        if tracker is None:
             raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
             return
@@ -515,13 +637,20 @@ class Shipping:
                 self._more_waiting += 1
                 self._acked.wait(0.02)
                 self._more_waiting -= 1
-        for voter in old.voters:
-            if new.voter(voter.store_id) is None:
-                self.slots.remove(voter.store_id, removed=True)
-        for voter in new.voters:
-            self.slots.remove(voter.store_id, removed=False)
         self.engine.committer.kick()
         return write
+
+    def with_voter(self, configuration: Configuration, name: str) -> Configuration:
+        """``configuration`` with the follower ``name`` as a voter; ``ValueError`` when it cannot be one."""
+        known = [(i, slot) for i, slot in self.slots.all() if slot.name == name]
+        if not known:
+            raise ValueError(f"no follower named {name!r} is known here")
+        store_id, slot = known[0]
+        if configuration.voter(store_id) is not None:
+            return configuration
+        if not slot.voter:
+            raise ValueError(f"{name!r} was opened with voter=False")
+        return configuration.with_voter(store_id, name, slot.address)
 
     def _may_configure(self) -> bool:
         """Whether no other change is under way. The lock is held."""
@@ -540,27 +669,43 @@ class Shipping:
             if tracker is not None and tracker.proposed is None and offset > tracker.committed:
                 tracker.propose(offset, configuration)
 
+    def _change_for(self, session: FollowerSession, configuration: Configuration) -> Configuration | None:
+        """The configuration with this follower as a voter at its present address; ``None`` if it is that
+        already, or cannot be."""
+        hello = session.hello
+        assert hello is not None
+        voter = configuration.voter(hello.store_id)
+        if voter is None:
+            if not wants_vote(session, configuration) or hello.store_id in configuration.removed:
+                return None
+            try:
+                return configuration.with_voter(hello.store_id, hello.name, hello.address)
+            except ValueError as error:
+                session.vote_refused = True
+                log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
+                return None
+        if not hello.address or hello.address == voter.address:
+            return None
+        return configuration.changed(hello.store_id, address=hello.address)
+
     def _admit_voter(self, session: FollowerSession) -> None:
-        """Make a follower that has caught up a voter, unless another change is under way."""
+        """Make a follower that has caught up a voter, or note where it is now; one change at a time."""
         hello = session.hello
         assert hello is not None
         with self._lock:
             configuration = self.engine.configuration
-            if not (
-                self._open
-                and self._joined.get(hello.store_id) is session
-                and wants_vote(session, configuration)
-                and self._may_configure()
-            ):
+            if not (self._open and self._joined.get(hello.store_id) is session and self._may_configure()):
                 return
             try:
-                new = configuration.with_voter(hello.store_id, hello.name, hello.address)
+                new = self._change_for(session, configuration)
+                if new is None:
+                    return
                 self._configuring = self.engine.configure(new)
-            except (ValueError, Error) as error:
-                session.vote_refused = isinstance(error, ValueError)
+            except Error as error:
                 log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
                 return
-        log.info("%s: %s becomes a voter", self.node.label, hello.name)
+        what = "becomes a voter" if configuration.voter(hello.store_id) is None else "has moved"
+        log.info("%s: %s %s", self.node.label, hello.name, what)
         self.engine.committer.kick()
 
     # -- followers ---------------------------------------------------------------------------------
@@ -599,7 +744,7 @@ class Shipping:
         hello = session.hello
         assert hello is not None
         with self._lock:
-            if self._sessions.get(hello.store_id) is not session:
+            if self._stopped or self._sessions.get(hello.store_id) is not session:
                 return  # it has left already
             self._joined[hello.store_id] = session
         if hello.name:
@@ -619,12 +764,12 @@ class Shipping:
         if self._more_waiting:
             with self._acked:
                 self._acked.notify_all()
-        if (
-            self.engine.tail.offset - ack.synced <= ADMIT_LAG_RECORDS
-            and wants_vote(session, self.engine.configuration)
-            and not self.slots.removed(store_id)
-        ):
-            self._admit_voter(session)
+        configuration = self.engine.configuration
+        if session.settled_in is not configuration:
+            if self._change_for(session, configuration) is None:
+                session.settled_in = configuration
+            elif self.engine.tail.offset - ack.synced <= ADMIT_LAG_RECORDS:
+                self._admit_voter(session)
 
     def _count(self, session: FollowerSession, store_id: bytes, ack: Ack) -> bool:
         """Count an ack, unless its stream was replaced or has ended."""
@@ -657,8 +802,22 @@ class Shipping:
                 address=session.hello.address,
                 reason=str(error) if error is not None else "",
             )
+        self.node.roles.seek()  # perhaps it has found another primary
         if error is not None:
             log.info("%s: the stream of %s ended: %s", self.node.label, session.peer, error)
+
+    def inherit(self, heard: tuple[SlotState, ...]) -> None:
+        """The slots that the former primary told of: what they need of the log is kept."""
+        addresses = {v.store_id: v.address for _, c in self.engine.configurations[-2:] for v in c.voters}
+        for slot in heard:
+            if slot.store_id != self.engine.home.store_id:
+                self.slots.note(
+                    slot.store_id,
+                    name=slot.name,
+                    address=addresses.get(slot.store_id, ""),
+                    voter=slot.store_id in addresses,
+                    acked=min(slot.acked, self.engine.tail.offset),
+                )
 
     def slot_states(self) -> tuple[SlotState, ...]:
         return tuple(
@@ -699,6 +858,8 @@ class Shipping:
                 session.end()
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
         self._renew(now)
+        if now >= self._unfenced_at and self._promotion is not None:
+            self._begin_unfenced()
         self.slots.expire(connected)
         self.spools.tick()
         self.slots.save()
@@ -836,3 +997,9 @@ class Shipping:
         self.engine.committer.on_written = None
         self.spools.close(timeout_s)
         self.slots.save(now=True)
+
+
+def nothing_commits(durable: int) -> int:
+    """The rule of a follower: only its primary says what is committed."""
+    del durable
+    return 0

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from kvrep.storage.home import write_atomically
@@ -33,8 +33,9 @@ class Slot:
     acked: int
     seen_s: float
     """Wall clock of the last sign of life, for people."""
-    removed: bool = False
-    """Taken off the voters by hand: it is not made one again until somebody says so."""
+
+
+_FIELDS = tuple(field.name for field in fields(Slot))
 
 
 class Slots:
@@ -54,11 +55,11 @@ class Slots:
         self._dirty = False
         try:
             for raw in json.loads(path.read_bytes()):
-                slot = Slot(**raw)
+                slot = Slot(**{name: raw[name] for name in _FIELDS})
                 self._slots[bytes.fromhex(slot.store_id)] = slot
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("%s cannot be read (%s); followers are learned anew", path, error)
 
     def __len__(self) -> int:
@@ -75,9 +76,7 @@ class Slots:
     def note(self, store_id: bytes, *, name: str, address: str, voter: bool, acked: int) -> None:
         """Remember a follower that has joined."""
         with self._lock:
-            old = self._slots.get(store_id)
-            removed = old is not None and old.removed
-            self._slots[store_id] = Slot(store_id.hex(), name, address, voter, acked, time.time(), removed)
+            self._slots[store_id] = Slot(store_id.hex(), name, address, voter, acked, time.time())
             self._dirty = True
 
     def acked(self, store_id: bytes, offset: int) -> None:
@@ -89,19 +88,6 @@ class Slots:
             slot.acked = max(slot.acked, offset)
             slot.seen_s = time.time()
             self._dirty = True
-
-    def remove(self, store_id: bytes, *, removed: bool) -> None:
-        """Note that a follower shall not (or may again) become a voter."""
-        with self._lock:
-            slot = self._slots.get(store_id)
-            if slot is not None:
-                slot.removed = removed
-                self._dirty = True
-
-    def removed(self, store_id: bytes) -> bool:
-        """Whether somebody took this store off the voters."""
-        slot = self._slots.get(store_id)
-        return slot is not None and slot.removed
 
     def drop(self, store_id: bytes) -> Slot | None:
         """Forget a follower; its log is no longer kept."""

@@ -27,15 +27,20 @@ from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
-from kvrep.storage.write import Write, complete_all, complete_one
+from kvrep.storage.write import Write, complete_all
 
 __all__ = ["Committer"]
 
 GROUP_WRITES_MAX = 4096
 GROUP_BYTES_MAX = 4 << 20
 LOOK_UP_S = 0.05
+_tail = tuple.__new__  # half the price of a named tuple's own constructor
 WRITE_OVERHEAD_BYTES = 160
 """What a write that waits costs in memory beside its keys and values."""
+
+
+def _wall_us() -> int:
+    return time.time_ns() // 1000
 
 
 def _as_durable(durable: int) -> int:
@@ -74,7 +79,7 @@ class Committer:
         committed: int,
         sync: bool,
         uncommitted_bytes_max: int,
-        wall_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        wall_us: Callable[[], int] | None = None,
     ) -> None:
         self.log = log
         self.view = view
@@ -100,7 +105,7 @@ class Committer:
         """Logged and not yet committed, in log order."""
         self.pending_bytes = 0
         self.uncommitted_bytes_max = uncommitted_bytes_max
-        self._wall_us = wall_us
+        self._wall_us = wall_us or _wall_us
         self._encode = RecordEncoder().encode
         # Protects _ordered, _behind, _holder, _queue and _queued_bytes. Never held during I/O.
         self._order = threading.Lock()
@@ -154,8 +159,9 @@ class Committer:
     def take_place(self, owner: object, grant: Callable[[], None]) -> bool:
         """Ask for the writer's place; True when it is ours now, else ``grant`` is called when it is."""
         with self._order:
-            if self.closed is not None:
-                raise again(self.closed)
+            refused = self.closed or self.no_epoch
+            if refused is not None:
+                raise again(refused)
             if self._holder is None:
                 self._holder = owner
                 self._held_since_s = time.monotonic()
@@ -235,15 +241,18 @@ class Committer:
 
     # -- leading -----------------------------------------------------------------------------------
 
+    def commit_alone(self, write: Write) -> bool:
+        """``order`` and ``finish`` where nobody stands in the way; else False, and nothing happened."""
+        if self._ordered or self._heir is not None or self.lead.locked():
+            return False
+        with self.lead:
+            done = self._write_alone(write)
+        if done and self._ordered:
+            self.hand_over()
+        return done
+
     def commit(self, write: Write, deadline_s: float) -> None:
         """``order`` and ``finish`` in one."""
-        if not self._ordered and self._heir is None and not self.lead.locked():
-            with self.lead:
-                done = self._write_alone(write)
-            if done:
-                if self._ordered:
-                    self.hand_over()
-                return
         write.awaited = True
         self.order(write)
         self.finish(write, deadline_s)
@@ -280,7 +289,7 @@ class Committer:
             write.lead = False
             self._heir = None
             if not write.offset and not write.done:
-                self._write_group()
+                self.write_group()
             heir = self._name_heir() if self._ordered else None
         if heir is not None:
             heir.wake()
@@ -291,11 +300,11 @@ class Committer:
     def _write_alone(self, write: Write) -> bool:
         """The short way of a single write that nobody stands beside; False when it cannot be taken.
 
-        It does what ``order``, ``_write_group`` and ``commit_through`` do, in the same order, without their
+        It does what ``order``, ``write_group`` and ``commit_through`` do, in the same order, without their
         queues. The lead lock is held, nothing is pending and the rule is this node's own: so the write is
-        committed as soon as it is durable. An interrupt leaves the group as ``_write_group`` does.
+        committed as soon as it is durable. An interrupt leaves the group as ``write_group`` does.
         """
-        log = self.log
+        log, epoch = self.log, self.epoch
         with self._order:
             if (
                 self._ordered
@@ -305,29 +314,32 @@ class Committer:
                 or self.rule is not _as_durable
                 or self.on_written is not None
                 or write.kind
-                or not self.epoch
+                or not epoch
                 or self.closed is not None
             ):
                 return False
             self._group = group = _Group([write], 0)
         try:
-            (before, _, running), epoch = log.tail, self.epoch
-            frame, running = self._encode(before + 1, epoch, self._wall_us(), 0, write.payload, running)
+            before, _, running = log.tail
+            offset = before + 1
+            frame, running = self._encode(offset, epoch, self._wall_us(), 0, write.payload, running)
             write.epoch = epoch
             group.length = len(frame)
-            group.tail = tail = Tail(before + 1, epoch, running)
-            group.frames = frames = [frame]
-            log.append(frames, group.length, before + 1, tail, self.committed, sync=self.sync)
+            group.tail = tail = _tail(Tail, (offset, epoch, running))
+            group.frames = [frame]
+            log.append_frame(frame, tail, self.committed, sync=self.sync)
         except Exception as error:
             self._failed(group, error)
             return True
-        write.offset = before + 1
-        with self._publishing:
-            self.view.publish_write(write)
-            self.committed = before + 1
+        write.offset = offset
+        # Without ``_publishing``: nothing is pending, so nobody else has anything to publish.
+        self.view.publish_write(write)
+        self.committed = offset
         self._group = None
-        complete_one(write)
-        self.on_committed(before + 1)
+        write.done = True
+        if write._waiter is not None or write._callbacks is not None:  # a transaction may wait for it
+            write.settle()
+        self.on_committed(offset)
         return True
 
     def _name_heir(self) -> Write | None:
@@ -368,7 +380,7 @@ class Committer:
             self._group, self._ordered = group, rest  # no call between: an interrupt finds both or neither
         return group
 
-    def _write_group(self) -> None:
+    def write_group(self) -> None:
         """Write the next group. The lead lock is held."""
         group = self._take()
         if group is None:
@@ -491,15 +503,36 @@ class Committer:
             self._queued_bytes -= sum(w.size for w in waiting)
             grants = [grant for _, grant in self._queue]
             self._queue.clear()
+            if self._holder is not None:
+                # What a transaction has read may be dropped before writes are taken again.
+                self._taken_back, self._holder = (self._holder, error), None
         complete_all(waiting, error)
         for grant in grants:
             grant()
 
-    def accept(self) -> None:
-        """Take writes again (a role changed back)."""
+    def end_epoch(self, error: Error) -> None:
+        """Write nothing more in this epoch: ``error`` refuses it until the next begins. ``lead`` is held.
+
+        What an interrupted leader has begun to write is written to its end first: later it would not fit.
+        """
         with self._order:
-            if not isinstance(self.closed, (StorageFailed, ClosedError)):
-                self.closed = None
+            self.no_epoch = error
+        if self._group is not None:
+            self.write_group()
+        self.epoch = 0
+
+    def begin_epoch(self, epoch: int, write: Write) -> None:
+        """Take writes in ``epoch``, ``write``, its start, before all others. ``lead`` is held.
+
+        Raises what has ended this committer for good.
+        """
+        with self._order:
+            if isinstance(self.closed, (StorageFailed, ClosedError)):
+                raise again(self.closed)
+            self.closed = self.no_epoch = None
+            self.epoch = epoch
+            self._ordered.insert(0, write)
+            self._queued_bytes += write.size
 
     # -- committing --------------------------------------------------------------------------------
 
@@ -548,12 +581,16 @@ class Committer:
         complete_all(record for record in done if type(record) is Write)
         self.on_committed(self.committed)
 
-    def append_records(self, records: Sequence[Record], data: bytes, tail: Tail, *, sync: bool) -> None:
+    def append_records(
+        self, records: Sequence[Record], data: bytes, tail: Tail, *, sync: bool, check: Callable[[], None]
+    ) -> None:
         """A follower's write: ``records`` as received, ``data`` their bytes. ``OSError`` as it comes.
 
-        The caller has checked that they join. They wait in ``pending`` until :meth:`commit_through`.
+        The caller has seen that they join; ``check`` raises what forbids them, once nothing can change that.
+        They wait in ``pending`` until :meth:`commit_through`.
         """
         with self.lead:
+            check()
             self.log.append([data], len(data), records[0].offset, tail, self.committed, sync=sync)
             with self._publishing, self._order:
                 self.pending.extend(records)
@@ -601,7 +638,7 @@ class Committer:
             self._kick.clear()
             while self._ordered or self._group is not None:
                 with self.lead:
-                    self._write_group()
+                    self.write_group()
                 self.advance()
             if isinstance(self.closed, ClosedError):
                 return

@@ -23,6 +23,7 @@ from kvrep.errors import (
     ClosedError,
     ConfigurationMismatch,
     Error,
+    Fenced,
     ForkedError,
     LogCorrupt,
     OpenError,
@@ -35,7 +36,7 @@ from kvrep.errors import (
 )
 from kvrep.model.codec import FRAME_BYTES, decode
 from kvrep.model.configuration import Configuration
-from kvrep.model.position import EpochTable, Position
+from kvrep.model.position import EPOCH_MAX, EpochTable, Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record
 from kvrep.options import Options
 from kvrep.storage.committer import Committer
@@ -317,30 +318,51 @@ class Engine:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def start_epoch(self, epoch: int, payload: Mapping[str, Any]) -> Write:
+    def start_epoch(
+        self, epoch: int, payload: Mapping[str, Any], prepare: Callable[[], None] = lambda: None
+    ) -> Write:
         """Begin to write in ``epoch``: its first record is ordered before anything else.
 
-        The caller has made sure that nobody else can commit in it (see replication/promotion.py).
+        The caller has made sure that nobody else can commit in it (see replication/promotion.py). ``prepare``
+        is called when nothing but itself can prevent the epoch any more, with the end of the log fixed.
+        On return it is logged. Raises :class:`Fenced` when a higher epoch was promised meanwhile, ``OSError``
+        when the promise cannot be stored, what ``prepare`` raises, or :class:`StorageFull`; then the epoch has
+        not begun.
         """
         committer = self.committer
         write = Write(Kind.EPOCH, dict(payload), 256)
-        before = self.epochs, self.branch, self.configurations[:]
 
         def began(done: Write) -> None:  # on the leader's thread, so that no group is encoded meanwhile
             if isinstance(done.error, StorageFull):
                 committer.no_epoch = done.error
                 committer.epoch = 0
-                self.epochs, self.branch, self.configurations = before
+                self.epochs, self.branches, self.configurations = before
 
         write.when_done(began)
-        with committer.lead:  # no group is being encoded meanwhile
-            committer.order(write)  # first: nobody orders anything before ``epoch`` is set
-            committer.epoch, committer.no_epoch = epoch, None
-            offset = self.tail.offset + 1
-            self.epochs = self.epochs.with_epoch(epoch, offset)
+        with committer.lead:  # no group is being encoded meanwhile, nothing is promised, nothing appended
+            if not self.home.promise(epoch, self.home.store_id):
+                promised = self.home.promised_epoch
+                raise Fenced(f"epoch {promised} has been promised, above {epoch}", epoch=promised)
+            if self.tail.epoch >= epoch:
+                raise Fenced(
+                    f"the log ends in epoch {self.tail.epoch}, not below {epoch}", epoch=self.tail.epoch
+                )
+            before = self.epochs, self.branches[:], self.configurations[:]
+            prepare()
+            committer.begin_epoch(epoch, write)
+            last = self.tail.offset
+            offset = last + 1
+            # Cut first: the start of an epoch before may have been refused after it was ordered.
+            self.epochs = self.epochs.cut(last).with_epoch(epoch, offset)
+            self.branches = [b for b in self.branches if b[0] <= last]
             self._note_branch(offset, payload["branch"])
+            self.configurations = [c for c in self.configurations if c[0] <= last] or self.configurations[:1]
             self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
-        committer.kick()
+            committer.write_group()
+        if write.error is not None:
+            raise again(write.error) if isinstance(write.error, Error) else write.error
+        committer.advance()
+        committer.hand_over()
         return write
 
     def configure(self, configuration: Configuration) -> Write:
@@ -363,9 +385,20 @@ class Engine:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.order(write)
 
-    def commit(self, write: Write, deadline_s: float) -> None:
-        """Order a user's write and wait until its outcome is known or the deadline has passed."""
+    def submit(self, write: Write, timeout_s: float) -> None:
+        """Order a user's write for the background leader; waits for memory up to ``timeout_s``."""
         self.writable()
+        if self.view.memory_bytes >= self._slow_bytes:
+            self._slow_down(time.monotonic() + timeout_s, deletes=_deletes_only(write))
+        self.committer.order(write)
+        self.committer.kick()  # always: who holds the lead lock need not look for new writes
+
+    def commit(self, write: Write, timeout_s: float) -> None:
+        """Order a user's write and wait until its outcome is known or ``timeout_s`` have passed."""
+        self.writable()
+        if self.view.memory_bytes < self._slow_bytes and self.committer.commit_alone(write):
+            return
+        deadline_s = time.monotonic() + timeout_s
         if self.view.memory_bytes >= self._slow_bytes:
             self._slow_down(deadline_s, deletes=_deletes_only(write))
         self.committer.commit(write, deadline_s)
@@ -398,9 +431,10 @@ class Engine:
 
     # -- a follower's writing ----------------------------------------------------------------------
 
-    def append(self, first: int, data: bytes, *, sync: bool) -> list[Record]:
+    def append(self, first: int, data: bytes, *, sync: bool, epoch: int = EPOCH_MAX) -> list[Record]:
         """Check and log records as a primary sent them, ``first`` the next offset. They wait for commit.
 
+        ``epoch`` is that of the primary: nothing is taken from it once a higher one is promised.
         Raises ``ProtocolError`` (``ChainBroken``) when they do not join, what :meth:`_note_special` raises,
         :class:`StorageFull` (nothing logged) or :class:`StorageFailed`.
         """
@@ -415,10 +449,15 @@ class Engine:
             if record.kind:
                 if record.kind > known:
                     self._note_special(record)
+        end = Tail(records[-1].offset, records[-1].epoch, running)
+
+        def check() -> None:
+            if self.home.promised_epoch > epoch or self.tail is not tail:
+                promised = self.home.promised_epoch
+                raise Fenced(f"epoch {promised} has been promised, above {epoch}", epoch=promised)
+
         try:
-            self.committer.append_records(
-                records, data, Tail(records[-1].offset, records[-1].epoch, running), sync=sync
-            )
+            self.committer.append_records(records, data, end, sync=sync, check=check)
         except OSError as error:
             self._append_failed(error)
         for record in records:
@@ -567,8 +606,7 @@ class Engine:
             self.home.drop_old()
         for record in dropped:
             if type(record) is Write:
-                record.complete(RolledBack("another history took the place of this write",
-                                           position=Position(record.epoch, record.offset)))  # fmt: skip
+                record.complete(_outcome_in_copy(record, state))
         committer.on_committed(committer.committed)
 
     def _switch(self, generation: Path, lineage: bytes) -> None:
@@ -785,7 +823,8 @@ class Engine:
             committer.stop(max(0.1, deadline - time.monotonic()))
             if committer.lead.acquire(timeout=max(0.1, deadline - time.monotonic())):
                 committer.lead.release()  # a group under way in a caller's thread is in the log now
-                committer.advance()
+                if committer.epoch:  # without one, nothing here is ours to commit
+                    committer.advance()
             self._last_flush(deadline)
             stopped = self.flusher.stop(max(0.1, deadline - time.monotonic()))
             self.view.closed = ClosedError("the store is closed")
@@ -797,7 +836,9 @@ class Engine:
                 self._close_files(deadline)
                 return
             # Closing LMDB under a flush would end the interpreter, and a new opener would meet it.
-            log.warning("%s: a flush is still under way; the store stays locked until it ends", self.home.path)
+            log.warning(
+                "%s: a flush is still under way; the store stays locked until it ends", self.home.path
+            )
             name = f"kvrep-close-{self.home.name or self.home.path.name}"
             threading.Thread(target=self._close_later, name=name, daemon=True).start()
 
@@ -816,6 +857,7 @@ class Engine:
     def _last_flush(self, deadline: float) -> None:
         if self.committer.failure is not None or self.view.tables == ():
             return
+        self.flusher.keep_back = True  # the log has it, and can be cut should another node be primary by then
         try:
             self.flusher.flush(min(deadline - 0.2, time.monotonic() + 20))
         except Error as error:
@@ -832,6 +874,17 @@ class Engine:
             log.warning("%s: the log could not be closed cleanly: %s", self.home.path, error)
         finally:
             committer.log.abandon()  # after a failure: as it is, nothing is tried again
+
+
+def _outcome_in_copy(write: Write, state: State) -> Error | None:
+    """What became of a write that waited here, now that a copy with ``state`` took the place of its log."""
+    position, applied = write.position, state.applied.offset
+    if state.epochs.holds(position, applied):
+        return None
+    if position.offset <= applied or state.epochs.last_epoch > position.epoch:
+        return RolledBack(f"the write at {position} is not part of the history that is now here",
+                          position=position)  # fmt: skip
+    return UnknownOutcome(f"the write at {position} is beyond the copy that is now here", position=position)
 
 
 def _unknown_at_close(write: Write) -> UnknownOutcome:

@@ -49,6 +49,8 @@ class Flusher:
         self.memtable_bytes = memtable_bytes
         self.memtable_bytes_max = memtable_bytes_max
         self.interval_s = interval_s
+        self.keep_back = False
+        """Whether even a flush that was asked for leaves out what no voter has: at the close."""
         self.full: StorageFull | None = None
         """Why flushing stands still, if it does."""
         self.failure: BaseException | None = None
@@ -183,7 +185,7 @@ class Flusher:
             target = self.view.last
             # Not "while there are older tables": a scan may join one of them with newer writes meanwhile.
             while self.tree.state.applied.offset < target and not self._stop:
-                if not self._flush_some(everything=wanted):
+                if not self._flush_some(everything=wanted and not self.keep_back):
                     break
             if wanted:
                 with self._changed:

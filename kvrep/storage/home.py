@@ -22,6 +22,7 @@ import os
 import shutil
 import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -119,6 +120,8 @@ class Home:
         self._lock_fd = -1
         self._identity = _Identity(path / "IDENTITY")
         self._current: dict[str, Any] = {}
+        # Protects what the identity file says: two threads that promise at once must not undo each other.
+        self._promising = threading.Lock()
 
     @classmethod
     def open(cls, path: Path, *, create: bool, name: str | None, lineage: bytes) -> Home:
@@ -294,12 +297,13 @@ class Home:
         False when a higher one, or the same to another store, has been promised. ``OSError`` when it
         could not be stored: then nothing was promised and nothing may be answered.
         """
-        if epoch < self.promised_epoch:
-            return False
-        if epoch == self.promised_epoch:
-            return store_id == self.promised_to
-        self._identity.store({**self._identity.data, "promised": epoch, "promised_to": store_id})
-        return True
+        with self._promising:
+            if epoch < self.promised_epoch:
+                return False
+            if epoch == self.promised_epoch:
+                return store_id == self.promised_to
+            self._identity.store({**self._identity.data, "promised": epoch, "promised_to": store_id})
+            return True
 
     @property
     def lineage(self) -> bytes:
@@ -324,7 +328,8 @@ class Home:
 
     def set_vote_floor(self, offset: int) -> None:
         """Durable on return."""
-        self._identity.store({**self._identity.data, "vote_floor": offset})
+        with self._promising:
+            self._identity.store({**self._identity.data, "vote_floor": offset})
 
     def next_generation(self) -> Path:
         """Where a bootstrap builds its copy; not live until :meth:`switch`."""

@@ -191,8 +191,6 @@ class Log:
         """Where in the present file the next group is to be put into its index."""
         # Readers hold it while they read; trim and cut hold it while they close and unlink files.
         self._files_lock = threading.Lock()
-        # Protects ``synced`` and ``_cuts``; held for an assignment.
-        self._synced_lock = threading.Lock()
         self._cuts = 0
         # Held while the spare file is made or taken.
         self._spare_lock = threading.Lock()
@@ -220,11 +218,29 @@ class Log:
         file.end = end
         self.tail = tail
         if sync:
-            with self._synced_lock:
-                self.synced = tail.offset
+            self.synced = tail.offset
         if self._recent_wanted:
             data = records[0] if len(records) == 1 else b"".join(records)
             self._recent.add(Run(first, tail.offset, data))
+
+    def append_frame(self, frame: bytes, tail: Tail, committed: int, *, sync: bool) -> None:
+        """Like :meth:`append`, for one record."""
+        file, length = self._current, len(frame)
+        if (
+            file is None
+            or length > INDEX_STEP_BYTES
+            or file.end + length + 512 > self._capacity
+            or file.end >= self._index_from
+            or self._recent_wanted
+        ):
+            self.append([frame], length, tail.offset, tail, committed, sync=sync)
+            return
+        synced = self.synced
+        end = file.write_frame(frame, tail[0], synced, committed if committed < synced else synced, sync=sync)
+        file.end = end
+        self.tail = tail
+        if sync:
+            self.synced = tail[0]
 
     def undo_append(self) -> None:
         """After a failed :meth:`append`: make sure that no trace of it can be found. ``OSError`` if that fails."""
@@ -284,8 +300,7 @@ class Log:
         offset, current = self.tail.offset, self._current
         if current is not None and self.synced < offset:
             current.sync()
-        with self._synced_lock:
-            self.synced = max(self.synced, offset)
+        self.synced = max(self.synced, offset)
 
     def sync_beside(self) -> bool:
         """Make durable what has been appended so far, without holding up the writer. Any thread.
@@ -303,9 +318,10 @@ class Log:
             os.fdatasync(fd)
         finally:
             os.close(fd)
-        with self._synced_lock:
-            if cuts == self._cuts:  # else the offsets may stand for other records by now
-                self.synced = max(self.synced, offset)
+        # No call stands between look and step, so no other thread does. After a cut the offset may stand
+        # for another record.
+        if cuts == self._cuts and self.synced < offset:
+            self.synced = offset
         return True
 
     @property
@@ -337,8 +353,7 @@ class Log:
         else:
             os.truncate(current.path, current.end)
             current.sync()
-        with self._synced_lock:
-            self.synced = max(self.synced, self.tail.offset)
+        self.synced = max(self.synced, self.tail.offset)
         fsync_directory(self.directory)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -498,9 +513,8 @@ class Log:
                 self._cut_file(self._files[-1], tail.offset)
             self._recent = _Recent()
         self.tail = tail
-        with self._synced_lock:
-            self._cuts += 1
-            self.synced = min(self.synced, tail.offset)
+        self._cuts += 1
+        self.synced = min(self.synced, tail.offset)
 
     def _cut_file(self, file: LogFile, last: int) -> None:
         for group in file.groups():

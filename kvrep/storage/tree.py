@@ -465,7 +465,8 @@ class Tree:
         """Pages on the free list that a flush may use again, roughly (readers may still pin some)."""
         try:
             with self.env.begin() as txn:
-                used = sum(_pages(txn.stat(handle)) for handle in (self._meta, *self._handles.values()))
+                handles: list[Any] = [self._meta, *self._handles.values()]
+                used = sum(_pages(txn.stat(handle)) for handle in handles)
         except lmdb.Error:
             return 0
         return max(0, self.file_bytes // PAGE_BYTES - used - 16) * PAGE_BYTES // 2
@@ -505,5 +506,6 @@ class Tree:
             self.env.close()
 
 
-def _pages(stat: dict[str, int]) -> int:
-    return stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+def _pages(stat: Any) -> int:
+    """Pages in use, from what LMDB says of a database."""
+    return int(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"])

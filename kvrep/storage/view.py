@@ -27,6 +27,9 @@ _MISSING: Any = object()
 _KEY = itemgetter(0)
 PREFIX_BYTES = 2
 CHUNK_MIN, CHUNK_MAX = 32, 1024
+"""Pairs that one step of a scan takes, growing from the one to the other."""
+CHUNK_BYTES = 1 << 20
+"""Where a keyspace has large values, a step ends after so many bytes of them."""
 
 
 class View:
@@ -115,18 +118,22 @@ class View:
             table = self.tables[0]
             fresh: dict[bytes, bytes | None] = {}
             size = writes = 0
-            prefixes = self._prefixes
+            prefixes, kind_write = self._prefixes, Kind.WRITE
             for record in records:
-                if record.kind == Kind.WRITE:
+                if record.kind == kind_write:
                     writes += 1
                     payload = record.payload
                     for i in range(0, len(payload), 2):
                         prefix = prefixes.get(payload[i]) or self.prefix(payload[i])
                         flat = payload[i + 1]
-                        for j in range(0, len(flat), 2):
-                            key, value = flat[j], flat[j + 1]
+                        if len(flat) == 2:
+                            key, value = flat
                             fresh[prefix + key] = value
                             size += len(key) + len(value) if value is not None else len(key)
+                        else:  # in C: a record may have very many
+                            keys, values = flat[::2], flat[1::2]
+                            fresh.update(zip(map(prefix.__add__, keys), values, strict=True))
+                            size += sum(map(len, keys)) + sum(map(len, filter(None, values)))
                 elif record.kind == Kind.DIGEST:
                     self._add(table, fresh, size, writes, record.offset)
                     table.mark = record.payload
@@ -225,7 +232,7 @@ class View:
         for table in self.tables:
             entries = table.entries
             if entries:
-                value = entries.get(prefix + key, _MISSING)
+                value: bytes | None = entries.get(prefix + key, _MISSING)
                 if value is not _MISSING:
                     return value
         try:
@@ -362,13 +369,14 @@ class Snapshot:
         with self._lock:
             txn = self._need()
             prefixed = self._view.prefix(keyspace) + key
+            value: bytes | None
             for table in self._tables:
                 value = table.entries.get(prefixed, _MISSING)
                 if value is not _MISSING:
                     return value
             handle = self._handle(keyspace)
             value = None if handle is None else txn.get(key, None, handle)
-            return value  # noqa: RET504 - mypy needs the name
+            return value
 
     def count(self, keyspace: str) -> int:
         """How many keys the keyspace has."""
@@ -389,7 +397,7 @@ class Snapshot:
             return None
         try:
             self._txn.stat(handle)
-        except Exception:  # noqa: BLE001 - lmdb says "invalid handle" in several ways; it is not visible here
+        except Exception:
             return None
         return handle
 
@@ -414,7 +422,8 @@ class Snapshot:
                 txn = self._need()
                 handle = self._handle(keyspace)
                 cursor = None if handle is None else txn.cursor(handle)
-                run = merge(cursor, self._tables, low, high, stop)
+                large = handle is not None and txn.stat(handle)["overflow_pages"] > 0
+                run = merge(cursor, self._tables, low, high, stop, large)
             size = CHUNK_MIN
             while True:
                 with self._lock:
@@ -434,8 +443,9 @@ class _Forward:
     """Merges LMDB's pairs and the tables' newer ones, chunk by chunk, in ascending order."""
 
     def __init__(
-        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None, large: bool
     ) -> None:
+        self._take = _take_bytes if large else _take
         self._tables = [t for t in tables if t.slice(low, high)]
         self._low, self._high = low, high
         self._stop = stop
@@ -473,8 +483,8 @@ class _Forward:
     def _fill(self, size: int) -> None:
         if self._pairs is None:
             return
-        self._items = list(islice(self._pairs, size))
-        if len(self._items) < size:
+        self._items, more = self._take(self._pairs, size)
+        if not more:
             self._pairs = None
         if self._stop is not None and self._items and self._items[-1][0] >= self._stop:
             del self._items[bisect_left(self._items, self._stop, key=_KEY) :]
@@ -485,8 +495,9 @@ class _Reverse:
     """The same in descending order."""
 
     def __init__(
-        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None
+        self, cursor: Any, tables: Sequence[Table], low: bytes, high: bytes, stop: bytes | None, large: bool
     ) -> None:
+        self._take = _take_bytes if large else _take
         self._tables = [t for t in tables if t.slice(low, high)]
         self._low, self._high = low, high
         self._start = low[PREFIX_BYTES:]
@@ -520,13 +531,31 @@ class _Reverse:
     def _fill(self, size: int) -> None:
         if self._pairs is None:
             return
-        self._items = list(islice(self._pairs, size))
-        if len(self._items) < size:
+        self._items, more = self._take(self._pairs, size)
+        if not more:
             self._pairs = None
         if self._items and self._items[-1][0] < self._start:
             n = next(i for i, (key, _) in enumerate(self._items) if key < self._start)
             del self._items[n:]
             self._pairs = None
+
+
+def _take(pairs: Iterator[tuple[bytes, bytes]], size: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The next ``size`` pairs, and whether there may be more."""
+    items = list(islice(pairs, size))
+    return items, len(items) == size
+
+
+def _take_bytes(pairs: Iterator[tuple[bytes, bytes]], size: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The same, but not many more than CHUNK_BYTES: values of LMDB's overflow pages can be of any size."""
+    items: list[tuple[bytes, bytes]] = []
+    room = CHUNK_BYTES
+    for item in pairs:
+        items.append(item)
+        room -= len(item[1])
+        if len(items) == size or room <= 0:
+            return items, True
+    return items, False
 
 
 def _seek_before(cursor: Any, stop: bytes | None) -> bool:

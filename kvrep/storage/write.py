@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kvrep.model.position import Position
 
-__all__ = ["Inbox", "Write", "complete_all", "complete_one"]
+__all__ = ["Inbox", "Write", "complete_all"]
 
 # Protects the callbacks of all writes; held for a few instructions, and only where there are callbacks.
 _callbacks_lock = threading.Lock()
@@ -83,7 +83,13 @@ class Write:
 
     def complete(self, error: BaseException | None = None) -> None:
         """Tell the outcome. Once; later calls change nothing."""
-        complete_one(self, error)
+        complete_all((self,), error)
+
+    def settle(self) -> None:
+        """``done`` is set: tell who waits."""
+        self.wake()
+        if self._callbacks is not None:
+            self._call_back()
 
     def when_done(self, callback: Callable[[Write], None]) -> None:
         """Call ``callback(write)`` once done, on the thread that completes it, or now if it is done.
@@ -104,20 +110,6 @@ class Write:
             callback(self)
 
 
-def complete_one(write: Write, error: BaseException | None = None) -> None:
-    """Tell the outcome of one write."""
-    if write.done:
-        return
-    write.error = error
-    write.done = True
-    if write._waiter is not None:
-        write.wake()
-    if write._callbacks is not None:
-        write._call_back()
-    if write.inbox is not None:
-        write.inbox.deliver((write,))
-
-
 def complete_all(writes: Iterable[Write], error: BaseException | None = None) -> None:
     """Tell the outcome of writes that end together; each inbox among theirs gets one delivery."""
     mail: dict[Inbox, list[Write]] = {}
@@ -130,8 +122,7 @@ def complete_all(writes: Iterable[Write], error: BaseException | None = None) ->
             write.wake()
         if write._callbacks is not None:
             write._call_back()
-        inbox = write.inbox
-        if inbox is not None:
+        if (inbox := write.inbox) is not None:
             if inbox in mail:
                 mail[inbox].append(write)
             else:

@@ -254,7 +254,11 @@ class Cluster:
         return node
 
     def wait_until_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until the primary takes writes and all other running nodes follow, as voters if they may."""
+        """Wait until the primary takes writes and all other running nodes follow, as voters if they may.
+
+        Their votes are committed then: what is written from now on needs them and no others.
+        """
+        voted_at = 0
 
         def ready() -> bool:
             primary = self._primary(writable=True)
@@ -264,11 +268,15 @@ class Cluster:
             if status is None:
                 return False
             streaming = {f.name: f for f in status.followers if f.state == "streaming"}
-            return all(
+            there = all(
                 f.name in streaming and (f.name in status.voters or not f.options.get("voter", True))
                 for f in self.followers
                 if not self._paused(f)
             )
+            nonlocal voted_at
+            if there and not voted_at:
+                voted_at = int(status.last_offset)
+            return there and status.committed_offset >= voted_at
 
         self.wait_until(ready, "until all nodes follow a writable primary", timeout_s)
 

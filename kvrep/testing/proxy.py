@@ -25,6 +25,7 @@ import random
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -37,6 +38,7 @@ T = TypeVar("T")
 CHUNK_BYTES = 64 << 10
 QUEUE_CHUNKS = 64
 CALL_S = 10.0
+TURNS = 20
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class Link:
     _refusing: bool = False
     _server: asyncio.Server | None = None
     _connections: set[_Connection] = field(default_factory=set)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _tasks: set[asyncio.Future[None]] = field(default_factory=set)
 
     @property
     def target(self) -> str:
@@ -204,28 +206,30 @@ class Link:
 
     # -- on the loop -------------------------------------------------------------------------------
 
+    def _on_connection(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+        self._proxy._transports.add(near.transport)
+        task = asyncio.ensure_future(self._accept(reader, near))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _accept(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
         link = self._proxy._classify(self, near)
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         try:
             await link._carry(reader, near, self._target)
         except asyncio.CancelledError:
-            pass  # the proxy closes
-        finally:
-            self._tasks.discard(task)
+            near.transport.abort()  # the proxy closes
 
     async def _carry(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter, target: str) -> None:
         host, _, port = target.rpartition(":")
         try:
-            if self._refusing or not host:
+            if self._refusing or self._proxy._closing or not host:
                 raise ConnectionError("refused")
             far_reader, far = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
         except OSError:
             _linger_zero(near)
             near.transport.abort()
             return
+        self._proxy._transports.add(far.transport)
         connection = _Connection(near, far)
         self._connections.add(connection)
         ways = [
@@ -321,7 +325,9 @@ class Proxy:
         self._links: list[Link] = []
         self._classifiers: dict[Link, Callable[[int], Link | None]] = {}
         self._loop = asyncio.new_event_loop()
+        self._transports: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
         self._closed = False
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvrep-proxy", daemon=True)
         self._thread.start()
 
@@ -338,7 +344,7 @@ class Proxy:
         up.flowing.set()
         down.flowing.set()
         link = Link(name, "", self, target, up, down)
-        link._server = await asyncio.start_server(link._accept, "127.0.0.1", 0, limit=CHUNK_BYTES)
+        link._server = await asyncio.start_server(link._on_connection, "127.0.0.1", 0, limit=CHUNK_BYTES)
         host, port = link._server.sockets[0].getsockname()[:2]
         link.address = f"{host}:{port}"
         self._links.append(link)
@@ -382,20 +388,24 @@ class Proxy:
         self._loop.close()
 
     async def _shut(self) -> None:
-        tasks: list[asyncio.Task[None]] = []
+        self._closing = True
         for link in self._links:
             assert link._server is not None
             link._server.close()
+        # Connections that the kernel had accepted need some turns of the loop to show up; they end at once.
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        for link in self._links:
             for connection in list(link._connections):
                 connection.close(reset=True)
-            tasks += link._tasks
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for link in self._links:
-            assert link._server is not None
-            await link._server.wait_closed()
-        await asyncio.sleep(0)  # transports report their end on the next turn of the loop
+        for transport in list(self._transports):
+            transport.abort()  # those, too, that nobody carried yet, or that still had something to deliver
+        for _ in range(TURNS):  # transports report their end
+            await asyncio.sleep(0)
 
     def __enter__(self) -> Proxy:
         return self

@@ -307,6 +307,15 @@ def test_the_voter_joins_by_a_record_and_can_be_removed(tmp_path: Path) -> None:
             f.wait_for(position, WAIT_S)
             until(lambda: p.status().followers[0].synced >= position.offset)
             assert p.status().voters == ("a",)
+        with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST) as f:
+            position = p.put(b"k", b"w")
+            until(lambda: p.status().followers[0].synced >= position.offset)
+            assert p.status().voters == ("a",)
+            with pytest.raises(ValueError, match="nobody"):
+                p.add_voter("nobody")
+            p.add_voter("b")
+            assert p.status().voters == ("a", "b")
+            assert p.put(b"k", b"x", acks=1)
 
 
 def test_two_followers_with_one_name(tmp_path: Path) -> None:

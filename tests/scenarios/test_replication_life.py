@@ -354,7 +354,7 @@ def test_what_waits_for_acks_when_the_store_closes_is_unknown(tmp_path: Path) ->
 
 
 def test_many_short_lives_of_a_follower_leak_nothing(tmp_path: Path) -> None:
-    """A hundred opens and closes of a follower leave neither files nor threads on either side."""
+    """Two hundred opens and closes of a follower leave neither files nor threads on either side."""
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **FAST) as p:
         p.put(b"k", b"v")
 
@@ -365,7 +365,7 @@ def test_many_short_lives_of_a_follower_leak_nothing(tmp_path: Path) -> None:
         for _ in range(5):
             life()
         files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-        for _ in range(100):
+        for _ in range(200):
             life()
         until(lambda: threading.active_count() <= threads + 1)
         until(lambda: len(os.listdir("/proc/self/fd")) <= files + 4)

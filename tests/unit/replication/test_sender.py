@@ -156,3 +156,26 @@ def test_the_newest_stamp_is_echoed() -> None:
     for stamp in (5, 9, 7):
         sender.on_ack(ack(0, stamp_us=stamp), 0.0)
     assert sender.stamp_us == 9
+
+
+def test_a_commit_waits_a_moment_for_the_next_segment() -> None:
+    """With commit_linger_s a commit is told by the next segment, or alone when none comes in time."""
+    sender = joined(commit_linger_s=0.01)
+    sender.sent_segment(1, 1, 10, 0.1, 0)
+    assert sender.tell_at == pytest.approx(0.11)
+    assert sender.next(0.1, last=1, committed=0) == Wait(pytest.approx(0.11))
+    assert sender.on_ack(ack(1), 0.102)
+    assert sender.next(0.102, last=1, committed=1) == Wait(pytest.approx(0.11))
+    assert sender.next(0.105, last=2, committed=1) == SendSegment(1, 100)
+    sender.sent_segment(2, 2, 10, 0.105, 1)
+    assert sender.on_ack(ack(2), 0.108)
+    assert sender.next(0.12, last=2, committed=2) == BEAT
+
+
+def test_a_commit_that_somebody_waits_for_is_told_at_once() -> None:
+    """``hurry`` overrules the linger, but not what is still on its way."""
+    sender = joined(commit_linger_s=0.01)
+    sender.sent_segment(1, 1, 10, 0.1, 0)
+    assert type(sender.next(0.101, last=1, committed=1, hurry=True)) is Wait
+    assert sender.on_ack(ack(1), 0.102)
+    assert sender.next(0.102, last=1, committed=1, hurry=True) == BEAT

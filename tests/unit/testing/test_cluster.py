@@ -122,7 +122,7 @@ def test_a_primary_without_a_majority_takes_no_writes(kvrep_cluster: Make) -> No
     assert client.get(b"k") == b"1"
 
     cluster.heal()
-    cluster.wait_for_primary()
+    with_retries(cluster, b"healed")
     client.put(b"k", b"3")
 
     assert client.get(b"k") == b"3"
