@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from kvrep import codecs as codecs
 from kvrep import errors as errors
 from kvrep.codecs import Codec as Codec
+from kvrep.coordinators import Etcd as Etcd
+from kvrep.coordinators import Quorum as Quorum
 from kvrep.errors import AckTimeout as AckTimeout
 from kvrep.errors import AuthenticationFailed as AuthenticationFailed
 from kvrep.errors import ClosedError as ClosedError
@@ -103,6 +105,7 @@ __all__ = [
     "DigestMismatch",
     "Diverged",
     "Error",
+    "Etcd",
     "Event",
     "EventKind",
     "Fenced",
@@ -127,6 +130,7 @@ __all__ = [
     "PermissionDenied",
     "Position",
     "ProtocolError",
+    "Quorum",
     "ReadError",
     "RefusedError",
     "ReplicationError",

@@ -8,6 +8,7 @@ from math import inf
 from types import NoneType
 from typing import Any, Literal, TypedDict
 
+from kvrep.coordinators import CoordinatorChoice, Etcd, Quorum
 from kvrep.errors import ConfigurationMismatch
 from kvrep.model.configuration import Acks, check_acks
 
@@ -63,6 +64,7 @@ class OpenOptions(TypedDict, total=False):
     compression: Literal["zstd"] | None
     tls: Any
     token: str | None
+    coordinator: CoordinatorChoice | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,9 @@ class Options:
     tls: Any = None
     """A :class:`kvrep.TLS`; ``None`` speaks plain text."""
     token: str | None = None
+    coordinator: CoordinatorChoice | None = None
+    """Who decides which node tries to be primary: a :class:`kvrep.Quorum` or :class:`kvrep.Etcd`, the same on
+    every node; ``None``: people do."""
     """A shared secret that followers and clients must show; needs ``tls`` beyond the loopback."""
 
     def __post_init__(self) -> None:
@@ -153,6 +158,8 @@ class Options:
                     _reject(name, value, f"a number of at least {low}")
         if not 1 <= self.keyspaces_max <= 1024:
             _reject("keyspaces_max", self.keyspaces_max, "1 to 1024")
+        if self.coordinator is not None:
+            self._check_coordinator()
         if self.value_bytes_max > self.record_bytes_max:
             _reject("value_bytes_max", self.value_bytes_max, "at most record_bytes_max")
         if self.record_bytes_max > GIB:
@@ -175,6 +182,14 @@ class Options:
                     _reject(name, given, "a whole number")
             elif isinstance(given, float) and not 0 <= given < inf:
                 _reject(name, given, "a finite number")
+
+    def _check_coordinator(self) -> None:
+        if not isinstance(self.coordinator, Quorum | Etcd):
+            _reject("coordinator", self.coordinator, "a kvrep.Quorum or kvrep.Etcd")
+        if self.name is None or self.listen is None:
+            _reject("coordinator", self.coordinator, "together with name= and listen=")
+        if self.follow is not None:
+            _reject("follow", self.follow, "nothing beside a coordinator, which says whom to follow")
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
 
 from kvrep.codecs import BYTES, Codec
+from kvrep.coordination import make_coordinator
 from kvrep.keyspace import Keyspace, Snapshot
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
@@ -32,7 +33,7 @@ def open(path: str | os.PathLike[str], **options: Unpack[OpenOptions]) -> Store:
     :class:`StoreInUse` when another process has it, :class:`ConfigurationMismatch` for an option that is
     not understood or contradicts the store, :class:`LogCorrupt` when proven data is damaged.
     """
-    return Store(Node.open(path, Options.of(options)))
+    return Store(Node.open(path, Options.of(options), make_coordinator=make_coordinator))
 
 
 class Store(Keyspace[bytes]):

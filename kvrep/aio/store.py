@@ -14,6 +14,7 @@ from kvrep.aio.core import Core, Threads
 from kvrep.aio.keyspace import Keyspace
 from kvrep.aio.reading import Snapshot
 from kvrep.codecs import BYTES, Codec
+from kvrep.coordination import make_coordinator
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.options import OpenOptions, Options
@@ -60,7 +61,7 @@ class Opening:
     async def _open(self) -> Store:
         options = Options.of(self._options)
         threads = Threads(options.name or os.path.basename(os.path.abspath(self._path)))
-        job = threads.calls.submit(Node.open, self._path, options)
+        job = threads.calls.submit(Node.open, self._path, options, None, make_coordinator)
         try:
             node = await asyncio.wrap_future(job)
         except asyncio.CancelledError:

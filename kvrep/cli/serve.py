@@ -28,6 +28,9 @@ examples:
   on several machines: listen everywhere, say the name others can reach, encrypt, and share a secret:
     kvrep serve /var/lib/kvrep --name a --listen 0.0.0.0:7400 --advertise host-a:7400 \\
         --tls-cert node.pem --tls-key node.key --tls-ca ca.pem --token-file secret
+  three nodes that elect a primary by themselves (the same on each, with its own name and address):
+    kvrep serve ./a --name a --listen 127.0.0.1:7400 --acks majority \\
+        --peer a=127.0.0.1:7400 --peer b=127.0.0.1:7401 --peer c=127.0.0.1:7402
   a copy for reading that has no vote:
     kvrep serve ./d --listen 127.0.0.1:7403 --follow 127.0.0.1:7400 --no-vote
 
@@ -50,6 +53,15 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
         "--follow", metavar="HOST:PORT", action="append",
         help="be a follower of this primary (repeat it to name several to try)",
     )  # fmt: skip
+    group = parser.add_argument_group("who is primary (the same on every node; by hand if none is given)")
+    group.add_argument(
+        "--peer", metavar="NAME=HOST:PORT", action="append",
+        help="a node of the group, this one included; the nodes form the group and elect a primary",
+    )  # fmt: skip
+    group.add_argument("--etcd", metavar="HOST:PORT", action="append", help="let a key in etcd say who tries")
+    group.add_argument("--cluster", metavar="NAME", help="with --etcd: the name of this group there")
+    group.add_argument("--priority", type=int, default=0, help="of equals the highest becomes primary (0)")
+    group.add_argument("--witness", action="store_true", help="with --peer: vote, but keep no data")
     parser.add_argument("--no-vote", action="store_true", help="never count for commits and promotions")
     parser.add_argument("--no-create", action="store_true", help="fail if there is no store at PATH")
     parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
@@ -109,8 +121,24 @@ def _options(args: argparse.Namespace) -> Any:
         "create": not args.no_create,
         "tls": tls_of(args),
         "token": token_of(args),
+        "coordinator": _coordinator(args),
         **options_of(args),
     }
+
+
+def _coordinator(args: argparse.Namespace) -> Any:
+    """The coordinator that the flags describe; ``ConfigurationMismatch`` for a description that is none."""
+    from kvrep.coordinators import Etcd, Quorum
+    from kvrep.errors import ConfigurationMismatch
+
+    if args.peer and args.etcd:
+        raise ConfigurationMismatch("--peer and --etcd exclude each other", option="coordinator", given=args.etcd)
+    if args.etcd:
+        return Etcd(endpoints=args.etcd, cluster=args.cluster or "", priority=args.priority)
+    if not args.peer:
+        return None
+    peers = dict(peer.partition("=")[::2] for peer in args.peer)
+    return Quorum(peers=peers, priority=args.priority, witness=args.witness)
 
 
 def _say_ready(store: Store, *, as_json: bool) -> None:

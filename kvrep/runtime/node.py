@@ -16,6 +16,7 @@ from kvrep.errors import (
     ConfigurationMismatch,
     Error,
     NotPrimary,
+    OpenError,
     Overloaded,
     RolledBack,
     StaleRead,
@@ -35,6 +36,7 @@ from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
     from kvrep.runtime.bootstrapping import Verification
+    from kvrep.runtime.coordinator import Coordinator
     from kvrep.runtime.replaying import Replaying
     from kvrep.runtime.shipping import Shipping
     from kvrep.transport.interface import Server, Transport
@@ -45,6 +47,10 @@ log = logging.getLogger("kvrep")
 
 NO_TIMEOUT_S = 86_400.0
 _position = tuple.__new__  # half the price of a named tuple's own constructor
+
+
+def _no_coordinator(choice: Any) -> Coordinator:
+    raise OpenError(f"{choice!r} cannot be a coordinator here")
 
 
 def _nothing() -> None:
@@ -66,6 +72,9 @@ class Node:
         self._server: Server | None = None
         self._verification: Verification | None = None
         self.roles = Roles(self)
+        self.make_coordinator: Callable[[Any], Coordinator] = _no_coordinator
+        self.coordinator: Coordinator | None = None
+        """Who decides when this node tries to be primary; ``None``: people do."""
         self.events = Events(engine.home.name or engine.home.path.name)
         engine.on_rollback = self._on_rollback
         self._pid = os.getpid()
@@ -81,13 +90,22 @@ class Node:
     # -- opening and closing -----------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], options: Options, transport: Transport | None = None) -> Node:
-        """Open the store at ``path`` and start its role."""
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        options: Options,
+        transport: Transport | None = None,
+        make_coordinator: Callable[[Any], Coordinator] | None = None,
+    ) -> Node:
+        """Open the store at ``path`` and start its role; ``make_coordinator`` turns the option into one."""
         if options.compression is not None:
             need_zstd()
         follower = bool(options.sources)
-        engine = Engine.open(Path(path), options, lineage=b"" if follower else os.urandom(16))
+        told = follower or options.coordinator is not None  # the lineage is made or adopted later
+        engine = Engine.open(Path(path), options, lineage=b"" if told else os.urandom(16))
         node = cls(engine, options, transport)
+        if make_coordinator is not None:
+            node.make_coordinator = make_coordinator
         try:
             node._check_configuration()
             if options.listen is not None or follower:
@@ -118,9 +136,10 @@ class Node:
 
     def _start(self, follower: bool) -> None:
         self.engine.committer.on_committed = self._on_committed
-        if not follower:
+        coordinated = self.options.coordinator is not None
+        if not follower and not coordinated:
             self.engine.home.drop_unfinished()
-        if follower:
+        if follower or coordinated:
             self.roles.be_follower(self.options.sources)
         elif self.options.listen is not None or len(self.engine.configuration.voters) > 1:
             from kvrep.runtime.shipping import Shipping
@@ -134,8 +153,18 @@ class Node:
             self.roles.start_primary(self.shipping)
         elif self.replaying is not None:
             self.replaying.start()
+        if self.options.coordinator is not None:
+            self._coordinate(self.options.coordinator)
         if self.engine.unverified:
             self.verify_copy()
+
+    def _coordinate(self, choice: Any) -> None:
+        """Let a coordinator decide from now on when this node tries to be primary, and whom it follows."""
+        from kvrep.runtime.coordinated import CoordinatedNode
+
+        coordinator = self.make_coordinator(choice)
+        self.coordinator = coordinator
+        coordinator.start(CoordinatedNode(self, witness=coordinator.witness))
 
     def verify_copy(self) -> None:
         """Have the copy that this node received compared with its digests, in the background."""
@@ -178,6 +207,7 @@ class Node:
         fenced: tuple[bytes, ...],
         unfenced: bool = False,
         forced: Configuration | None = None,
+        founding: Configuration | None = None,
         prepare: Callable[[], None] = _nothing,
     ) -> Write:
         """Promise ``epoch`` to ourselves, durably, and order its first record; see ``Engine.start_epoch``.
@@ -185,7 +215,7 @@ class Node:
         ``forced`` replaces the configuration and begins a new branch: the two histories never join silently.
         """
         engine = self.engine
-        configuration = engine.configuration if forced is None else forced
+        configuration = forced or founding or engine.configuration
         if not configuration.voters:
             configuration = self.first_configuration()
         if self.address:
@@ -272,6 +302,8 @@ class Node:
             if self._closed:
                 return
             self._closed = True
+            if self.coordinator is not None:
+                self.coordinator.stop(max(0.5, deadline - time.monotonic()))
             self.engine.committer.refuse(ClosedError("the store is closed"))
             with self._moved:
                 self._moved.notify_all()

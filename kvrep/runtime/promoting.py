@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from kvrep.runtime.roles import Roles
     from kvrep.storage.engine import Engine
 
-__all__ = ["Peer", "answer_promise", "answer_records", "answer_standing", "ask_all", "promise_of", "promote"]
+__all__ = [
+    "Force",
+    "Peer",
+    "answer_promise",
+    "answer_records",
+    "answer_standing",
+    "ask_all",
+    "fetch_all",
+    "promise_of",
+    "promote",
+]
 
 log = logging.getLogger("kvrep.replication")
 
@@ -101,7 +111,7 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
             if promotion is not None and not promotion.superseded:
                 if not promotion.enough:
                     raise _unsafe(node, promotion, answered=len(promotion.promised))
-                _fetch_all(roles, promotion, deadline_s)
+                fetch_all(roles, promotion, deadline_s)
                 _check_candidate(node, *_rules(engine))
                 roles.take_over(epoch, promotion.promised)
                 return epoch
@@ -165,7 +175,7 @@ def _promote_by_force(roles: Roles, force: Force, deadline_s: float) -> int:
 
 def _fetch_what_can_be_had(roles: Roles, promotion: Promotion, deadline_s: float) -> None:
     try:
-        _fetch_all(roles, promotion, deadline_s, forced=True)
+        fetch_all(roles, promotion, deadline_s, forced=True)
     except (UnsafePromotion, ReplicationError) as error:
         log.warning("%s: goes on by force without the records of a voter: %s", roles.node.label, error)
 
@@ -311,13 +321,21 @@ def _unsafe(node: Node, promotion: Promotion, *, answered: int) -> UnsafePromoti
     )
 
 
-def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float, *, forced: bool = False) -> None:
+def fetch_all(
+    roles: Roles,
+    promotion: Promotion,
+    deadline_s: float,
+    *,
+    forced: bool = False,
+    addresses: Mapping[bytes, str] | None = None,
+) -> None:
     """Make our log equal to the best one among those that promised."""
     node = roles.node
     engine = node.engine
     while (fetch := promotion.fetch) is not None:
         log.info("%s: fetches records after %s through %s from %s",
                  node.label, fetch.after, fetch.to, fetch.voter.name)  # fmt: skip
+        address = (addresses or {}).get(fetch.voter.store_id) or fetch.voter.address
         _check_fetch(node, promotion, fetch, forced=forced)
         if fetch.after.offset < engine.tail.offset:
             engine.cut(fetch.after.offset, reason=f"{fetch.voter.name} holds a newer history")
@@ -328,7 +346,7 @@ def _fetch_all(roles: Roles, promotion: Promotion, deadline_s: float, *, forced:
             first = engine.tail.offset + 1
             try:
                 request = {"first": first, "bytes": FETCH_BYTES}
-                answer = roles.call(fetch.voter.address, "records", request, left)
+                answer = roles.call(address, "records", request, left)
             except ReplicationError as error:
                 raise _unfetched(promotion, fetch, f"could not be fetched: {error}") from error
             if not answer.get("data"):

@@ -19,6 +19,8 @@ from kvrep.errors import (
     UpgradeRequired,
 )
 from kvrep.model.position import Position
+from kvrep.replication.ballots import PrimarySeen
+from kvrep.replication.election import WhyGone
 from kvrep.replication.messages import (
     Credit,
     FromPrimary,
@@ -96,7 +98,7 @@ class Replaying:
         """Ends a pause between two attempts."""
         self._state = "connecting"
         self._problem = ""
-        self._primary_name = ""
+        self._primary_name, self._primary_id = "", b""
         self._behind_bytes = 0
         # Protects the receiver: the receiving thread changes it, the clock and status ask it.
         self._lock = threading.Lock()
@@ -157,6 +159,11 @@ class Replaying:
     def _run(self) -> None:
         failures = 0
         while not self._stop.is_set():
+            if not self._next and not self._sources:
+                self._state = "waiting"
+                self._wake.wait(0.5)  # until somebody says whom to follow
+                self._wake.clear()
+                continue
             address = self._choose()
             try:
                 joined = self._one_stream(address)
@@ -267,10 +274,39 @@ class Replaying:
             self._after_end(ended, receiver)
         return receiver.epoch != 0
 
+    def _tell_lost(self, error: Exception | None, silent: bool) -> None:
+        """The coordinator wants to know how the stream ended."""
+        coordinator = self.node.coordinator
+        if coordinator is None:
+            return
+        text = str(error).lower()
+        if silent:
+            coordinator.connection_lost(WhyGone.SILENT)
+        else:
+            coordinator.connection_lost(WhyGone.REFUSED if "refused" in text else WhyGone.BROKEN)
+
+    def _tell_heard(self) -> None:
+        coordinator, receiver = self.node.coordinator, self._receiver
+        if coordinator is not None and receiver is not None and receiver.epoch:
+            coordinator.heard_from_primary(
+                PrimarySeen(
+                    store_id=self._primary_id,
+                    name=self._primary_name,
+                    address=self._connection_address(),
+                    epoch=receiver.epoch,
+                )
+            )
+
+    @property
+    def bootstrapping(self) -> bool:
+        return self._state == "bootstrapping"
+
     def _after_end(self, ended: StreamEnded, receiver: Receiver) -> None:
         if self._stop.is_set():
             return
         error = ended.error
+        if receiver.epoch or "refused" in str(error).lower():
+            self._tell_lost(error, receiver.expired(time.monotonic()))
         if receiver.expired(time.monotonic()):
             text = f"the primary was silent for {self.options.heartbeat_timeout_s:g} s"
         else:
@@ -309,6 +345,7 @@ class Replaying:
                 message = self._inflate(message)
         elif type(message) is Heartbeat:
             self._behind_bytes = message.behind_bytes
+            self._tell_heard()
             if message.slots:
                 self.slots = message.slots
         with self._lock:
@@ -349,7 +386,8 @@ class Replaying:
                         receiver.probe(_now_us())
                     self.engine.adopt_lineage(welcome.lineage)
                     self.primary_address = self._connection_address()
-                    self._primary_name = welcome.name
+                    self._primary_name, self._primary_id = welcome.name, welcome.store_id
+                    self._tell_heard()
                     self._say("streaming")
                 case MakePromise(epoch, reply):
                     self._promise(stream, epoch, reply)
@@ -532,7 +570,7 @@ class Replaying:
         last = receiver.primary_last if receiver is not None else visible
         connection = self._connection
         return SourceStatus(
-            address=connection.address if connection is not None else self._sources[0],
+            address=connection.address if connection is not None else next(iter(self._sources), ""),
             connected=receiver is not None and receiver.epoch != 0,
             name=self._primary_name,
             state=self._state,

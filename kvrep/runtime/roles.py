@@ -74,7 +74,7 @@ class Roles:
         node = self.node
         deadline = time.monotonic() + timeout_s
         self._need_transport()
-        with self._changing(timeout_s):
+        with self.changing(timeout_s):
             shipping = node.shipping
             if shipping is not None and shipping.leading:
                 return shipping.epoch
@@ -84,7 +84,7 @@ class Roles:
             return promote(self, deadline, force, asked=asked)
 
     @contextmanager
-    def _changing(self, timeout_s: float) -> Iterator[None]:
+    def changing(self, timeout_s: float) -> Iterator[None]:
         """Nobody else changes roles meanwhile. ``Overloaded`` when somebody does for too long."""
         if not self.lock.acquire(timeout=timeout_s):
             raise Overloaded("another change of roles is under way on this node")
@@ -113,7 +113,7 @@ class Roles:
         check_address(address)
         self._need_transport()
         self._check_source(address)
-        with self._changing(SETTLE_S):
+        with self.changing(SETTLE_S):
             self._follow(address)
 
     def _follow(self, address: str) -> None:
@@ -216,7 +216,32 @@ class Roles:
         with self._changed:
             self._changed.wait_for(lambda: not self._promoting or self._stop.is_set(), SETTLE_S)
 
-    def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None = None) -> None:
+    def go_after(self, address: str) -> None:
+        """Follow the node at ``address``, which the coordinator knows to be primary. The lock is held."""
+        self._follow(address)
+
+    def end_primary(self, error: Error) -> None:
+        """Be primary no more, and follow nobody until told whom. The lock is held."""
+        node = self.node
+        shipping = node.shipping
+        assert shipping is not None
+        shipping.retire(error)
+        shipping.stop(STOP_S)
+        self.be_follower(())
+        node.shipping = None
+        assert node.replaying is not None
+        node.replaying.start()
+        node.tell(EventKind.FOLLOWER)
+
+    def take_over(
+        self,
+        epoch: int,
+        fenced: tuple[bytes, ...],
+        forced: Configuration | None = None,
+        *,
+        founding: Configuration | None = None,
+        unfenced: bool = False,
+    ) -> None:
         """The promotion succeeded: be primary in ``epoch``. Raises what prevents it; then nothing changed."""
         node = self.node
         self.need_open()
@@ -229,7 +254,7 @@ class Roles:
             shipping.inherit(replaying.slots)
         node.shipping, node.replaying = shipping, None
         try:
-            shipping.take_over(epoch, fenced, forced)
+            shipping.take_over(epoch, fenced, forced, founding=founding, unfenced=unfenced)
         except BaseException as error:
             shipping.retire(Fenced(f"epoch {epoch} did not begin: {error}", epoch=epoch))
             shipping.stop(STOP_S)
@@ -298,7 +323,7 @@ class Roles:
         """Whether another primary may be about: this one is none, was fenced, went on without promises, or
         lacks voters, who may have found another."""
         shipping = self.node.shipping
-        if shipping is None:
+        if shipping is None or self.node.coordinator is not None:
             return False
         if not shipping.leading or not (shipping.fenced or shipping.forced):
             return True
@@ -378,7 +403,7 @@ class Roles:
         if blocked:
             raise UnsafePromotion("; ".join(blocked), missing=(to,), needed=1, answered=0)
         deadline = time.monotonic() + timeout_s
-        with self._changing(timeout_s):
+        with self.changing(timeout_s):
             voter = node.engine.configuration.named(to)
             assert voter is not None
             self._hand_over(voter, deadline)

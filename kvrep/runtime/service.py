@@ -41,6 +41,8 @@ class NodeService:
             "digests": self._digests,
             "marks": self._marks,
             "keyspaces": self._keyspaces,
+            "ask": lambda request: self._coordinator("ask", request),
+            "vote": lambda request: self._coordinator("vote", request),
             "standing": lambda request: answer_standing(self._node, request),
             "promise": lambda request: answer_promise(self._node, request),
             "records": lambda request: answer_records(self._node, request),
@@ -78,6 +80,14 @@ class NodeService:
         if self._node.engine.closed:
             raise ClosedError("the store is closed")
         return answer(request)
+
+    def _coordinator(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        coordinator = self._node.coordinator
+        if coordinator is None:
+            raise NotPrimary("this node has no coordinator: its roles are changed by hand",
+                             hint="open every node with the same coordinator=", primary_address=None,
+                             epoch=None)  # fmt: skip
+        return coordinator.call(method, request)
 
     # -- unary -------------------------------------------------------------------------------------
 

@@ -192,14 +192,25 @@ class Shipping:
         voters = self.engine.configuration.voters
         return [v.store_id for v in voters if not v.witness and v.store_id != me and v.store_id not in joined]
 
-    def take_over(self, epoch: int, fenced: tuple[bytes, ...], forced: Configuration | None) -> None:
-        """Be primary in ``epoch``, which ``fenced`` have promised; ``forced``: the configuration it brings.
+    def take_over(
+        self,
+        epoch: int,
+        fenced: tuple[bytes, ...],
+        forced: Configuration | None,
+        *,
+        founding: Configuration | None = None,
+        unfenced: bool = False,
+    ) -> None:
+        """Be primary in ``epoch``, which ``fenced`` have promised.
 
-        Raises :class:`Fenced` when a higher epoch was promised meanwhile.
+        ``forced``: the configuration from then on; ``founding``: that of a new group. Raises
+        :class:`Fenced` when a higher epoch was promised meanwhile.
         """
         self._hook()
         self.forced = forced is not None
-        self._begin(epoch, fenced, unfenced=forced is not None, forced=forced)
+        self._begin(
+            epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding
+        )
 
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""
@@ -402,11 +413,13 @@ class Shipping:
         *,
         unfenced: bool,
         forced: Configuration | None = None,
+        founding: Configuration | None = None,
     ) -> None:
         """Raises :class:`Fenced` or ``OSError``; then nothing has changed."""
         engine = self.engine
         committer = engine.committer
-        effective, proposed = (forced, None) if forced is not None else engine.configurations_in_force()
+        given = forced or founding
+        effective, proposed = (given, None) if given is not None else engine.configurations_in_force()
 
         def prepare() -> None:
             tracker = CommitTracker(
@@ -427,7 +440,9 @@ class Shipping:
             engine.on_configuration = self._on_configuration
 
         try:
-            self.node.begin_epoch(epoch, fenced=fenced, unfenced=unfenced, forced=forced, prepare=prepare)
+            self.node.begin_epoch(
+                epoch, fenced=fenced, unfenced=unfenced, forced=forced, founding=founding, prepare=prepare
+            )
         except BaseException:
             with self._lock:
                 self._tracker, self.epoch = None, 0
@@ -538,6 +553,11 @@ class Shipping:
             return 0
         if self._announced < self.engine.tail.offset and self._joined:
             self.on_written()  # a follower joined while the group was written
+        coordinator = self.node.coordinator
+        if coordinator is not None and not self.engine.configuration.synchronous:
+            # Cut off from most voters for too long, another node may be primary: acknowledge nothing more.
+            if time.monotonic() > coordinator.confirmed_until:
+                return tracker.committed
         with self._lock:
             return tracker.local_durable(durable)
 
@@ -547,6 +567,10 @@ class Shipping:
         if tracker is None:
             raise self._not_primary()
         if tracker.configuration.acks == 0 and tracker.proposed is None:
+            coordinator = self.node.coordinator
+            if coordinator is not None and time.monotonic() > coordinator.confirmed_until:
+                raise NotPrimary("most voters have not confirmed this primary for too long",
+                                 hint="reach the other voters", primary_address=None, epoch=self.epoch)  # fmt: skip
             return
         with self._lock:
             missing = tracker.missing(self._joined)

@@ -33,17 +33,13 @@ def test_the_slowest_decides_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_slots_are_kept_in_a_file(tmp_path: Path) -> None:
-    """A saved file gives the same slots again, the mark of a removed voter included."""
+    """A saved file gives the same slots again."""
     slots = noted(tmp_path / "SLOTS")
-    slots.remove(b"1" * 16, removed=True)
     slots.save(now=True)
+
     again = Slots(tmp_path / "SLOTS")
+
     assert again.all() == slots.all()
-    assert again.removed(b"1" * 16)
-    again.note(b"1" * 16, name="slow", address="h:3", voter=True, acked=7)
-    assert again.removed(b"1" * 16)
-    again.remove(b"1" * 16, removed=False)
-    assert not again.removed(b"1" * 16)
 
 
 def test_a_damaged_file_is_learned_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

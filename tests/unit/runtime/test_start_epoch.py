@@ -21,7 +21,6 @@ def test_an_epoch_begins_after_one_that_was_refused(tmp_path: Path) -> None:
         committer.refuse(Fenced("a newer epoch"))
         committer._take = take  # type: ignore[method-assign]
         assert isinstance(refused.error, Fenced)
-        committer.accept()
         begun = node.begin_epoch(node.next_epoch(), fenced=())
         assert node.finish(begun, 5.0).offset == first.offset + 1
         assert [e for e, _ in engine.epochs] == [first.epoch, begun.epoch]

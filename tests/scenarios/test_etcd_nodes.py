@@ -1,0 +1,85 @@
+"""Whole nodes under the etcd coordinator, with a real etcd: two data nodes, etcd as the third vote."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+import kvrep
+from tests.etcd_kit import EtcdServer, etcd_server, shared_etcd
+
+__all__ = ["etcd_server", "shared_etcd"]
+
+DEADLINE_S = 30.0
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def start(folder: Path, name: str, address: str, etcd: EtcdServer, cluster: str) -> kvrep.Store:
+    choice = kvrep.Etcd(endpoints=[etcd.endpoint], cluster=cluster)
+    return kvrep.open(folder / name, name=name, listen=address, acks=1, coordinator=choice)
+
+
+def write(nodes: dict[str, kvrep.Store], key: bytes) -> tuple[str, kvrep.Position]:
+    """Write at whoever is primary, as soon as somebody is."""
+    deadline = time.monotonic() + DEADLINE_S
+    refused: dict[str, str] = {}
+    pause = threading.Event()
+    while time.monotonic() < deadline:
+        for name, store in nodes.items():
+            try:
+                return name, store.put(key, b"v")
+            except kvrep.RefusedError as error:
+                refused[name] = f"{error} {store.status().role}"
+        pause.wait(0.02)
+    raise AssertionError(f"nobody takes writes: {refused}")
+
+
+def test_two_nodes_and_etcd(tmp_path: Path, etcd_server: EtcdServer) -> None:
+    """The key in etcd makes one of two nodes primary; when it leaves, the other takes over with all data."""
+    addresses = {"a": free_address(), "b": free_address()}
+    nodes = {name: start(tmp_path, name, address, etcd_server, "two") for name, address in addresses.items()}
+    try:
+        name, position = write(nodes, b"k")
+        other = "b" if name == "a" else "a"
+        nodes[other].wait_for(position, timeout_s=DEADLINE_S)
+        nodes.pop(name).close()
+
+        deadline = time.monotonic() + DEADLINE_S
+        pause = threading.Event()
+        while nodes[other].status().role is not kvrep.Role.PRIMARY and time.monotonic() < deadline:
+            pause.wait(0.05)
+
+        assert nodes[other].status().role is kvrep.Role.PRIMARY
+        assert nodes[other][b"k"] == b"v"
+        nodes[name] = start(tmp_path, name, addresses[name], etcd_server, "two")
+        _, position = write(nodes, b"l")
+        for store in nodes.values():
+            store.wait_for(position, timeout_s=DEADLINE_S)
+    finally:
+        for store in nodes.values():
+            store.close()
+
+
+def test_a_primary_goes_on_without_etcd(tmp_path: Path, etcd_server: EtcdServer) -> None:
+    """With etcd stopped the primary keeps taking writes, because its voters confirm it."""
+    addresses = {"a": free_address(), "b": free_address()}
+    nodes = {name: start(tmp_path, name, address, etcd_server, "gone") for name, address in addresses.items()}
+    try:
+        name, _ = write(nodes, b"k")
+        etcd_server.stop()
+        end = time.monotonic() + 6.0  # twice the lease
+        count = 0
+        while time.monotonic() < end:
+            nodes[name].put(b"n", b"%d" % count)
+            count += 1
+        assert nodes[name].status().role is kvrep.Role.PRIMARY
+    finally:
+        for store in nodes.values():
+            store.close()
