@@ -61,6 +61,7 @@ class OpenOptions(TypedDict, total=False):
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
     reconnect_backoff_max_s: float
+    forward_writes: bool
     compression: Literal["zstd"] | None
     tls: Any
     token: str | None
@@ -126,6 +127,8 @@ class Options:
     heartbeat_timeout_s: float = 4.0
     """Silence after which a connection counts as dead."""
     reconnect_backoff_max_s: float = 2.0
+    forward_writes: bool = False
+    """While this node is a follower, its writes go to the primary, and return when reads here show them."""
     compression: Literal["zstd"] | None = None
     """Compress segments towards followers that can (needs ``kvrep[zstd]``)."""
     tls: Any = None
@@ -173,7 +176,7 @@ class Options:
         for name in ("name", "listen", "advertise", "token"):
             if not isinstance(getattr(self, name), (str, NoneType)):
                 _reject(name, getattr(self, name), "text")
-        for name in ("create", "voter"):
+        for name in ("create", "voter", "forward_writes"):
             if not isinstance(getattr(self, name), bool):
                 _reject(name, getattr(self, name), "True or False")
         for name, given in ((f.name, getattr(self, f.name)) for f in fields(self)):

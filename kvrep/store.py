@@ -10,10 +10,11 @@ from typing import Any, TypeVar, Unpack, overload
 
 from kvrep.codecs import BYTES, Codec
 from kvrep.coordination import make_coordinator
-from kvrep.keyspace import Keyspace, Snapshot
+from kvrep.keyspace import Consistency, Keyspace, Snapshot
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE
+from kvrep.model.sessions import RequestId
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
@@ -75,11 +76,14 @@ class Store(Keyspace[bytes]):
         self._node.engine.need_unforked()
         return sorted({DEFAULT_KEYSPACE, *self._node.engine.view.keyspaces})
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, consistency: Consistency = "local", timeout_s: float | None = None) -> Snapshot:
         """The whole store at one position; close it, or use it in a ``with`` block.
 
         It keeps old pages of LMDB alive; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        ``consistency`` is that of :meth:`get`.
         """
+        if consistency != "local":
+            self._node.freshen(None, None, timeout_s, consistency)
         return Snapshot(self._node, BYTES, DEFAULT_KEYSPACE, self._node.engine.snapshot())
 
     # -- positions ---------------------------------------------------------------------------------
@@ -99,10 +103,22 @@ class Store(Keyspace[bytes]):
         self._node.engine.need_unforked()
         self._node.wait_for(position, timeout_s)
 
-    def resolve(self, position: Position) -> Outcome:
-        """What became of a write whose outcome was unknown: committed, pending or rolled back."""
+    def resolve(self, position: Position | RequestId) -> Outcome:
+        """What became of a write whose outcome was unknown: committed, pending or rolled back.
+
+        Says what this node knows, at once. Of a :class:`RequestId` that is committed or pending.
+        """
         self._node.engine.need_unforked()
         return self._node.resolve(position)
+
+    def settle(self, request: RequestId, *, timeout_s: float = 5.0) -> Outcome:
+        """What became of a forwarded write (``AckTimeout.request``), asked of the primary.
+
+        The primary sees to it that a write that it answers as rolled back never takes effect. ``PENDING``
+        when no such answer can be had in ``timeout_s``; :class:`TooOld` when nobody can tell any more.
+        """
+        self._node.engine.need_alive()
+        return self._node.settle(request, timeout_s)
 
     # -- the life of the store ---------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from kvrep.model.position import EPOCH_MAX, Position, member_of
 from kvrep.replication.acks import CommitTracker, Level
 from kvrep.replication.messages import Ack, Promise, Refused, SlotState
 from kvrep.replication.promotion import Promotion
+from kvrep.replication.rounds import Rounds
 from kvrep.runtime.session import FollowerSession, wants_vote
 from kvrep.runtime.slots import Slots
 from kvrep.runtime.spooling import Spools
@@ -94,6 +95,9 @@ class Shipping:
         # Announces acks to writes that wait for more than the commit rule, and the begin of the epoch.
         self._acked = threading.Condition()
         self._more_waiting = 0
+        self._rounds = Rounds(self.engine.home.store_id)
+        # Announces answers to reads that wait for them, and the end of the epoch. Before ``_lock``.
+        self._confirmed = threading.Condition()
 
     # -- becoming primary --------------------------------------------------------------------------
 
@@ -208,9 +212,7 @@ class Shipping:
         """
         self._hook()
         self.forced = forced is not None
-        self._begin(
-            epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding
-        )
+        self._begin(epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding)
 
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""
@@ -433,6 +435,7 @@ class Shipping:
                 if self._stopped:
                     raise Fenced(f"this role of {self.node.label} has ended", epoch=epoch)
                 self._tracker = tracker
+                self._rounds = Rounds(engine.home.store_id)
                 self.fenced = not unfenced
                 self.epoch = epoch
                 self._superseded_by, self._superseded_address, self._replaced = 0, "", False
@@ -457,6 +460,7 @@ class Shipping:
             session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         self.node.tell(EventKind.PRIMARY, epoch=epoch)
+        self.node.knows_primary(epoch)
 
     def complain(self, text: str) -> None:
         """Log something that only people can mend; once, however often it is met."""
@@ -639,6 +643,91 @@ class Shipping:
                     self._acked.notify_all()
         for session in list(self._joined.values()):
             session.wake_for_commit()
+
+    @property
+    def started(self) -> bool:
+        """Whether the start of this epoch is committed, and with it all that came before."""
+        tracker = self._tracker
+        return tracker is not None and tracker.committed >= tracker.epoch_start
+
+    # -- linearizable reads ------------------------------------------------------------------------
+
+    def confirm(self, deadline_s: float) -> None:
+        """Return once it is certain that this node was the primary at some moment after the call began, and
+        that all that was committed before is visible here.
+
+        :class:`StaleRead` when that is not known by ``deadline_s``, or never with ``acks=0``;
+        :class:`NotPrimary` when another node is, or may be.
+        """
+        tracker = self._tracker
+        if tracker is None or not self._open:
+            raise self._no_more_primary()
+        if not self.engine.configuration.synchronous or not tracker.configuration.synchronous:
+            raise StaleRead(
+                "linearizable reads need a commit rule that waits for followers, and this store has acks=0",
+                position=self.engine.committed_position,
+                hint='reconfigure(acks="majority"), or read without consistency="linearizable"',
+            )
+        if not self.node.until(lambda: self._tracker is not tracker or self.started, deadline_s):
+            raise self._unconfirmed("the start of its epoch is not committed yet")
+        with self._lock:
+            rounds = self._rounds
+            number = rounds.ask()
+            sessions = list(self._joined.values())
+        for session in sessions:
+            session.wake()
+        with self._confirmed:
+            while True:
+                with self._lock:
+                    if self._tracker is not tracker:
+                        break
+                    proposed = tracker.proposed
+                    rules = [tracker.configuration, *([proposed[1]] if proposed is not None else [])]
+                    if rounds.confirmed(number, rules):
+                        return
+                left = deadline_s - time.monotonic()
+                if left <= 0:
+                    raise self._unconfirmed("too few voters have confirmed in time that it still is")
+                self._confirmed.wait(min(left, 0.05))
+        raise self._no_more_primary()
+
+    def _unconfirmed(self, why: str) -> StaleRead:
+        return StaleRead(
+            f"this node was the primary, and {why}",
+            position=self.engine.committed_position,
+            hint="allow more time, or see whether another node is primary",
+        )
+
+    def _no_more_primary(self) -> NotPrimary:
+        address = self.primary_address if self._superseded_by else ""
+        return NotPrimary(
+            self._problem or "this node is the primary no more",
+            primary_address=address or None,
+            epoch=self._superseded_by or self.epoch,
+        )
+
+    @property
+    def probes_wanted(self) -> int:
+        """The newest round of questions that somebody waits for."""
+        return self._rounds.wanted
+
+    def probing(self) -> int:
+        """That round; a follower is about to be asked for it."""
+        with self._lock:
+            return self._rounds.sending()
+
+    def on_confirm(self, session: FollowerSession, number: int) -> None:
+        """A follower that has joined has promised no higher epoch, as of a moment after that round began."""
+        with self._lock:
+            if self._joined.get(session.store_id) is not session:
+                return
+            try:
+                fresh = self._rounds.answer(session.store_id, number)
+            except ValueError as error:
+                raise ProtocolError(str(error)) from None
+        if fresh:
+            with self._confirmed:
+                self._confirmed.notify_all()
 
     def shippable(self) -> int:
         return self.engine.tail.offset

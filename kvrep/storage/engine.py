@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class Engine:
                 map_bytes=options.map_bytes,
                 keyspaces_max=options.keyspaces_max,
                 readers_max=options.readers_max,
-                create=home.created or not (generation / "data" / "data.mdb").exists() and not home.lineage,
+                create=home.created or (not (generation / "data" / "data.mdb").exists() and not home.lineage),
             )
             engine = cls(home, tree, options)
             engine._recover(generation / "log")
@@ -639,8 +639,9 @@ class Engine:
                 return True
         return False
 
-    def _update_state(self, state: State, newest: Table) -> None:
-        """Fill in what LMDB shall say after a flush through ``newest``."""
+    def _update_state(self, state: State, tables: Sequence[Table]) -> None:
+        """Fill in what LMDB shall say after a flush of ``tables``, newest first."""
+        newest = tables[0]
         last = newest.last
         if self.committer.log.synced < last:
             self.sync()
@@ -649,6 +650,8 @@ class Engine:
         state.epochs = self.epochs.cut(last)
         state.configured_at, state.configuration = self.configuration_at(last)
         state.branches = [b for b in self.branches if b[0] <= last]
+        for table in reversed(tables):
+            state.sessions.note_all(table.origins)
         if newest.mark is not None:
             self._compare(state, newest)
 

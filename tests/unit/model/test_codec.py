@@ -32,7 +32,7 @@ def runs(draw: st.DrawFn) -> list[Record]:
 def encode(records: list[Record], running: int = 0) -> tuple[bytes, int]:
     encoder, data = RecordEncoder(), b""
     for record in records:
-        one, running = encoder.encode(*record, running)
+        one, running = encoder.encode(*record[:5], running, record.origin)
         data += one
     return data, running
 
