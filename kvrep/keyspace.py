@@ -356,7 +356,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         deadline_s = self._node.deadline(timeout_s)
         while True:
             txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
-            txn.compares = True
+            txn._compares = True
             try:
                 with txn:
                     result = body(txn)
@@ -513,7 +513,7 @@ class Transaction(Generic[V]):
         self._reads: ReadSet | None = None
         """What it has read, where another node may have to compare that; with a snapshot if it reads here and
         commits there."""
-        self.compares = False
+        self._compares = False
         """Whether that is compared even if nothing is written."""
 
     def __enter__(self) -> Transaction[V]:
@@ -527,34 +527,34 @@ class Transaction(Generic[V]):
             raise ClosedError("the transaction is over")
         committer = self._node.engine.committer
         if self._placed:
-            if not self.remote and not committer.holds_place(self):
+            if not self._remote and not committer.holds_place(self):
                 raise self._expired()
             return
         try:
             self._wait_for_place()
         except Error as error:
-            if not self.may_go_remote(error):
+            if not self._may_go_remote(error):
                 raise
-            self.go_remote()
+            self._go_remote()
             return
         self.placed()
 
-    def may_go_remote(self, error: Error) -> bool:
+    def _may_go_remote(self, error: Error) -> bool:
         """Whether it can be committed by another node, after ``error`` kept it from the place here."""
         return self._node.forwarder is not None and is_elsewhere(error)
 
-    def go_remote(self, pinned: PinnedView | None = None) -> None:
+    def _go_remote(self, pinned: PinnedView | None = None) -> None:
         """Read a snapshot from here on; the primary compares it at the end."""
         self._reads = ReadSet(self._node.engine.snapshot() if pinned is None else pinned)
         self._placed = True
 
     @property
-    def remote(self) -> bool:
+    def _remote(self) -> bool:
         """Whether it reads a snapshot here, and commits at the primary."""
         return self._reads is not None and self._reads.pinned is not None
 
     @property
-    def busy(self) -> bool:
+    def _busy(self) -> bool:
         """Whether a step of a scan is under way, for which the next read would wait."""
         reads = self._reads
         return reads is not None and reads.pinned is not None and reads.pinned.busy
@@ -705,7 +705,7 @@ class Transaction(Generic[V]):
             try:
                 position = self._node.finish(write, self._timeout_s)
             except Error:
-                forward = self.redirected(write)
+                forward = self._redirected(write)
                 if forward is None:
                     raise
                 assert self._node.forwarder is not None
@@ -722,7 +722,7 @@ class Transaction(Generic[V]):
         if not self._open:
             return None
         self._open = False
-        if self.remote:
+        if self._remote:
             return self._end_remote(commit=commit)
         committer = self._node.engine.committer
         if not commit or not self._writes:
@@ -740,13 +740,13 @@ class Transaction(Generic[V]):
                 else:
                     self._node.engine.order(write, self._node.deadline(self._timeout_s))
             except Error as error:
-                if not self.may_go_remote(error):
+                if not self._may_go_remote(error):
                     raise
                 return self._forward(None)
             return write
         if not committer.leave_place(self, write):
             why = self._expired()
-            if not self.may_go_remote(why):
+            if not self._may_go_remote(why):
                 raise why
             return self._forward(self._reads)
         return write
@@ -759,7 +759,7 @@ class Transaction(Generic[V]):
         reads = self._reads
         assert reads is not None
         reads.release()
-        if not commit or not (self._writes or (self.compares and reads)):
+        if not commit or not (self._writes or (self._compares and reads)):
             return None
         return self._forward(reads)
 
@@ -771,7 +771,7 @@ class Transaction(Generic[V]):
         forwarder.order(item)
         return item
 
-    def redirected(self, write: Write) -> Forward | None:
+    def _redirected(self, write: Write) -> Forward | None:
         """What to order in place of a write that was refused here because another node is, or will be,
         primary; ``None`` when it was not. The other node compares what was read."""
         forwarder = self._node.forwarder

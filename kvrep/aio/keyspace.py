@@ -263,7 +263,7 @@ class Keyspace(Generic[V]):
         deadline_s = node.deadline(timeout_s)
         while True:
             txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
-            txn._plain.compares = True
+            txn._plain._compares = True
             try:
                 async with txn:
                     result = await body(txn)

@@ -167,11 +167,11 @@ class Transaction(Generic[V]):
                 await self._wait_for_place()
                 return
             except Error as error:
-                if not plain.may_go_remote(error):
+                if not plain._may_go_remote(error):
                     raise
         pinned = await core.acquire(core.node.engine.snapshot, PinnedView.release)
         if plain._open:
-            plain.go_remote(pinned)
+            plain._go_remote(pinned)
         else:
             pinned.release()
 
@@ -208,7 +208,7 @@ class Transaction(Generic[V]):
         """The value of ``key`` as of this transaction, its own writes included."""
         await self._place()
         plain = self._plain
-        if plain.busy:
+        if plain._busy:
             return await self._core.read(lambda: plain.get(key, default, keyspace=_plain(keyspace)))
         return plain.get(key, default, keyspace=_plain(keyspace))
 
@@ -279,7 +279,7 @@ class Transaction(Generic[V]):
             try:
                 position = await core.finish(write, deadline_s)
             except Error:
-                forward = plain.redirected(write)
+                forward = plain._redirected(write)
                 if forward is None:
                     raise
                 position = await core.forward(forward)
