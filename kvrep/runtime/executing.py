@@ -130,7 +130,11 @@ class Forwarded:
                     begun.append((None, ("refused", encode_fault(error)), False))
                 else:
                     begun.append((item, *self._begin(item, epoch, deadline_s)))
-            return {"outcomes": [list(self._end(*one, deadline_s)) for one in begun]}
+            outcomes = [list(self._end(*one, deadline_s)) for one in begun]
+            shipping = node.shipping
+            if shipping is not None:
+                shipping.hurry(store_id)  # it waits until it can read them
+            return {"outcomes": outcomes}
 
     def settle(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """What became of one forwarded write. One that is not in the log is refused from now on."""
@@ -302,18 +306,27 @@ class Forwarded:
             if item is not None and write[0] == "done" and item.payload:
                 return self._await_more(item, write, deadline_s)
             return write
-        if own:
-            node.engine.committer.finish(write, deadline_s)
-        else:
-            told = threading.Event()
-            write.when_done(lambda _: told.set())
-            told.wait(max(0.0, deadline_s - time.monotonic()))
+        self._await(write, own, deadline_s)
         if not write.done:
             return "pending", None
         if write.error is not None:
             error = write.error if isinstance(write.error, Error) else Error(str(write.error))
             return "refused", encode_fault(error)
         return self._await_more(item, ("done", [write.epoch, write.offset]), deadline_s)
+
+    def _await(self, write: Write, own: bool, deadline_s: float) -> None:
+        """Wait for the end of a write, but not through a close of this node: its sender goes elsewhere."""
+        told = threading.Event()
+        if not own:
+            write.when_done(lambda _: told.set())
+        while not write.done and not self._node.closing:
+            now = time.monotonic()
+            if own:
+                self._node.engine.committer.finish(write, min(deadline_s, now + LOOK_UP_S))
+            else:
+                told.wait(max(0.0, min(deadline_s - now, LOOK_UP_S)))
+            if now >= deadline_s:
+                return
 
     def _await_more(self, item: _Item, answer: _Answer, deadline_s: float) -> _Answer:
         """Where the write asks for more than the commit rule."""

@@ -56,6 +56,7 @@ class PrimaryLink:
                 raise ClosedError("the store is closed")
             target = self._known() or self._ask(deadline_s)
             if target is not None:
+                self._node.knows_primary(target.epoch)
                 return target
             left = deadline_s - time.monotonic()
             if left <= 0:

@@ -116,6 +116,8 @@ class Forwarder:
         self._open: dict[int, Forward] = {}
         """By sequence: without an answer."""
         self._unresolved: dict[int, Forward] = {}
+        self._settled: dict[RequestId, Outcome] = {}
+        """What :meth:`settle` has found out: the table need not keep it any more."""
         self._next = 1
         self._answered: list[Forward] = []
         """Committed at the primary, not visible here yet."""
@@ -336,7 +338,7 @@ class Forwarder:
                 item.moved = True
             self._again(batch, error, pause_s=0.0 if target.address else PAUSE_S)
         elif isinstance(error, NotEnoughFollowers):
-            patient = [i for i in batch if i.moved or i.ambiguous]
+            patient = [i for i in batch if self._patient(i)]
             for item in batch:
                 if item not in patient:
                     self._complete(item, error)
@@ -391,13 +393,16 @@ class Forwarder:
         if repeat:
             self._again(repeat, last)
 
-    @staticmethod
-    def _is_final(item: Forward, error: Error) -> bool:
+    def _patient(self, item: Forward) -> bool:
+        """Whether followers that are missing are waited for: a new primary needs some time to get them."""
+        return item.moved or item.ambiguous or self._node.settling
+
+    def _is_final(self, item: Forward, error: Error) -> bool:
         if isinstance(error, _MOVED):
             item.moved = True
             return False
         if isinstance(error, NotEnoughFollowers):
-            return not (item.moved or item.ambiguous)
+            return not self._patient(item)
         if isinstance(error, StaleRead):
             return False  # it could not tell in time whether it is still the primary
         if isinstance(error, (StorageFailed, ClosedError)) or type(error) is UnknownOutcome:
@@ -494,7 +499,7 @@ class Forwarder:
         """
         node = self._node
         deadline_s = time.monotonic() + timeout_s
-        outcome = Outcome.PENDING
+        outcome = self._settled.get(request, Outcome.PENDING)
         while outcome is Outcome.PENDING:
             if node.engine.view.forwarded(request)[0] is not None:
                 outcome = Outcome.COMMITTED
@@ -511,9 +516,13 @@ class Forwarder:
             with self._changed:
                 if self._changed.wait_for(lambda: self._stopped, min(left, PAUSE_S)):
                     raise ClosedError("the store is closed")
-        if outcome is not Outcome.PENDING and request.session == self._session:
+        if outcome is not Outcome.PENDING:
             with self._changed:
-                self._unresolved.pop(request.sequence, None)
+                self._settled[request] = outcome
+                if len(self._settled) > UNRESOLVED_MAX:
+                    del self._settled[next(iter(self._settled))]
+                if request.session == self._session:
+                    self._unresolved.pop(request.sequence, None)
         return outcome
 
     def _ask_outcome(self, request: RequestId, deadline_s: float) -> Outcome:

@@ -88,6 +88,8 @@ class Node:
         self.forwarded = Forwarded(self)
         self.forwarder = Forwarder(self) if options.forward_writes else None
         """Takes writes to the primary while this node is none; ``None`` without ``forward_writes``."""
+        self._known_epoch, self._known_s = 0, 0.0
+        """The newest epoch in which a primary was heard of, and since when."""
         self._reads = Shared(self._ask_read_position)
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
@@ -547,8 +549,15 @@ class Node:
         return True
 
     def knows_primary(self, epoch: int) -> None:
-        """The primary of ``epoch`` is known now: this node, or one whose stream has joined."""
-        self.link.moved(epoch)
+        """There is a primary of ``epoch``: this node, one whose stream has joined, or one that said so."""
+        if epoch > self._known_epoch:
+            self._known_epoch, self._known_s = epoch, time.monotonic()
+            self.link.moved(epoch)
+
+    @property
+    def settling(self) -> bool:
+        """Whether the present primary is so new that its followers may not have found it yet."""
+        return time.monotonic() - self._known_s < self.options.heartbeat_timeout_s
 
     def confirm(self, deadline_s: float) -> None:
         """As primary, make sure that this node still is one; see :meth:`Shipping.confirm`."""

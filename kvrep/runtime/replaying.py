@@ -442,6 +442,7 @@ class Replaying:
     ) -> None:
         sync_now = not more and not self._unsynced_bytes
         self.engine.append(action.first, action.data, sync=sync_now, epoch=receiver.epoch)
+        self.node.ack_timeout_s = self.engine.configuration.ack_timeout_s
         if sync_now:
             self._appended(receiver, stream, connection)
             return

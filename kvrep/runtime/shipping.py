@@ -249,6 +249,12 @@ class Shipping:
         progress = session.progress if session is not None else None
         return progress.synced if progress is not None else 0
 
+    def hurry(self, store_id: bytes) -> None:
+        """Tell that follower at once what is committed."""
+        session = self._joined.get(store_id)
+        if session is not None:
+            session.hurry()
+
     def await_ack(self, timeout_s: float) -> None:
         """Wait for the next ack of any follower."""
         with self._acked:
@@ -668,7 +674,7 @@ class Shipping:
                 position=self.engine.committed_position,
                 hint='reconfigure(acks="majority"), or read without consistency="linearizable"',
             )
-        if not self.node.until(lambda: self._tracker is not tracker or self.started, deadline_s):
+        if not self.node.until(lambda: self._stopped or self._tracker is not tracker or self.started, deadline_s):
             raise self._unconfirmed("the start of its epoch is not committed yet")
         with self._lock:
             rounds = self._rounds
@@ -679,7 +685,7 @@ class Shipping:
         with self._confirmed:
             while True:
                 with self._lock:
-                    if self._tracker is not tracker:
+                    if self._tracker is not tracker or self._stopped:
                         break
                     proposed = tracker.proposed
                     rules = [tracker.configuration, *([proposed[1]] if proposed is not None else [])]
