@@ -139,12 +139,13 @@ class Progress:
 def run_one(figure: Figure, bench: Bench) -> dict[str, Any]:
     """A figure's entry; one that raised has ``error`` in it."""
     began = time.monotonic()
+    bench.shortened = False
     try:
         outcome = figure.run(bench)
     except Exception as error:  # one figure that cannot run must not lose the others
         traceback.print_exc()
         return {"number": figure.number, "name": figure.name, "error": f"{type(error).__name__}: {error}"}
-    return report.entry(figure, outcome, seconds_scale=bench.seconds_scale, took_s=time.monotonic() - began)
+    return report.entry(figure, outcome, shortened=bench.shortened, took_s=time.monotonic() - began)
 
 
 def run_all(figures: list[Figure], options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -124,6 +124,8 @@ class Bench:
     seconds_scale: float = 1.0
     """Shortens the long runs (60 s, 10 min); 1 is what the goals speak of."""
     progress: Callable[[str], None] = lambda text: None
+    shortened: bool = False
+    """Whether the figure that runs asked for a duration and got less than the goal speaks of."""
 
     def size(self, full: int, quick: int) -> int:
         """A count of keys or operations."""
@@ -131,6 +133,7 @@ class Bench:
 
     def seconds(self, full: float, quick: float = 0.25) -> float:
         """A duration."""
+        self.shortened |= self.quick or self.seconds_scale < 1
         return quick if self.quick else full * self.seconds_scale
 
     def chance(self, salt: int = 0) -> random.Random:

@@ -55,7 +55,7 @@ def file_system(folder: Path) -> str:
     return kind
 
 
-def entry(figure: Figure, outcome: Outcome, *, seconds_scale: float, took_s: float) -> dict[str, Any]:
+def entry(figure: Figure, outcome: Outcome, *, shortened: bool, took_s: float) -> dict[str, Any]:
     """One figure's result as it is kept in JSON."""
     return {
         "number": figure.number,
@@ -66,7 +66,7 @@ def entry(figure: Figure, outcome: Outcome, *, seconds_scale: float, took_s: flo
         "sense": figure.sense,
         **outcome.as_dict(),
         "met": figure.met(outcome),
-        "seconds_scale": seconds_scale,
+        "shortened": shortened,
         "took_s": round(took_s, 1),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -127,7 +127,7 @@ def verdict(result: dict[str, Any], *, quick: bool = False) -> str:
         return "FAILED"
     if quick:
         return "smoke"
-    return "met" if result["met"] else "NOT MET"
+    return ("met" if result["met"] else "NOT MET") + (", short run" if result["shortened"] else "")
 
 
 # -- the terminal --------------------------------------------------------------------------------------
@@ -188,9 +188,8 @@ def markdown(results: dict[str, Any]) -> str:
     if missing:
         lines += ["", f"Not measured in this run: {', '.join(map(str, sorted(missing)))}."]
     notes = [(r["number"], note) for r in in_order(results) for note in r["notes"]]
-    shortened = [r["number"] for r in in_order(results) if r["seconds_scale"] != 1]
-    if shortened:
-        lines += ["", "Runs shorter than the goal speaks of: " + ", ".join(map(str, shortened)) + "."]
+    if any(result["shortened"] for result in in_order(results)):
+        lines += ["", '"short run": the samples were shorter than the goal speaks of (`--seconds-scale`).']
     if notes:
         lines += ["", "Beside the ratios:", ""] + [f"- {number}: {note}" for number, note in notes]
     return "\n".join(lines) + "\n"

@@ -98,9 +98,7 @@ class Clients:
 
 def _failed(call: Call, error: Exception) -> bool:
     """Record how a call failed; raises what no client should ever see."""
-    if isinstance(error, kvrep.RefusedError):
-        call.refused()
-    elif isinstance(error, kvrep.RolledBack):
+    if isinstance(error, (kvrep.RefusedError, kvrep.RolledBack)):
         call.refused()
     elif isinstance(
         error, (kvrep.UnknownOutcome, kvrep.PeerUnavailable, kvrep.StorageFailed, kvrep.ClosedError)

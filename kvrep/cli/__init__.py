@@ -29,8 +29,20 @@ _COMMANDS = {
     "load": "store many pairs: from a directory, a JSON-lines file, or standard input",
     "dump": "write all pairs to a JSON-lines file or a directory",
     "verify": "check one store on disk, or running nodes against each other",
+    "members": "who votes in a group, and what each of them is now",
+    "promote": "make a node the primary of its group",
+    "switchover": "hand over from the primary to another voter, without losing a write",
+    "rescue": "look at, export and write again what a node had to drop",
 }
-_MODULES = {"get": "data", "put": "data", "delete": "data", "scan": "data"}
+_MODULES = {
+    "get": "data",
+    "put": "data",
+    "delete": "data",
+    "scan": "data",
+    "members": "group",
+    "promote": "group",
+    "switchover": "group",
+}
 
 _EPILOG = """\
 A TARGET is the address of a running node (host:port), or the path of a store that nobody has open.

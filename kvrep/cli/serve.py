@@ -132,7 +132,9 @@ def _coordinator(args: argparse.Namespace) -> Any:
     from kvrep.errors import ConfigurationMismatch
 
     if args.peer and args.etcd:
-        raise ConfigurationMismatch("--peer and --etcd exclude each other", option="coordinator", given=args.etcd)
+        raise ConfigurationMismatch(
+            "--peer and --etcd exclude each other", option="coordinator", given=args.etcd
+        )
     if args.etcd:
         return Etcd(endpoints=args.etcd, cluster=args.cluster or "", priority=args.priority)
     if not args.peer:

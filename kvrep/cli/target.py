@@ -26,6 +26,7 @@ __all__ = [
     "Reader",
     "RemoteTarget",
     "Writer",
+    "check_alone",
     "connect",
     "open_reader",
     "open_writer",
@@ -217,7 +218,7 @@ class LocalWriter:
         import kvrep
 
         if not create or (Path(path) / "STORE").is_file():
-            _check_alone(path)
+            check_alone(path)
         self._store = kvrep.open(path, create=create)
         self._timeout_s = timeout_s
 
@@ -250,7 +251,7 @@ def _open_engine(path: str) -> Engine:
         raise
 
 
-def _check_alone(path: str) -> None:
+def check_alone(path: str) -> None:
     """Refuse to write a store that belongs to a group."""
     engine = _open_engine(path)
     try:

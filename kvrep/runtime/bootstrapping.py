@@ -323,6 +323,7 @@ class _Bootstrap:
             reason=f"replaced by a copy ({self._need.reason})",
         )
         engine.rescued.append(path)
+        engine.on_rollback(first, tail.offset, path, f"replaced by a copy ({self._need.reason})")
         log.warning("%s: records %d to %d are replaced by a copy (%s) and were saved to %s",
                     self._home.path, first, tail.offset, self._need.reason, path)  # fmt: skip
 

@@ -100,8 +100,12 @@ class CoordinatedNode:
             if order.founding:
                 founding = self._founding(order)
             else:
-                fetch_all(roles, order.promotion, deadline, addresses=order.addresses, forced=not order.fenced)
-            roles.take_over(order.epoch, order.promotion.promised, founding=founding, unfenced=not order.fenced)
+                fetch_all(
+                    roles, order.promotion, deadline, addresses=order.addresses, forced=not order.fenced
+                )
+            roles.take_over(
+                order.epoch, order.promotion.promised, founding=founding, unfenced=not order.fenced
+            )
 
     def _founding(self, order: BecomePrimary) -> Configuration:
         """Make the lineage and the first configuration of a new group."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Force",
     "Peer",
+    "answer_members",
     "answer_promise",
     "answer_records",
     "answer_standing",
@@ -411,6 +412,45 @@ def answer_standing(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         "primary_epoch": node.primary_epoch,
         "primary_address": node.primary_address,
         "fenced": node.fenced,
+    }
+
+
+def answer_members(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Who votes, and what each of them is: this node asks them all."""
+    timeout_s = min(max(0.1, float(request.get("timeout_s", ASK_TIMEOUT_S))), ASK_TIMEOUT_S)
+    configuration = node.engine.configuration
+    answers = {p.voter.store_id: p for p in ask_all(node.roles, "standing", {}, time.monotonic() + timeout_s)}
+    home = node.engine.home
+    own = promise_of(node, home.promised_epoch)
+    members = []
+    for voter in configuration.voters:
+        peer = answers.get(voter.store_id)
+        mine = voter.store_id == home.store_id
+        promise = own if mine else peer.promise if peer is not None else None
+        leads = node.primary_epoch if mine else peer.primary_epoch if peer is not None else 0
+        role = "primary" if leads else "witness" if voter.witness else "follower"
+        members.append(
+            {
+                "name": voter.name,
+                "store_id": voter.store_id.hex(),
+                "address": node.address if mine else voter.address,
+                "member": voter.member,
+                "priority": voter.priority,
+                "witness": voter.witness,
+                "answered": promise is not None,
+                "role": role if promise is not None else "no answer",
+                "epoch": promise.last.epoch if promise is not None else 0,
+                "promised": promise.epoch if promise is not None else 0,
+                "last": promise.last.offset if promise is not None else 0,
+                "committed": promise.committed if promise is not None else 0,
+            }
+        )
+    return {
+        "members": members,
+        "acks": configuration.acks,
+        "copies": configuration.copies,
+        "fence": configuration.fence,
+        "primary_address": node.primary_address,
     }
 
 

@@ -205,7 +205,8 @@ class Replaying:
             return named
         known = list(self._sources)
         own = self.node.address
-        for voter in self.engine.configuration.voters:
+        # Who is refused for good is to be told so, not to look elsewhere.
+        for voter in self.engine.configuration.voters if self._state != "refused" else ():
             if voter.address and voter.address not in known and voter.address != own and not voter.witness:
                 known.append(voter.address)
         return known[self._next_source % len(known)]

@@ -127,6 +127,7 @@ class Roles:
         shipping.retire(NotPrimary(f"this node follows {address}", primary_address=address, epoch=None))
         shipping.stop(STOP_S)
         replaying = self.be_follower((address,))
+        replaying.primary_address = address
         node.shipping = None
         replaying.start()
         node.tell(EventKind.FOLLOWER, address=address)
@@ -350,11 +351,14 @@ class Roles:
     def _renew(self) -> None:
         """A primary that was fenced for an epoch which began and came to nothing promotes itself anew.
 
-        Only a whole promotion will do, because a record of that epoch was seen. (Where none was, the primary
-        asks for promises by its streams: see ``Shipping``.)
+        Only a whole promotion will do where a record of that epoch was seen. Where none was, the primary asks
+        for promises by its streams.
         """
         shipping, options = self.node.shipping, self.node.options
-        if shipping is None or not shipping.replaced:
+        if shipping is None:
+            return
+        if not shipping.replaced:
+            shipping.renew(time.monotonic())
             return
         if shipping.superseded_s(time.monotonic()) < options.heartbeat_timeout_s:
             return

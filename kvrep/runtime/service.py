@@ -11,7 +11,14 @@ from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
 from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
-from kvrep.runtime.promoting import Force, answer_promise, answer_records, answer_standing
+from kvrep.runtime.promoting import (
+    Force,
+    answer_members,
+    answer_promise,
+    answer_records,
+    answer_standing,
+)
+from kvrep.runtime.reapplying import answer_changes, answer_reapply
 from kvrep.runtime.signal import Signal
 from kvrep.storage.digest import DIGEST_MODULUS
 from kvrep.storage.tree import digests_out
@@ -49,6 +56,9 @@ class NodeService:
             "standing": lambda request: answer_standing(self._node, request),
             "promise": lambda request: answer_promise(self._node, request),
             "records": lambda request: answer_records(self._node, request),
+            "members": lambda request: answer_members(self._node, request),
+            "changes": lambda request: answer_changes(self._node, request),
+            "reapply": lambda request: answer_reapply(self._node, request),
             "promote": self._promote,
             "switchover": self._switchover,
         }

@@ -243,7 +243,7 @@ class FollowerSession:
         elif isinstance(plan, Truncate | NeedBootstrap):
             plan = self._check_loss(hello, view) or plan
         if isinstance(plan, Superseded):
-            self._shipping.superseded(hello.store_id, plan.epoch, written=hello.last.epoch)
+            self._shipping.superseded(hello.store_id, plan.epoch, written=hello.last.epoch, follows=True)
             self.end(Refused(reason="superseded", message=f"epoch {plan.epoch} is newer", epoch=plan.epoch))
         elif isinstance(plan, Continue):
             self._welcome(plan, hello)

@@ -43,7 +43,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
-ASYNC_LINGER_S = 0.001
+ASYNC_LINGER_S = 0.003
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -84,6 +84,8 @@ class Shipping:
         self._superseded_s = 0.0
         self._superseded_address = ""
         """Where the node is that a higher epoch was promised to; empty when that is not known."""
+        self._led = False
+        """Whether an epoch of this role has begun: then it was replaced, not restarted."""
         self._held = False
         """Whether this node lacks what it had acknowledged: it never asks to be primary by itself."""
         self._replaced = False
@@ -211,7 +213,7 @@ class Shipping:
         :class:`Fenced` when a higher epoch was promised meanwhile.
         """
         self._hook()
-        self.forced = forced is not None
+        self.forced = forced is not None or unfenced  # with acks=0 an election drops what nobody else had
         self._begin(epoch, fenced, unfenced=unfenced or forced is not None, forced=forced, founding=founding)
 
     def hold(self, problem: str) -> None:
@@ -339,9 +341,19 @@ class Shipping:
             problem = self._ahead(promotion)
             if problem:
                 self._problem = problem
-                return
+                if (
+                    not self._led
+                    or member_of(promotion.answer(promotion.ahead[0]).last.epoch) == self._member()
+                ):
+                    return
+                # Its records are to be fetched, which only a whole promotion does: see Roles.
+                self._replaced, self._superseded_by = True, promotion.epoch
+                self._superseded_s = time.monotonic() - self.options.heartbeat_timeout_s
             self._promotion = None
-        self._begin_with(promotion, unfenced=False)
+        if problem:
+            self.node.roles.seek()
+        else:
+            self._begin_with(promotion, unfenced=False)
 
     def _begin_with(self, promotion: Promotion, *, unfenced: bool) -> None:
         """Begin, unless a higher epoch was promised meanwhile or the promise cannot be stored."""
@@ -458,7 +470,7 @@ class Shipping:
             raise
         with self._lock:
             self._problem = ""
-            self._open = True
+            self._open = self._led = True
             sessions = list(self._sessions.values())
         with self._acked:
             self._acked.notify_all()
@@ -474,10 +486,11 @@ class Shipping:
             self._complaints.add(text)
             log.error("%s", text)
 
-    def superseded(self, store_id: bytes, seen: int, *, written: int) -> None:
+    def superseded(self, store_id: bytes, seen: int, *, written: int, follows: bool = False) -> None:
         """A voter has promised epoch ``seen``, above ours, and holds records of epoch ``written``.
 
-        This node may not write any more. If no primary of that epoch shows itself, it begins again above it.
+        This node may not write any more. If no primary of that epoch shows itself, it begins again above it:
+        soon, if the epoch is the voter's own and it ``follows`` all the same, because then it has given up.
         """
         if not self._votes(store_id):
             log.warning("%s: a store that does not vote claims epoch %d; ours is %d",
@@ -491,11 +504,14 @@ class Shipping:
             self._superseded_address = ""
             if written > self.epoch and member_of(written) != self._member():
                 self._replaced = True
+            voter = self.engine.configuration.voter(store_id)
+            if follows and voter is not None and voter.member == member_of(seen):
+                self._superseded_s -= self.options.heartbeat_timeout_s
         log.warning("%s: fenced by epoch %d", self.node.label, seen)
         self._fence(seen, "")
         self.node.roles.seek()
 
-    def _renew(self, now: float) -> None:
+    def renew(self, now: float) -> None:
         """A voter promised a higher epoch in which nobody has written since: be primary above it."""
         with self._lock:
             seen = self._superseded_by
@@ -564,10 +580,13 @@ class Shipping:
         if self._announced < self.engine.tail.offset and self._joined:
             self.on_written()  # a follower joined while the group was written
         coordinator = self.node.coordinator
-        if coordinator is not None and not self.engine.configuration.synchronous:
+        if (
+            coordinator is not None
+            and not self.engine.configuration.synchronous
+            and time.monotonic() > coordinator.confirmed_until
+        ):
             # Cut off from most voters for too long, another node may be primary: acknowledge nothing more.
-            if time.monotonic() > coordinator.confirmed_until:
-                return tracker.committed
+            return tracker.committed
         with self._lock:
             return tracker.local_durable(durable)
 
@@ -976,7 +995,7 @@ class Shipping:
             if silent_s >= self.options.heartbeat_timeout_s:
                 session.end()
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
-        self._renew(now)
+        self.renew(now)
         if now >= self._unfenced_at and self._promotion is not None:
             self._begin_unfenced()
         self.slots.expire(connected)

@@ -27,7 +27,7 @@ from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
-from kvrep.storage.write import Write, complete_all
+from kvrep.storage.write import Write, complete_all, tell_again
 
 __all__ = ["Committer"]
 
@@ -129,6 +129,9 @@ class Committer:
         self._heir: Write | None = None
         # Held while committed records are published; orders them.
         self._publishing = threading.Lock()
+        # Writes that are committed and are being told so, by the id of their list.
+        self._telling: dict[int, list[Write]] = {}
+        self._told_slowly: set[int] = set()
         self._kick = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -218,6 +221,14 @@ class Committer:
         """Have written what an interrupted thread put in order or began, and left. From time to time."""
         if (self._ordered or self._group is not None) and not self.lead.locked():
             self.kick()
+        if self.pending:
+            self.commit_through(max(self.committed, self.rule(self.durable)))
+        left = self._telling.copy()
+        for key, writes in left.items():
+            if key in self._told_slowly:  # since the last look: nobody is at it any more
+                tell_again(writes)
+                self._telling.pop(key, None)
+        self._told_slowly = set(left)
 
     def place_error(self, owner: object) -> Error | None:
         """Why ``owner`` lost the place, if it was for another reason than its age."""
@@ -397,15 +408,16 @@ class Committer:
             return
         early = self.on_written
         log = self.log
-        if self.closed is not None and not group.written(log):
-            # What an interrupted leader has begun to write may be on the disk: it is written to its end.
-            if group.frames is None or self.failure is not None:
-                self._fail(group, self.closed)
-                return
+        # What an interrupted leader has begun to write may be on the disk: it is written to its end.
+        begun = group.frames is not None and self.failure is None
+        if self.closed is not None and not begun and not group.written(log):
+            self._fail(group, self.closed)
+            return
         try:
             if group.frames is None:
                 self._encode_group(group)
-            assert group.frames is not None and group.tail is not None
+            assert group.frames is not None
+            assert group.tail is not None
             if not group.written(log):
                 sync_now = self.sync and early is None
                 first = log.tail.offset + 1
@@ -456,6 +468,7 @@ class Committer:
             self.pending.extend(group.writes)
             self.pending_bytes += size
             self._queued_bytes -= group.queued_bytes
+            group.queued_bytes = 0  # an interrupt from here on has the group queued once more
         self._group = None
 
     def _failed(self, group: _Group, error: Exception) -> None:
@@ -567,7 +580,7 @@ class Committer:
         done: list[Write | Record] = []
         with self._publishing:
             pending, last = self.pending, self.committed
-            if offset <= last:
+            if offset <= last and not (pending and pending[0].offset <= last):
                 return
             size = 0
             fresh: list[Write | Record] = []
@@ -582,13 +595,19 @@ class Committer:
             if fresh:
                 self.view.publish(fresh)
                 self.committed = last
+            writes = [record for record in done if type(record) is Write]
+            key = id(writes)
+            if writes:
+                self._telling[key] = writes  # before they leave ``pending``, for look_after()
             for record in done:
                 pending.popleft()
                 if type(record) is Write:
                     size += record.size
             with self._order:
-                self.pending_bytes -= size
-        complete_all(record for record in done if type(record) is Write)
+                # What interrupts did to the count ends here.
+                self.pending_bytes = self.pending_bytes - size if pending else 0
+        complete_all(writes)
+        self._telling.pop(key, None)
         self.on_committed(self.committed)
 
     def append_records(

@@ -218,9 +218,9 @@ class Engine:
             before=self._before_flush,
             after=self._after_flush,
             tick=self._tick,
-            failed=lambda error: self._fail(error),
+            failed=self._fail,
             busy=self.committer.lead.locked,
-            flush_limit=lambda: self.flush_limit(),
+            flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
         )
 
     def _check_keyspaces(self, names: set[str]) -> None:
@@ -245,7 +245,7 @@ class Engine:
 
     def _note_special(self, record: Any) -> None:
         """Keep what records other than writes say about the log itself."""
-        if record.kind == Kind.WRITE or record.kind == Kind.DIGEST:
+        if record.kind in (Kind.WRITE, Kind.DIGEST):
             return
         payload = record.payload
         if record.kind == Kind.EPOCH:
@@ -446,9 +446,8 @@ class Engine:
             raise ProtocolError(f"record {first} is of epoch {records[0].epoch}, below {tail.epoch}")
         known = Kind.DIGEST
         for record in records:
-            if record.kind:
-                if record.kind > known:
-                    self._note_special(record)
+            if record.kind > known:
+                self._note_special(record)
         end = Tail(records[-1].offset, records[-1].epoch, running)
 
         def check() -> None:

@@ -87,10 +87,10 @@ class _Identity:
                 continue
             magic, sequence, length, check = self.HEAD.unpack_from(part)
             body = part[self.HEAD.size : self.HEAD.size + length]
-            if magic == self.MAGIC and len(body) == length and crc32(body, sequence & 0xFFFFFFFF) == check:
-                if sequence > self.sequence:
-                    self.sequence = sequence
-                    self.data = msgpack.unpackb(body)
+            whole = len(body) == length and crc32(body, sequence & 0xFFFFFFFF) == check
+            if magic == self.MAGIC and whole and sequence > self.sequence:
+                self.sequence = sequence
+                self.data = msgpack.unpackb(body)
         if not self.sequence:
             raise CorruptionError(
                 f"{self.path.name} is missing or damaged in both its copies",

@@ -11,6 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +76,13 @@ class SparseIndex:
         return self.ats[i - 1] if i else HEADER_BYTES
 
 
+_FIRST = attrgetter("first")
+
+
 class _Recent:
     """The newest records in memory, so that followers that keep up are served without reading files."""
 
-    __slots__ = ("_bytes", "_firsts", "_lock", "_runs", "_start")
+    __slots__ = ("_bytes", "_lock", "_runs", "_start")
 
     def __init__(self) -> None:
         # Protects the lists; held for a few list operations, never during I/O.
@@ -87,27 +91,25 @@ class _Recent:
 
     def clear(self) -> None:
         self._runs: list[Run] = []
-        self._firsts: list[int] = []
         self._start = 0
         self._bytes = 0
 
     def add(self, run: Run) -> None:
         with self._lock:
             self._runs.append(run)
-            self._firsts.append(run.first)
             self._bytes += len(run.data)
             while self._bytes > RECENT_BYTES_MAX and self._start < len(self._runs) - 1:
                 self._bytes -= len(self._runs[self._start].data)
                 self._runs[self._start] = _NOTHING
                 self._start += 1
             if self._start > 4096:
-                del self._runs[: self._start], self._firsts[: self._start]
-                self._start = 0
+                runs = self._runs[self._start :]
+                self._runs, self._start = runs, 0  # no call between, so that no interrupt comes between
 
     def bytes_after(self, offset: int) -> int | None:
         """Bytes of the records above ``offset``; ``None`` when not all of them are here."""
         with self._lock:
-            i = bisect_right(self._firsts, offset + 1, self._start) - 1
+            i = bisect_right(self._runs, offset + 1, self._start, key=_FIRST) - 1
             if i < self._start:
                 return None
             return sum(len(run.data) for run in self._runs[i:])
@@ -115,7 +117,7 @@ class _Recent:
     def read(self, first: int, bytes_max: int) -> Run | None:
         """Records from ``first`` on, if they are here: up to ``bytes_max``, but at least one."""
         with self._lock:
-            i = bisect_right(self._firsts, first, self._start) - 1
+            i = bisect_right(self._runs, first, self._start, key=_FIRST) - 1
             if i < self._start or self._runs[i].last < first:
                 return None
             run = self._runs[i]

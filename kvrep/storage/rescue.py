@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvrep.errors import CorruptionError
+from kvrep.errors import CorruptionError, ProtocolError
 from kvrep.model.codec import decode
 from kvrep.model.record import Record
 from kvrep.storage.log import Log
@@ -39,6 +39,9 @@ class RescueFile:
     reason: str
     time_s: float
     records: tuple[Record, ...]
+    lineage: str = ""
+    running_before: int = 0
+    """The running checksum before ``first``: whose log has the same one there shares the history till then."""
 
 
 def save_records(directory: Path, log: Log, first: int, last: int, *, lineage: bytes, reason: str) -> Path:
@@ -73,6 +76,21 @@ def load_rescue(path: Path) -> RescueFile:
     if len(raw) < _HEAD.size or raw[:8] != MAGIC:
         raise CorruptionError(f"{path.name} is not a rescue file")
     length = _HEAD.unpack_from(raw)[1]
-    header = json.loads(raw[_HEAD.size : _HEAD.size + length])
-    records, _ = decode(raw[_HEAD.size + length :], header["first"], header["running_before"])
-    return RescueFile(path, header["first"], header["last"], header["reason"], header["time"], tuple(records))
+    try:
+        header = json.loads(raw[_HEAD.size : _HEAD.size + length])
+        records, _ = decode(raw[_HEAD.size + length :], header["first"], header["running_before"])
+        found = RescueFile(
+            path,
+            header["first"],
+            header["last"],
+            header["reason"],
+            header["time"],
+            tuple(records),
+            header["lineage"],
+            header["running_before"],
+        )
+    except (ValueError, KeyError, TypeError, ProtocolError) as error:
+        raise CorruptionError(f"{path.name} is damaged: {error}") from error
+    if not records or records[-1].offset != found.last:
+        raise CorruptionError(f"{path.name} ends before record {found.last}")
+    return found

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from kvrep.model.position import Position
 from kvrep.model.sessions import Origin
 
-__all__ = ["Inbox", "Write", "complete_all"]
+__all__ = ["Inbox", "Write", "complete_all", "tell_again"]
 
 # Protects the callbacks of all writes; held for a few instructions, and only where there are callbacks.
 _callbacks_lock = threading.Lock()
@@ -108,9 +108,13 @@ class Write:
             self._call_back()
 
     def _call_back(self) -> None:
-        with _callbacks_lock:
-            callbacks, self._callbacks = self._callbacks, None
-        for callback in callbacks or ():
+        while True:
+            with _callbacks_lock:  # one by one, so that an interrupt loses none that was not called
+                callbacks = self._callbacks
+                if not callbacks:
+                    self._callbacks = None
+                    return
+                callback = callbacks.pop(0)
             callback(self)
 
 
@@ -133,3 +137,14 @@ def complete_all(writes: Iterable[Write], error: BaseException | None = None) ->
                 mail[inbox] = [write]
     for inbox, theirs in mail.items():
         inbox.deliver(theirs)
+
+
+def tell_again(writes: Iterable[Write]) -> None:
+    """Complete what :func:`complete_all` left, because an interrupt ended it. Who was told is told once more."""
+    for write in writes:
+        if not write.done:
+            write.complete()
+            continue
+        write.settle()
+        if write.inbox is not None:
+            write.inbox.deliver((write,))

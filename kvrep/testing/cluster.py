@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from kvrep.coordinators import Quorum
 from kvrep.errors import Error, PeerUnavailable, RefusedError
 from kvrep.model.position import Position
 from kvrep.status import Outcome
@@ -49,19 +50,38 @@ QUICK: dict[str, Any] = {
 """Options of test nodes, unless others are given: small files, and failures noticed soon."""
 
 Node = ClusterNode | str
+Coordinator = Callable[[dict[str, str]], Any] | Literal["auto", "quorum"] | None
 
 
 class NotPrivileged(Exception):
     """This fault needs root on this machine."""
 
 
+def _quorum(peers: dict[str, str]) -> Quorum:
+    return Quorum(peers=peers, heartbeat_interval_s=0.1, timeout_s=0.6, step_down_s=0.6)
+
+
+def _chosen(coordinator: Coordinator, nodes: int, acks: int | str) -> Callable[[dict[str, str]], Any] | None:
+    if coordinator == "auto":
+        return _quorum if nodes >= 3 and acks == "majority" else None
+    if coordinator == "quorum":
+        return _quorum
+    if coordinator is not None and not callable(coordinator):
+        raise ValueError(f'coordinator must be "auto", "quorum", None or a function, not {coordinator!r}')
+    return coordinator
+
+
 class Cluster:
-    """Nodes ``a``, ``b``, ``c`` …, of which ``a`` is the primary at first. Use it in a ``with`` block.
+    """Nodes ``a``, ``b``, ``c`` …, started empty. Use it in a ``with`` block.
 
     ``acks`` and all further ``options`` are those of :func:`kvrep.open`. With ``processes`` every node is a
     process, which SIGKILL and SIGSTOP can hit. ``disk_bytes`` gives every node a disk of its own of that
-    size (a tmpfs: needs root), which :meth:`fill_disk` can fill. ``coordinator`` makes, for the addresses of
-    all nodes by name, what is passed to each as ``coordinator=``; without one the first node stays primary.
+    size (a tmpfs: needs root), which :meth:`fill_disk` can fill.
+
+    ``coordinator`` says who becomes primary. ``"quorum"``: the nodes elect among themselves. ``None``: ``a``
+    is primary and stays it, until a test promotes another. A function gets the addresses of all nodes by
+    name and makes what is passed to each as ``coordinator=``. The default is ``"quorum"`` for three or more
+    nodes with ``acks="majority"``, as in the example on top of :mod:`kvrep.testing.plugin`, else ``None``.
     """
 
     def __init__(
@@ -71,7 +91,7 @@ class Cluster:
         nodes: int = 3,
         acks: int | str = "majority",
         processes: bool = False,
-        coordinator: Callable[[dict[str, str]], Any] | None = None,
+        coordinator: Coordinator = "auto",
         disk_bytes: int | None = None,
         seed: int = 0,
         timeout_s: float = TIMEOUT_S,
@@ -79,6 +99,7 @@ class Cluster:
     ) -> None:
         if not 1 <= nodes <= 26:
             raise ValueError("a cluster has 1 to 26 nodes")
+        chosen = _chosen(coordinator, nodes, acks)
         self.folder = folder
         self.seed = seed
         self.timeout_s = timeout_s
@@ -88,7 +109,7 @@ class Cluster:
         self._options = {**QUICK, **options}
         self._acks = acks
         self._processes = processes
-        self._coordinator = coordinator
+        self._coordinator = chosen
         self._disk_bytes = disk_bytes
         self._proxy = Proxy(seed=seed)
         self._nodes: dict[str, ClusterNode] = {}
@@ -105,9 +126,11 @@ class Cluster:
         try:
             for number in range(nodes):
                 self._new_node("abcdefghijklmnopqrstuvwxyz"[number])
-            self._start(self.nodes[0])
+            first = 0 if self._coordinator is not None else 1
+            for node in self.nodes[:first]:
+                self._start(node)
             with ThreadPoolExecutor(thread_name_prefix="kvrep-test-start") as pool:
-                list(pool.map(self._start, self.nodes[1:]))
+                list(pool.map(self._start, self.nodes[first:]))
             self.wait_until_ready()
         except BaseException:
             self.close()
@@ -203,16 +226,16 @@ class Cluster:
 
     def _start(self, node: ClusterNode) -> None:
         options = node.options
-        fresh = not (node.path / "STORE").exists()
+        for name in ("follow", "acks", "coordinator"):
+            options.pop(name, None)
         primary = self._primary()
-        options.pop("follow", None)
-        options.pop("acks", None)
         if self._coordinator is not None:
             options["coordinator"] = self._coordinator({n: f.address for n, f in self._fronts.items()})
-            options["acks"] = self._acks
-        elif node is not self.nodes[0] and (primary is not node):
-            options["follow"] = self._fronts[primary.name if primary else self.nodes[0].name].address
-        elif fresh:
+        elif primary is not None:
+            options["follow"] = self._fronts[primary.name].address
+        elif node is not self.nodes[0]:
+            options["follow"] = self._fronts[self.nodes[0].name].address
+        if "follow" not in options and not (node.path / "STORE").exists():
             options["acks"] = self._acks
         self.timeline.add(node.name, "starts")
         address = node.start()
@@ -222,7 +245,7 @@ class Cluster:
                 link.target = address
 
     def add_node(self, name: str | None = None, **options: Any) -> ClusterNode:
-        """Start one more node, a follower that becomes a voter once it has caught up."""
+        """Start one more node; it gets everything, and a vote once it has caught up."""
         name = name or next(n for n in "abcdefghijklmnopqrstuvwxyz" if n not in self._nodes)
         if name in self._nodes:
             raise ValueError(f"there is a node {name!r} already")
@@ -305,6 +328,11 @@ class Cluster:
         for link in self._links_of(name):
             link.reset()
         end()
+
+    def _stop_all(self) -> None:
+        """Close all nodes in order, at the same time: none is given the time to miss another."""
+        with ThreadPoolExecutor(thread_name_prefix="kvrep-test-stop") as pool:
+            list(pool.map(lambda node: self._end(node.name, node.stop), self.nodes))
 
     def restart(self, node: Node) -> ClusterNode:
         """Start a node again that was killed or stopped (a running one is stopped first)."""
@@ -554,8 +582,7 @@ class Cluster:
         violations += check_read_your_writes(direct) + check_monotonic_reads(
             o for o in operations if not o.lagging or o.node not in self._disturbed
         )
-        for node in self.nodes:
-            self._end(node.name, node.stop)
+        self._stop_all()
         for node in self.nodes:
             violations += self._check_offline(node, missing)
         return violations + [
@@ -581,9 +608,8 @@ class Cluster:
             return
         self._closed = True
         with _all_of_it() as attempt:
+            attempt(self._stop_all)
             attempt(self._proxy.close)
-            for node in self.nodes:
-                attempt(node.stop)
             attempt(self.timeline.close)
             for path in self._mounts:
                 attempt(lambda path=path: subprocess.run(["umount", "-l", str(path)], check=True))  # type: ignore[misc]

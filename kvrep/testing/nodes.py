@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from kvrep.coordination import make_coordinator
+from kvrep.coordinators import Etcd, Quorum
 from kvrep.errors import Error, PeerUnavailable
 from kvrep.model.position import Position
 from kvrep.options import Options
@@ -30,6 +32,8 @@ from kvrep.transport.interface import Connection, Server, Service, Transport
 __all__ = ["ClusterNode", "LocalNode", "ProcessNode", "open_offline"]
 
 START_S = 20.0
+_ROLE = ("listen", "advertise", "follow", "coordinator")
+"""Options that make a store more than one directory."""
 CALL_S = 10.0
 
 
@@ -159,7 +163,8 @@ class LocalNode(ClusterNode):
 
     def start(self) -> str:
         options = Options(**self.options)
-        node = Node.open(self.path, options, _Routed(_grpc(options), self._route))
+        transport = _Routed(_grpc(options), self._route)
+        node = Node.open(self.path, options, transport, make_coordinator=make_coordinator)
         self._store = Store(node)
         server: Any = node._server
         return str(server.address)
@@ -239,9 +244,7 @@ class LocalNode(ClusterNode):
 
 def open_offline(path: Path, options: dict[str, Any]) -> Store:
     """The store of a node that is down, opened without a role: nothing is served, followed or written."""
-    engine_options = Options(
-        **{k: v for k, v in options.items() if k not in ("listen", "advertise", "follow")}
-    )
+    engine_options = Options(**{k: v for k, v in options.items() if k not in _ROLE})
     engine = Engine.open(path, engine_options, lineage=b"")
     return Store(Node(engine, engine_options, None))
 
@@ -273,6 +276,8 @@ class ProcessNode(ClusterNode):
         for option, value in self.options.items():
             if option == "voter":
                 command += [] if value else ["--no-vote"]
+            elif option == "coordinator":
+                command += _coordinator_flags(value)
             elif value is not None:
                 command += [f"--{option.replace('_', '-')}", str(value)]
         process = subprocess.Popen(
@@ -424,6 +429,17 @@ class ProcessNode(ClusterNode):
 
     def resolve(self, position: Position) -> Outcome:
         return Outcome(self._call("resolve", position=str(position))["outcome"])
+
+
+def _coordinator_flags(coordinator: Quorum | Etcd) -> list[str]:
+    """As ``kvrep serve`` takes it; the times are those of the command."""
+    flags = [f"--priority={coordinator.priority}"]
+    if isinstance(coordinator, Etcd):
+        flags += [f"--cluster={coordinator.cluster}", *(f"--etcd={e}" for e in coordinator.endpoints)]
+    else:
+        flags += [f"--peer={name}={address}" for name, address in coordinator.peers.items()]
+        flags += ["--witness"] if coordinator.witness else []
+    return flags
 
 
 def _namespace(data: Any) -> Any:

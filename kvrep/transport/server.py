@@ -51,6 +51,8 @@ __all__ = ["FAULT_KEY", "SERVICE_NAME", "GrpcServer"]
 
 SERVICE_NAME = "kvrep.v1.Node"
 FAULT_KEY = "kvrep-fault-bin"
+ANSWERS_S = 0.25
+"""How long the answers of calls that have ended may take to leave, at a stop."""
 _REFUSALS = 4
 """Threads beyond streams and calls, so that a full server can still say so."""
 
@@ -180,6 +182,9 @@ class GrpcServer:
             ended = self._grpc.stop(timeout_s / 2)
             for context in endless:
                 context.cancel()
+            if self._calls_ended(deadline - timeout_s / 2):
+                # gRPC would give its whole grace to anybody who is connected and says nothing.
+                self._grpc.stop(min(ANSWERS_S, timeout_s / 4))
             ended.wait(timeout_s * 0.75)
         left = join_all(readers, deadline) + self._workers.stop(deadline)
         if left:
@@ -187,6 +192,13 @@ class GrpcServer:
             logging.getLogger("kvrep.transport").warning(
                 "%s: stopped, but still busy after %.1f s: %s", self._name, timeout_s, names
             )
+
+    def _calls_ended(self, deadline: float) -> bool:
+        """Take every slot for calls, for good: none is under way then, nor can another begin."""
+        for _ in range(self._max_calls):
+            if not self._call_slots.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return False
+        return True
 
     # --- the replication stream ---
 

@@ -316,7 +316,7 @@ def fill(path: Path) -> None:
             try:
                 written = ballast.write(bytes(4096))
             except OSError as error:
-                assert error.errno == errno.ENOSPC
+                assert error.errno == errno.ENOSPC  # noqa: PT017
                 return
             assert written
 

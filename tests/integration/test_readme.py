@@ -14,8 +14,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 
 def test_there_are_blocks_to_run() -> None:
-    """The README shows a store alone, a replicated one and an asynchronous one."""
-    assert len(BLOCKS) == 3
+    """The README shows a store alone, a replicated one, an asynchronous one and a failover."""
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

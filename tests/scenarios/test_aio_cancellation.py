@@ -246,7 +246,7 @@ def test_an_error_in_the_block_gives_the_place_back(store_path: Path) -> None:
                 await inside.wait()
                 raise LookupError
 
-            with pytest.raises(ExceptionGroup):  # noqa: PT012 - the group is what is tested
+            with pytest.raises(ExceptionGroup):
                 async with asyncio.TaskGroup() as group:
                     group.create_task(held())
                     group.create_task(failing())

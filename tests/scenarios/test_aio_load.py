@@ -525,7 +525,7 @@ def test_unfinished_writes_are_bounded(store_path: Path) -> None:
 
             def pipeline() -> None:
                 for i in range(1000):
-                    futures.append(db.submit_put(b"%04d" % i, b"v" * 1000))  # noqa: PERF401 - it raises
+                    futures.append(db.submit_put(b"%04d" % i, b"v" * 1000))
 
             with held(db._core.node.engine.committer.lead), pytest.raises(kvrep.Overloaded):
                 pipeline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -224,6 +225,8 @@ def test_writers_blocked_in_the_old_primary_learn_the_outcome(tmp_path: Path) ->
         second.start()
         until(lambda: a.status().last_offset > kept)
         assert not outcome
+        rolled: list[kvrep.Event] = []
+        a.on_rollback(rolled.append)
         b._node.roles.other_voters = list  # type: ignore[method-assign, assignment]
         b.promote(timeout_s=10.0)  # with its own promise, which is all that "all" needs; a is not asked
         role(a, Role.FOLLOWER)
@@ -234,6 +237,9 @@ def test_writers_blocked_in_the_old_primary_learn_the_outcome(tmp_path: Path) ->
             thread.join(WAIT_S)
         assert isinstance(outcome[b"kept"], kvrep.Position)
         assert isinstance(outcome[b"dropped"], kvrep.RolledBack)
+        until(lambda: len(rolled) == 1)
+        assert rolled[0].first <= outcome[b"dropped"].position.offset <= rolled[0].last
+        assert Path(rolled[0].path).exists()
         assert b.get(b"kept") == b"v"
         assert b.get(b"dropped") is None
         same(b, a, c)
@@ -509,6 +515,43 @@ def test_handles_survive_role_changes(tmp_path: Path) -> None:
         for store in (b, c):
             store.wait_for(a.position, WAIT_S)
             assert store.keyspace("users")[b"again"] == b"1"
+
+
+def test_asyncio_handles_survive_role_changes(tmp_path: Path) -> None:
+    """The asyncio face promotes, is told where to write when it is replaced, and hands over."""
+
+    async def run(leader: kvrep.aio.Store, b: kvrep.Store) -> None:
+        users = leader.keyspace("users")
+        await users.put(b"k", b"1")
+        await asyncio.to_thread(b.promote)
+        with pytest.raises(kvrep.RefusedError) as caught:
+            await users.put(b"k", b"2")
+        assert caught.value.primary_address == b.address
+        await asyncio.to_thread(put, b, b"n", b"1")
+        await leader.wait_for(b.position, WAIT_S)
+        assert await users.get(b"k") == b"1"
+        await leader.promote()
+        await asyncio.to_thread(until, lambda: not leader.status().not_writable)
+        await users.put(b"k", b"3")
+        await asyncio.to_thread(until, lambda: b.status().role is Role.FOLLOWER)
+        await asyncio.to_thread(b.wait_for, leader.position, WAIT_S)
+        assert b.keyspace("users")[b"k"] == b"3"
+        await asyncio.to_thread(until, lambda: leader._sync.switchover("b", dry_run=True) == ())
+        await leader.switchover("b")
+        assert b.status().role is Role.PRIMARY
+
+    async def main() -> None:
+        async with await kvrep.aio.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as a:
+            b = await asyncio.to_thread(
+                lambda: kvrep.open(tmp_path / "b", name="b", listen="127.0.0.1:0", follow=a.address, **FAST)
+            )
+            try:
+                await asyncio.to_thread(voters, a._sync, "a", "b")
+                await run(a, b)
+            finally:
+                await asyncio.to_thread(b.close)
+
+    asyncio.run(main())
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def measured(how: str, runs: int, names: str = "abc") -> tuple[list[float], list
             case "in":
                 for other in others:
                     group.cut(other, old.name, both=False)
-        assert group.until(lambda: group.acknowledged_after(moment, epoch), 10.0)  # noqa: B023
+        assert group.until(lambda: group.acknowledged_after(moment, epoch), 10.0)
         acknowledged.append(group.now - moment)
         primary.append(group.begun[-1][0] - moment)
     return primary, acknowledged

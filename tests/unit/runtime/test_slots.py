@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,16 @@ def test_the_slowest_decides_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_slots_are_kept_in_a_file(tmp_path: Path) -> None:
-    """A saved file gives the same slots again."""
+    """A saved file gives the same slots again; fields that this version does not know are skipped."""
     slots = noted(tmp_path / "SLOTS")
     slots.save(now=True)
 
     again = Slots(tmp_path / "SLOTS")
 
     assert again.all() == slots.all()
+    raw = json.loads((tmp_path / "SLOTS").read_bytes())
+    (tmp_path / "SLOTS").write_text(json.dumps([{**slot, "more": 1} for slot in raw]))
+    assert Slots(tmp_path / "SLOTS").all() == slots.all()
 
 
 def test_a_damaged_file_is_learned_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,9 @@ def test_a_snapshot_older_than_a_keyspace_reads_nothing_of_it(store_path: Path) 
             assert view.get(b"l") is None
 
 
-def test_a_point_read_while_a_flush_makes_its_keyspace(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_read_while_a_flush_makes_its_keyspace(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A read transaction from before the flush is never used with the database that the flush made."""
     with kvrep.open(store_path) as db:
         db.put(b"k", b"v")

@@ -59,22 +59,91 @@ def test_three_nodes_are_up_soon(kvrep_cluster: Make) -> None:
 
 
 def test_the_example(kvrep_cluster: Make) -> None:
-    """Kill the primary, start it again, and nothing that was acknowledged is lost."""
+    """Kill the primary, and another one has what was acknowledged; the old one comes back as a follower."""
     cluster = kvrep_cluster(nodes=3, acks="majority")
+    first = cluster.primary
     cluster.primary.put(b"k", b"v")
     cluster.kill(cluster.primary)
+
+    cluster.wait_for_primary()
+
+    assert cluster.primary.get(b"k") == b"v"
+    assert cluster.primary is not first
+    cluster.restart(first)
+    cluster.wait_until_ready()
+    cluster.assert_no_acknowledged_loss()
+    cluster.assert_converged()
+    assert first[b"k"] == b"v"
+    with pytest.raises(KeyError):
+        first[b"none"]
+
+
+def test_a_fixed_primary(kvrep_cluster: Make) -> None:
+    """Without a coordinator nobody takes over: the same node goes on where it was killed."""
+    cluster = kvrep_cluster(nodes=3, acks="majority", coordinator=None)
+    cluster.primary.put(b"k", b"v")
+    cluster.kill("a")
+    with pytest.raises(kvrep.PeerUnavailable):
+        cluster["a"].put(b"k", b"w")
     with pytest.raises(kvrep.PeerUnavailable):
         cluster.primary.put(b"k", b"w")
     with pytest.raises(TimeoutError, match="writable primary"):
         cluster.wait_for_primary(timeout_s=0.05)
 
     cluster.restart("a")
-    cluster.wait_for_primary()
 
-    assert cluster.primary.get(b"k") == b"v"
-    assert cluster.primary[b"k"] == b"v"
+    assert cluster.wait_for_primary().get(b"k") == b"v"
+    cluster.assert_converged()
+
+
+def test_promotion_by_hand(kvrep_cluster: Make) -> None:
+    """A test may promote a node itself; who is restarted afterwards follows the new primary."""
+    cluster = kvrep_cluster(nodes=3, acks="majority", coordinator=None)
+    cluster.primary.put(b"k", b"v")
+    cluster.assert_converged()
+    cluster.kill("a")
+    second = cluster["b"]
+    assert isinstance(second, LocalNode)
+    second.store.promote()
+    cluster.restart("c")
+    cluster.restart("a")
+
+    assert cluster.wait_for_primary() is second
+    cluster.wait_until_ready()
+    cluster.assert_converged()
+    assert cluster["a"].get(b"k") == b"v"
+
+
+def test_a_primary_that_is_cut_off_is_replaced(kvrep_cluster: Make) -> None:
+    """The majority elects another one; what clients were told holds across both, and after healing."""
+    cluster = kvrep_cluster(nodes=3, acks="majority", ack_timeout_s=1.0)
+    client = cluster.client("one")
+    client.put(b"k", b"1")
+    first = cluster.primary
+    cluster.partition(first)
+    with pytest.raises((kvrep.UnknownOutcome, kvrep.RefusedError)):
+        first.put(b"lost", b"x")
+    cluster.wait_until(lambda: cluster.primary is not first, "until another one is primary")
+    cluster.wait_for_primary()
+    client.put(b"k", b"2")
+    assert client.get(b"k") == b"2"
+
+    cluster.heal()
+    cluster.wait_until_ready()
+
     cluster.assert_no_acknowledged_loss()
     cluster.assert_converged()
+    assert first.get(b"k") == b"2"
+
+
+def test_coordinators_are_checked(tmp_path: Path) -> None:
+    """What is no coordinator is refused before anything is started."""
+    with pytest.raises(ValueError, match="coordinator"):
+        Cluster(tmp_path / "x", coordinator="fate")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 to 26"):
+        Cluster(tmp_path / "x", nodes=0)
+
+    assert not any(t.name.startswith("kvrep") for t in threading.enumerate())
 
 
 def test_a_killed_node_has_flushed_nothing(kvrep_cluster: Make) -> None:
@@ -113,7 +182,7 @@ def test_partitions(kvrep_cluster: Make) -> None:
 
 def test_a_primary_without_a_majority_takes_no_writes(kvrep_cluster: Make) -> None:
     """Cut off from both followers it refuses or leaves the outcome open, and goes on once healed."""
-    cluster = kvrep_cluster(acks="majority", ack_timeout_s=0.5)
+    cluster = kvrep_cluster(acks="majority", ack_timeout_s=0.5, coordinator=None)
     client = cluster.client("one")
     client.put(b"k", b"1")
     cluster.partition("a")
@@ -355,6 +424,26 @@ def test_processes(kvrep_cluster: Make) -> None:
         client.compare_and_set(b"k", expected=None, value=b"1")
     cluster.assert_no_acknowledged_loss()
     cluster.assert_converged()
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_replaced(kvrep_cluster: Make) -> None:
+    """While the primary's process stands still (SIGSTOP) the others elect; it wakes up as a follower."""
+    cluster = kvrep_cluster(nodes=3, acks="majority", processes=True, timeout_s=30.0)
+    client = cluster.client("one")
+    client.put(b"k", b"1")
+    first = cluster.primary
+    cluster.pause(first)
+    cluster.wait_for_primary()
+    client.put(b"k", b"2")
+
+    cluster.resume(first)
+    cluster.wait_until(lambda: cluster._status(first).role == "follower", "until the old primary follows")
+    cluster.wait_until_ready()
+
+    cluster.assert_no_acknowledged_loss()
+    cluster.assert_converged()
+    assert client.get(b"k") == b"2"
 
 
 @pytest.mark.slow

@@ -1,15 +1,17 @@
 """What only the gRPC transport can get wrong: strangers, exits and leftovers."""
 
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
 import grpc
 import pytest
 
-from kvrep.errors import ProtocolError
+from kvrep.errors import Error, ProtocolError
 from kvrep.transport.client import GrpcConnection
 from kvrep.transport.interface import StreamEnded
 from kvrep.transport.server import SERVICE_NAME, GrpcServer
@@ -76,6 +78,19 @@ def test_another_service_at_the_address() -> None:
             connection.call("status", {}, 5)
         connection.close()
         stranger.stop(None)
+
+
+def test_an_idle_stranger_does_not_delay_the_stop(server: GrpcServer) -> None:
+    """Whoever connects and says nothing, such as a port scanner, costs a stop none of its grace."""
+    host, _, port = server.address.rpartition(":")
+    connection = GrpcConnection(server.address, name="b")
+    with socket.create_connection((host, int(port))):
+        with pytest.raises(Error):
+            connection.call("x", {}, 5.0)  # the connections before it are accepted by now
+        began = time.monotonic()
+        server.stop(20.0)
+        assert time.monotonic() - began < 5.0
+    connection.close()
 
 
 def test_peer_is_a_plain_address(server: GrpcServer) -> None:
