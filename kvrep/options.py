@@ -36,6 +36,7 @@ class OpenOptions(TypedDict, total=False):
     voter: bool
     acks: Acks | None
     ack_timeout_s: float | None
+    degrade_after_s: float | None
     durability: Literal["sync", "os"]
     sync_interval_s: float
     create: bool
@@ -87,6 +88,10 @@ class Options:
     """Seeds the configuration of a new store (default 0); must agree with that of an old one."""
     ack_timeout_s: float | None = None
     """Seeds the configuration of a new store (default 5): how long a write waits for its acks."""
+    degrade_after_s: float | None = None
+    """Seeds the configuration of a new store (default 0, never): once too few voters have been there for so
+    long, writes are acknowledged without the copies that are missing, if most voters (a witness counts) agree
+    and remember it; loudly, see ``docs/failover.md``."""
     durability: Literal["sync", "os"] = "sync"
     """``"sync"``: a write that returned is flushed to the disk. ``"os"``: it is with the operating system."""
     sync_interval_s: float = 1.0
@@ -155,10 +160,12 @@ class Options:
         for low, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
-                if value is None and name == "ack_timeout_s":
+                if value is None and name in ("ack_timeout_s", "degrade_after_s"):
                     continue
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
                     _reject(name, value, f"a number of at least {low}")
+        if self.degrade_after_s:
+            self._check_degrading(self.degrade_after_s)
         if not 1 <= self.keyspaces_max <= 1024:
             _reject("keyspaces_max", self.keyspaces_max, "1 to 1024")
         if self.coordinator is not None:
@@ -185,6 +192,15 @@ class Options:
                     _reject(name, given, "a whole number")
             elif isinstance(given, float) and not 0 <= given < inf:
                 _reject(name, given, "a finite number")
+
+    def _check_degrading(self, given: float) -> None:
+        """Those who must remember that it happened are voters, and etcd is none."""
+        if given > 86_400:
+            _reject("degrade_after_s", given, "at most 86400 (a day)")
+        if self.acks == 0:
+            _reject("degrade_after_s", given, "together with acks= that waits for followers")
+        if isinstance(self.coordinator, Etcd):
+            _reject("degrade_after_s", given, "not together with kvrep.Etcd, which cannot remember it")
 
     def _check_coordinator(self) -> None:
         if not isinstance(self.coordinator, Quorum | Etcd):
@@ -223,7 +239,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
         "transaction_age_max_s", "close_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s",
         "reconnect_backoff_max_s",
     ),
-    0: ("retention_age_s", "retention_bytes"),
+    0: ("retention_age_s", "retention_bytes", "degrade_after_s"),
     1: ("value_bytes_max", "record_bytes_max", "followers_max", "readers_max"),
     64 * KIB: (
         "log_file_bytes", "memtable_bytes", "memtable_bytes_max", "uncommitted_bytes_max",

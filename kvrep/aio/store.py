@@ -201,6 +201,7 @@ class Store(Keyspace[bytes]):
         *,
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
+        degrade_after_s: float | None = None,
         priorities: Mapping[str, int] | None = None,
         addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
@@ -210,15 +211,20 @@ class Store(Keyspace[bytes]):
             lambda: self._sync.reconfigure(
                 acks=acks,
                 ack_timeout_s=ack_timeout_s,
+                degrade_after_s=degrade_after_s,
                 priorities=priorities,
                 addresses=addresses,
                 timeout_s=timeout_s,
             )
         )
 
-    async def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+    async def add_voter(
+        self, name: str, *, witness: bool = False, address: str | None = None, timeout_s: float = 10.0
+    ) -> Position:
         """As :meth:`kvrep.Store.add_voter`."""
-        return await self._core.call(lambda: self._sync.add_voter(name, timeout_s=timeout_s))
+        return await self._core.call(
+            lambda: self._sync.add_voter(name, witness=witness, address=address, timeout_s=timeout_s)
+        )
 
     async def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""

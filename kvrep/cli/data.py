@@ -25,6 +25,7 @@ The value is printed as it is, byte for byte (on a terminal followed by a line e
 examples:
   kvrep get 127.0.0.1:7400 greeting
   kvrep get 127.0.0.1:7401 greeting --at-least 1001:42    wait until this follower has that write
+  kvrep get 127.0.0.1:7401 greeting --linearizable        no older than any write that had returned
   kvrep get ./orders 6b6579 --hex                         a binary key, of a store on disk
   kvrep get 127.0.0.1:7400 photo > photo.jpg""",
     "put": """\
@@ -74,6 +75,8 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     else:
         parser.add_argument("--at-least", metavar="EPOCH:OFFSET", type=position,
                             help="wait until this node has that position")  # fmt: skip
+        parser.add_argument("--linearizable", action="store_true",
+                            help="show all that was acknowledged before, anywhere in the group")  # fmt: skip
     add_timeout(parser, 10.0, "how long to wait for the answer")
     add_security(parser)
     parser.set_defaults(command=name)

@@ -120,6 +120,8 @@ class Standing:
     promised_epoch: int = 0
     last: Position = ZERO
     """The last record that is durable here."""
+    lowered: Position = ZERO
+    """See :attr:`kvrep.replication.messages.Promise.lowered`."""
     primary_epoch: int = 0
     """The epoch in which this node is primary: its start is in the log and no higher promise was given."""
     able: bool = True
@@ -230,7 +232,7 @@ def enough_votes(rules: Iterable[Configuration], stores: set[bytes], *, permit: 
 def enough_fenced(rules: Iterable[Configuration], stores: set[bytes]) -> bool:
     """Whether ``stores`` hold F data voters under every rule."""
     return all(
-        sum(v.store_id in stores for v in rule.voters if not v.witness) >= rule.fence for rule in rules
+        sum(v.store_id in stores for v in rule.voters if v.counts) >= rule.fence for rule in rules
     )
 
 
@@ -514,7 +516,7 @@ class Election:
     def _could(self) -> bool:
         """Whether this node may become primary by itself, at some time."""
         own, voter = self.own, self.own.voter
-        return own.able and not own.witness and voter is not None and voter.priority >= 0
+        return own.able and not own.witness and voter is not None and voter.priority >= 0 and not voter.away
 
     def _barred(self, now: float) -> bool:
         return self._needs_permit and now >= self._permit_until
@@ -645,7 +647,9 @@ class Election:
 
     def _sufficient(self, stores: set[bytes], now: float) -> bool:
         rules = self.own.rules
-        if not enough_votes(rules, stores, permit=self._has_permit(now)):
+        # Who gives the permit stores nothing, so where most voters must know something it is no vote.
+        permit = self._has_permit(now) and not any(rule.degrade_after_s for rule in rules)
+        if not enough_votes(rules, stores, permit=permit):
             return False
         return enough_fenced((r for r in rules if r.synchronous), stores)
 
@@ -667,7 +671,7 @@ class Election:
         if self._gone and self.primary is not None and name == self.primary.name:
             return False
         voter = next((v for rule in self.own.rules for v in rule.voters if v.name == name), None)
-        return voter is not None and not voter.witness and voter.priority >= 0
+        return voter is not None and voter.counts and voter.priority >= 0
 
     def _why_not_enough(self) -> str:
         told = [f"{name}: {a.why}" for name, a in sorted(self._answers.items()) if not a.would and a.why]
@@ -684,6 +688,8 @@ class Election:
             return "this node is not a voter, and knows no primary"
         if not own.able:
             return "this node may not become primary by itself: its copy is not whole"
+        if own.voter.away:
+            return "the ack rule went on without this node, which may lack acknowledged records"
         if self._barred(now):
             return "another node has the key"
         return "this node's priority is below 0"
@@ -1018,6 +1024,8 @@ class Election:
             return False, f"{alive.name} is primary, and alive"
         if self._could and own.last > question.last:
             return False, f"this node holds {own.last}, the candidate {question.last}"
+        if own.lowered > question.last:
+            return False, f"records from {own.lowered} on were acknowledged without the candidate"
         return True, ""
 
     def _look_too(self, question: Question, now: float) -> list[Action]:
@@ -1121,6 +1129,6 @@ def _held_by_most(times: list[float]) -> float:
     return sorted(times, reverse=True)[len(times) // 2] if times else INFINITY
 
 
-def without_data(epoch: int) -> Promise:
+def without_data(epoch: int, lowered: Position = ZERO) -> Promise:
     """The promise of a witness: it binds like any other and says nothing of a log."""
-    return Promise(epoch=epoch, last=ZERO, committed=0, epochs=EpochTable())
+    return Promise(epoch=epoch, last=ZERO, committed=0, epochs=EpochTable(), lowered=lowered)

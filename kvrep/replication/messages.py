@@ -88,6 +88,9 @@ class Promise:
     last: Position
     committed: int
     epochs: EpochTable
+    lowered: Position = ZERO
+    """From that record on fewer copies may have been enough: whoever is promoted must hold it, or go on from
+    a later epoch. ``ZERO`` when this voter never agreed to such a thing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

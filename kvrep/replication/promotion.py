@@ -5,6 +5,10 @@ them, this node included, have promised this epoch, their logs together hold eve
 and nothing more can be committed below this epoch. The most up-to-date of them, compared as Raft does
 (epoch of the last record, then offset), holds all of it: this node takes over what it lacks, and only then
 appends its epoch start.
+
+Where the ack rule may go on without voters that are away, most voters have stored from which record on before
+the first such record is acknowledged. So a promotion needs the promises of most voters there, too, and one of
+them tells; whoever does not hold that record, nor one of a later epoch, is not promoted.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvrep.model.configuration import Configuration, Voter
-from kvrep.model.position import Position, epoch_after
+from kvrep.model.position import ZERO, Position, epoch_after
 from kvrep.replication.messages import Promise
 
 __all__ = ["Fetch", "Promotion"]
@@ -87,7 +91,7 @@ class Promotion:
     @property
     def ready(self) -> bool:
         """Whether the epoch start may be appended."""
-        return self.enough and not self.superseded and not self.ahead
+        return self.enough and not self.superseded and not self.ahead and not self.lacks
 
     @property
     def superseded(self) -> bool:
@@ -96,21 +100,40 @@ class Promotion:
 
     @property
     def enough(self) -> bool:
-        """Whether F data voters promised, under every configuration that may be in force."""
-        return all(self._count(rule, self._promised()) >= rule.fence for rule in self._rules)
+        """Whether F data voters promised, under every configuration that may be in force; and most voters,
+        where they may know of records that were acknowledged with fewer copies."""
+        return self._suffice(self._promised())
 
     @property
     def would_be_enough(self) -> bool:
-        """Whether F data voters answered at all; worth asking for promises."""
-        return all(self._count(rule, self._answers) >= rule.fence for rule in self._rules)
+        """Whether enough voters answered at all; worth asking for promises."""
+        return self._suffice(self._answers)
 
     @property
     def majority(self) -> bool:
         """Whether most voters promised, witnesses included; automatic promotions need this, too."""
-        promised = self._promised()
-        return all(
-            2 * sum(v.store_id in promised for v in rule.voters) > len(rule.voters) for rule in self._rules
-        )
+        return self._most(self._promised())
+
+    @property
+    def needs_majority(self) -> bool:
+        """Whether F data voters are not enough."""
+        return any(rule.degrade_after_s for rule in self._rules) or self.lowered > ZERO
+
+    @property
+    def lowered(self) -> Position:
+        """From which record on, by what anybody told, fewer copies may have been enough."""
+        return max(promise.lowered for promise in self._answers.values())
+
+    @property
+    def lacks(self) -> bool:
+        """Whether our log, as it is now, may lack records that were acknowledged with fewer copies."""
+        return self.own.last < self.lowered
+
+    @property
+    def would_lack(self) -> bool:
+        """The same, after fetching from the best of those that answered."""
+        voters = self._data_voters()
+        return max([self.own.last, *(p.last for v in voters if (p := self._answers.get(v.store_id)))]) < self.lowered
 
     @property
     def needed(self) -> int:
@@ -119,9 +142,12 @@ class Promotion:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The names of the data voters that have not promised."""
+        """The names of the voters that have not promised and whose promises would help."""
         promised = self._promised()
-        return tuple(v.name for v in self._data_voters() if v.store_id not in promised)
+        voters = self._data_voters()
+        if self.needs_majority and not self.majority:
+            voters = tuple({v.store_id: v for rule in self._rules for v in rule.voters}.values())
+        return tuple(v.name for v in voters if v.store_id not in promised)
 
     @property
     def promised(self) -> tuple[bytes, ...]:
@@ -176,6 +202,13 @@ class Promotion:
         found = {v.store_id: v for rule in self._rules for v in rule.voters if not v.witness}
         return tuple(found.values())
 
+    def _suffice(self, stores: dict[bytes, Promise]) -> bool:
+        fenced = all(self._count(rule, stores) >= rule.fence for rule in self._rules)
+        return fenced and (not self.needs_majority or self._most(stores))
+
+    def _most(self, stores: dict[bytes, Promise]) -> bool:
+        return all(2 * sum(v.store_id in stores for v in r.voters) > len(r.voters) for r in self._rules)
+
     @staticmethod
     def _count(rule: Configuration, stores: dict[bytes, Promise]) -> int:
-        return sum(v.store_id in stores for v in rule.voters if not v.witness)
+        return sum(v.store_id in stores for v in rule.voters if v.counts)

@@ -53,6 +53,6 @@ class Rounds:
 
     def _count(self, number: int, rule: Configuration) -> int:
         """The data voters that have answered that round or a later one; this node is one of them."""
-        voters = (v.store_id for v in rule.voters if not v.witness)
+        voters = (v.store_id for v in rule.voters if v.counts)
         found = sum(i == self._self or self._answered.get(i, 0) >= number for i in voters)
         return found if rule.voters else 1

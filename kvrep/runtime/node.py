@@ -134,10 +134,19 @@ class Node:
         """A setting that contradicts the log's configuration stops the start."""
         stored, options = self.engine.configuration, self.options
         if self.engine.tail.offset == 0:
+            told = bool(options.sources) or options.coordinator is not None
+            if options.degrade_after_s and options.acks is None and not told:
+                raise ConfigurationMismatch(
+                    "degrade_after_s lowers an ack rule that waits for followers, and a new store has acks=0",
+                    option="degrade_after_s",
+                    given=options.degrade_after_s,
+                    hint='say acks="majority", too',
+                )
             return
         for name, given, kept in (
             ("acks", options.acks, stored.acks),
             ("ack_timeout_s", options.ack_timeout_s, stored.ack_timeout_s),
+            ("degrade_after_s", options.degrade_after_s, stored.degrade_after_s),
         ):
             if given is not None and given != kept:
                 raise ConfigurationMismatch(
@@ -255,6 +264,7 @@ class Node:
         seed = Configuration(
             acks=options.acks if options.acks is not None else 0,
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
+            degrade_after_s=options.degrade_after_s or 0.0,
         )
         return seed.with_voter(home.store_id, home.name, self.address)
 
@@ -279,6 +289,11 @@ class Node:
 
     def _on_rollback(self, first: int, last: int, path: Path, reason: str) -> None:
         self.tell(EventKind.ROLLED_BACK, first=first, last=last, path=str(path), reason=reason)
+
+    @property
+    def witness(self) -> bool:
+        """Whether this node votes without data."""
+        return self.coordinator is not None and self.coordinator.witness
 
     @property
     def closing(self) -> bool:
@@ -732,6 +747,25 @@ class Node:
         self.ack_timeout_s = self.engine.configuration.ack_timeout_s
         return write.position
 
+    def add_witness(self, name: str, address: str, timeout_s: float) -> Position:
+        """Make the node at ``address``, which was opened as a witness, a voter without data."""
+        if self.shipping is None:
+            self.engine.writable_as_primary()
+            raise ValueError("this store serves no other nodes; open it with listen=")
+        answer = self.roles.call(address, "standing", {}, timeout_s)
+        store_id, lineage = bytes(answer["store_id"]), bytes(answer["lineage"])
+        if str(answer["name"]) != name or not answer.get("witness"):
+            raise ValueError(f"the node at {address} is not a witness named {name!r}")
+        if lineage and lineage != self.engine.home.lineage:
+            raise ValueError(f"the witness at {address} belongs to another group")
+
+        def change(now: Configuration) -> Configuration:
+            if now.voter(store_id) is not None:
+                return now
+            return now.with_voter(store_id, name, address, witness=True)
+
+        return self.reconfigure(change, timeout_s)
+
     def add_voter(self, name: str, timeout_s: float) -> Position:
         """Make a known follower a voter, even one that was removed before."""
         shipping = self.shipping
@@ -767,6 +801,9 @@ class Node:
             durability=self.options.durability,
             voters=tuple(v.name or v.store_id.hex()[:8] for v in configuration.voters),
             copies=configuration.copies_wanted,
+            away=tuple(v.name or v.store_id.hex()[:8] for v in configuration.away),
+            unprotected=configuration.unprotected,
+            degrade_after_s=configuration.degrade_after_s,
             not_writable=self._not_writable(),
             primary_address=self.primary_address,
             followers=self.shipping.followers() if self.shipping is not None else (),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, ReplicationError, UnsafePromotion
 from kvrep.model.configuration import Acks, Configuration, Voter
-from kvrep.model.position import EpochTable, Position, epoch_after
+from kvrep.model.position import ZERO, EpochTable, Position, epoch_after
 from kvrep.replication.messages import Promise
 from kvrep.replication.promotion import Fetch, Promotion
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Force",
     "Peer",
+    "answer_lower",
     "answer_members",
     "answer_promise",
     "answer_records",
@@ -105,6 +106,8 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
             told = _promotion(node, effective, rules, node.next_epoch(seen), peers)
             if not told.would_be_enough:
                 raise _unsafe(node, told, answered=len(peers) + 1)
+            if told.would_lack:
+                raise _lacking(node, told)
             seen = max(seen, told.highest_seen)
         epoch = node.next_epoch(seen)
         with roles.standing_still():
@@ -136,6 +139,9 @@ def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configur
     if voter is None or voter.witness:
         text = f"{node.label} is not a data voter of its group"
         hint = "promote one of the voters that status() lists"
+    elif voter.away:
+        text = f"the ack rule went on without {node.label}, which may lack acknowledged records"
+        hint = "let it catch up, or promote another voter"
     elif node.engine.tail.offset < home.vote_floor:
         text = f"{node.label} has confirmed records up to {home.vote_floor} and does not hold them any more"
         hint = "let it catch up, or promote another voter"
@@ -193,7 +199,8 @@ def _forced_configuration(node: Node, effective: Configuration, force: Force) ->
                          f" {', '.join(v.name for v in effective.voters)}")  # fmt: skip
     voters = tuple(v for v in effective.voters if v.name in names)
     acks = force.acks if force.acks is not None else (effective.acks if len(voters) > 1 else 0)
-    return replace(effective, voters=voters, acks=acks)
+    degrade_after_s = effective.degrade_after_s if acks else 0.0
+    return replace(effective, voters=voters, acks=acks, degrade_after_s=degrade_after_s).with_all_copies()
 
 
 def _promotion(
@@ -292,6 +299,7 @@ def _peer(voter: Voter, answer: Mapping[str, Any]) -> Peer:
             last=Position(*(int(n) for n in answer["last"])),
             committed=int(answer["committed"]),
             epochs=EpochTable((int(e), int(f)) for e, f in answer["epochs"]),
+            lowered=Position(*(int(n) for n in answer.get("lowered", ZERO))),
         )
         return Peer(
             voter,
@@ -312,13 +320,28 @@ def _unsafe(node: Node, promotion: Promotion, *, answered: int) -> UnsafePromoti
         if configuration.synchronous
         else "with acks=0 nobody can know what only the old primary holds"
     )
+    most = " and most voters" if promotion.needs_majority else ""
+    mute = [v.name for v in node.roles.other_voters() if v.name in names and not v.address]
+    if mute:
+        lost += f"; {', '.join(mute)} cannot be asked, being opened without listen="
     return UnsafePromotion(
-        f"{promotion.needed} data voters must promise, {answered} answered; missing: {', '.join(names)};"
+        f"{promotion.needed} data voters{most} must promise, {answered} answered; missing: {', '.join(names)};"
         f" {lost}",
         hint="start or reach the missing voters, or accept the loss with promote(force=True, …)",
         missing=names,
         needed=promotion.needed,
         answered=answered,
+    )
+
+
+def _lacking(node: Node, promotion: Promotion) -> UnsafePromotion:
+    return UnsafePromotion(
+        f"records from {promotion.lowered} on were acknowledged with fewer copies than the rule asks for, and"
+        f" neither {node.label}, which ends at {promotion.own.last}, nor any other that answered holds them",
+        hint="start the node that was primary then, or accept the loss with promote(force=True, …)",
+        missing=promotion.missing,
+        needed=promotion.needed,
+        answered=len(promotion.promised),
     )
 
 
@@ -359,6 +382,8 @@ def fetch_all(
                 promotion.learned(configuration)
         if not forced and not promotion.enough:
             raise _unsafe(node, promotion, answered=len(promotion.promised))
+    if promotion.lacks and not forced:
+        raise _lacking(node, promotion)
 
 
 def _check_fetch(node: Node, promotion: Promotion, fetch: Fetch, *, forced: bool) -> None:
@@ -393,6 +418,7 @@ def promise_of(node: Node, epoch: int) -> Promise:
         last=Position(tail.epoch, tail.offset),
         committed=engine.committer.committed,
         epochs=engine.epochs,
+        lowered=engine.home.lowered,
     )
 
 
@@ -409,9 +435,11 @@ def answer_standing(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         "last": list(promise.last),
         "committed": promise.committed,
         "epochs": [list(entry) for entry in promise.epochs],
+        "lowered": list(promise.lowered),
         "primary_epoch": node.primary_epoch,
         "primary_address": node.primary_address,
         "fenced": node.fenced,
+        "witness": node.witness,
     }
 
 
@@ -437,6 +465,7 @@ def answer_members(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
                 "member": voter.member,
                 "priority": voter.priority,
                 "witness": voter.witness,
+                "away": voter.away,
                 "answered": promise is not None,
                 "role": role if promise is not None else "no answer",
                 "epoch": promise.last.epoch if promise is not None else 0,
@@ -468,10 +497,7 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         lineage = bytes(request["lineage"])
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a request for a promise: {error}") from error
-    if lineage != home.lineage or not any(c.voter(asker) for _, c in engine.configurations[-8:]):
-        raise NotPrimary(
-            "a promise is given to voters of the same store only", primary_address=None, epoch=None
-        )
+    _need_voter(node, asker, lineage)
     if engine.tail.offset < home.vote_floor:
         raise ProtocolError(f"this node lacks records that it has confirmed (up to {home.vote_floor})")
     with engine.committer.lead:
@@ -486,6 +512,36 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
             epoch + 1
         )  # this very epoch is another's, as only a copied member number makes it
     return answer
+
+
+def _need_voter(node: Node, asker: bytes, lineage: bytes) -> None:
+    """Refuse strangers. (A witness has no log that tells who votes.)"""
+    known = node.witness or any(c.voter(asker) for _, c in node.engine.configurations[-8:])
+    if lineage != node.engine.home.lineage or not known:
+        raise NotPrimary(
+            "a promise is given to voters of the same store only", primary_address=None, epoch=None
+        )
+
+
+def answer_lower(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Durably note that from a record on fewer copies are enough, for the primary of that record's epoch.
+
+    That is a promise of its epoch, too. Where a higher one was promised nothing is noted, as the answer shows.
+    """
+    home = node.engine.home
+    try:
+        position = Position(int(request["epoch"]), int(request["offset"]))
+        asker, lineage = bytes(request["store_id"]), bytes(request["lineage"])
+        address = str(request["address"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"not a request to go on with fewer copies: {error}") from error
+    _need_voter(node, asker, lineage)
+    with node.engine.committer.lead:
+        if position.epoch > home.promised_epoch:
+            home.promise(position.epoch, asker)
+            node.roles.promised(position.epoch, "" if node.witness else address)
+        home.lower(position)
+    return answer_standing(node, {})
 
 
 def answer_records(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -479,6 +479,7 @@ class Replaying:
                 last=Position(tail.epoch, tail.offset),
                 committed=engine.committer.committed,
                 epochs=engine.epochs,
+                lowered=engine.home.lowered,
             )
         if reply:
             stream.send(answer)

@@ -14,6 +14,7 @@ from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
 from kvrep.runtime.promoting import (
     Force,
     answer_members,
+    answer_lower,
     answer_promise,
     answer_records,
     answer_standing,
@@ -55,6 +56,7 @@ class NodeService:
             "read_position": self._read_position,
             "standing": lambda request: answer_standing(self._node, request),
             "promise": lambda request: answer_promise(self._node, request),
+            "lower": lambda request: answer_lower(self._node, request),
             "records": lambda request: answer_records(self._node, request),
             "members": lambda request: answer_members(self._node, request),
             "changes": lambda request: answer_changes(self._node, request),
@@ -236,7 +238,7 @@ class NodeService:
         self._node.freshen(
             _position(request.get("at_least")),
             request.get("max_staleness_s"),
-            5.0,
+            5.0 if request.get("timeout_s") is None else _timeout(request),
             request.get("consistency"),
         )
         prefix = bytes(request.get("prefix") or b"")

@@ -259,7 +259,7 @@ class Engine:
                 hint="upgrade this node first",
             )
         if record.offset > self.configurations[-1][0]:
-            self.configurations.append((record.offset, Configuration.from_wire(payload)))
+            self.configurations.append((record.offset, Configuration.from_wire(payload).at(record.offset)))
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ class Engine:
             self.branches = [b for b in self.branches if b[0] <= last]
             self._note_branch(offset, payload["branch"])
             self.configurations = [c for c in self.configurations if c[0] <= last] or self.configurations[:1]
-            self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
+            self.configurations.append((offset, Configuration.from_wire(payload["configuration"]).at(offset)))
             committer.write_group()
         if write.error is not None:
             raise again(write.error) if isinstance(write.error, Error) else write.error
@@ -374,7 +374,7 @@ class Engine:
     def _on_special(self, write: Write, offset: int) -> None:
         """A configuration is in the log: it is in force from here on, if not yet committed."""
         if write.kind == Kind.CONFIGURATION and offset > self.configurations[-1][0]:
-            configuration = Configuration.from_wire(write.payload)
+            configuration = Configuration.from_wire(write.payload).at(offset)
             self.configurations.append((offset, configuration))
             self.on_configuration(offset, configuration)
 

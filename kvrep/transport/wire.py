@@ -34,7 +34,7 @@ from google.protobuf.message import DecodeError
 
 from kvrep._pb import wire_pb2 as pb
 from kvrep.errors import ProtocolError
-from kvrep.model.position import OFFSET_MAX, EpochTable, Position
+from kvrep.model.position import OFFSET_MAX, ZERO, EpochTable, Position
 from kvrep.replication.messages import (
     Ack,
     Confirm,
@@ -188,6 +188,8 @@ def _encode_promise(m: Promise) -> pb.FromFollower:
     p.epoch, p.committed = m.epoch, m.committed
     _set_position(p.last, m.last)
     _set_epochs(p.epochs, m.epochs)
+    if m.lowered != ZERO:
+        _set_position(p.lowered, m.lowered)
     return out
 
 
@@ -532,6 +534,7 @@ def _decode_promise(m: pb.Promise) -> Promise:
         last=_position(m.last, "promise last"),
         committed=_number(m.committed, "promise committed"),
         epochs=_epochs(m.epochs, "promise epoch table"),
+        lowered=_position(m.lowered, "promise lowered"),
     )
 
 
