@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from kvrep.errors import ProtocolError
 from kvrep.model.position import OFFSET_MAX, Position
 
-__all__ = ["OUTCOMES_MAX", "SESSIONS_MAX", "Origin", "RequestId", "Sessions"]
+__all__ = ["OUTCOMES_MAX", "OUTCOMES_TOTAL_MAX", "SESSIONS_MAX", "Origin", "RequestId", "Sessions"]
 
 SESSIONS_MAX = 1024
 """Sessions that the table knows; the one that wrote longest ago (in log order) is forgotten first."""
 OUTCOMES_MAX = 1024
 """Writes of one session that may be without a known outcome at once, and that the table keeps."""
+OUTCOMES_TOTAL_MAX = 65_536
+"""Outcomes that the table keeps in all; it is written with every flush."""
 STORE_ID_BYTES = 16
 
 
@@ -84,11 +86,13 @@ class _Session:
 class Sessions:
     """Where forwarded writes were committed. Not thread-safe: it belongs to whoever publishes records."""
 
-    __slots__ = ("_sessions", "forgotten")
+    __slots__ = ("_sessions", "_total", "forgotten")
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[bytes, int], _Session] = {}
         """In the order of their newest record."""
+        self._total = 0
+        """Outcomes in all of them."""
         self.forgotten = 0
         """Of a session that is not in the table, nothing above this offset is in the log."""
 
@@ -101,15 +105,18 @@ class Sessions:
         session = self._sessions.pop(key, None)
         if session is None:
             session = _Session(self.forgotten, origin.floor, 0, {})
-        elif origin.floor > session.floor:
+        self._total -= len(session.outcomes)
+        if origin.floor > session.floor:
             session.floor = origin.floor
             session.outcomes = {n: p for n, p in session.outcomes.items() if n >= origin.floor}
         session.last = position.offset
         if origin.sequence >= session.floor:
             session.outcomes[origin.sequence] = position
+        self._total += len(session.outcomes)
         self._sessions[key] = session
-        if len(self._sessions) > SESSIONS_MAX:
+        while len(self._sessions) > SESSIONS_MAX or self._total > OUTCOMES_TOTAL_MAX:
             oldest = self._sessions.pop(next(iter(self._sessions)))
+            self._total -= len(oldest.outcomes)
             self.forgotten = max(self.forgotten, oldest.last)
 
     def note_all(self, records: Iterable[tuple[Origin, Position]]) -> None:
@@ -156,11 +163,12 @@ class Sessions:
         for store_id, session, blind, floor, last, outcomes in data["sessions"]:
             kept = {sequence: Position(epoch, offset) for sequence, epoch, offset in outcomes}
             table._sessions[(store_id, session)] = _Session(blind, floor, last, kept)
+            table._total += len(kept)
         return table
 
     def copy(self) -> Sessions:
         table = Sessions()
-        table.forgotten = self.forgotten
+        table.forgotten, table._total = self.forgotten, self._total
         table._sessions = {
             key: _Session(kept.blind, kept.floor, kept.last, dict(kept.outcomes))
             for key, kept in self._sessions.items()

@@ -147,7 +147,8 @@ class View:
                     self._rotate()
                     table, fresh, size, writes = self.tables[0], {}, 0, 0
             self._add(table, fresh, size, writes, records[-1].offset)
-            if len(table) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
+            entries = max(len(table), len(table.origins))
+            if entries >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
     def publish_write(self, write: Any) -> None:

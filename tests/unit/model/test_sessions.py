@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvrep.errors import ProtocolError
 from kvrep.model.position import Position
-from kvrep.model.sessions import OUTCOMES_MAX, SESSIONS_MAX, Origin, RequestId, Sessions
+from kvrep.model.sessions import OUTCOMES_MAX, OUTCOMES_TOTAL_MAX, SESSIONS_MAX, Origin, RequestId, Sessions
 
 STORE = b"s" * 16
 
@@ -44,6 +44,35 @@ def test_a_forgotten_session_is_not_taken_for_one_that_never_was() -> None:
     table.note(Origin(STORE, 3, 2, 1), Position(1001, 5000))
     assert not table.knows(STORE, 3, 1, 3), "the session is back, what it wrote before is not"
     assert table.knows(STORE, 3, 3, 5000)
+
+
+def test_all_outcomes_together_are_bounded() -> None:
+    """Sessions that keep very many outcomes each: the oldest are forgotten, whole, and the count stays right."""
+    table = Sessions()
+    sessions = OUTCOMES_TOTAL_MAX // OUTCOMES_MAX + 2
+    for number in range(sessions):
+        for i in range(OUTCOMES_MAX):
+            table.note(Origin(STORE, number, 1 + i, 1), Position(1001, number * OUTCOMES_MAX + i + 1))
+    assert len(table) == sessions - 2
+    assert table.forgotten == 2 * OUTCOMES_MAX
+    assert table.find(STORE, 1, 1) is None
+    assert table.find(STORE, 2, 1) == Position(1001, 2 * OUTCOMES_MAX + 1)
+    last = sessions * OUTCOMES_MAX
+    table.note(Origin(STORE, 2, OUTCOMES_MAX + 1, OUTCOMES_MAX + 1), Position(1001, last + 1))
+    for i in range(OUTCOMES_MAX - 1):  # the room that this floor made
+        table.note(Origin(STORE, 999, 1 + i, 1), Position(1001, last + 2 + i))
+    assert table.forgotten == 2 * OUTCOMES_MAX
+    assert len(table.copy()) == len(Sessions.from_wire(table.to_wire())) == sessions - 1
+
+
+def test_the_bytes_of_the_table() -> None:
+    """What is kept in LMDB beside the data: the same in every release."""
+    table = Sessions()
+    table.note(Origin(STORE, 5, 2, 1), Position(1001, 7))
+    assert msgpack.packb(table.to_wire()).hex() == (
+        "82a9666f72676f7474656e00a873657373696f6e73919600".replace("9196", "9196c410" + "73" * 16 + "05")
+        + "0107919302cd03e907"
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=60))
