@@ -38,6 +38,7 @@ from kvrep.replication.promotion import Promotion
 
 RESEND_S = 0.05
 SYNC_S = 0.001
+SILENCE_S = 0.5
 
 
 @dataclass
@@ -81,6 +82,8 @@ class Node:
     """The number of the join that is under way; only its answer counts."""
     short_since: float | None = None
     """The primary's: since when copies have been missing."""
+    heard: dict[bytes, float] = field(default_factory=dict)
+    """The primary's: when each follower last confirmed something; a follower's: its stream, under b""."""
 
     @property
     def last(self) -> Position:
@@ -263,7 +266,7 @@ class Group:
             node.up, node.paused, node.held = True, False, []
             node.committed, node.primary_epoch, node.tracker = 0, 0, None
             node.following, node.stream, node.streams, node.joining = None, 0, {}, 0
-            node.short_since = None
+            node.short_since, node.heard = None, {}
             node.election = Election(
                 self.settings,
                 node.standing(),
@@ -555,6 +558,8 @@ class Group:
 
     def resend(self, node: Node) -> None:
         """What a real shell does with its clocks: join again, ship again."""
+        if self.degrade_after_s:
+            self.drop_silent(node)
         if node.primary_epoch:
             for store_id in list(node.streams):
                 self.ship(node, store_id)
@@ -562,6 +567,16 @@ class Group:
         elif not node.stream and not node.joining:
             self.join(node)
         self.on(node, RESEND_S, lambda: self.resend(node))
+
+    def drop_silent(self, node: Node) -> None:
+        """Both ends of a stream take silence for its end."""
+        silent = [i for i, at in node.heard.items() if self.now - at > SILENCE_S]
+        for store_id in silent:
+            del node.heard[store_id]
+            if node.tracker is not None and node.streams.pop(store_id, None) is not None:
+                node.tracker.left(store_id)
+            elif not store_id:
+                node.stream = 0
 
     def join(self, node: Node) -> None:
         following = node.following
@@ -600,6 +615,7 @@ class Group:
                 assert primary.tracker is not None
                 primary.tracker.left(node.store_id)
                 primary.streams[node.store_id] = (node.name, number)
+                primary.heard[node.store_id] = self.now
                 self.on(primary, 0.0, lambda: self.ship(primary, node.store_id))
             return (primary.primary_epoch, primary.lineage, plan)
 
@@ -622,6 +638,7 @@ class Group:
                 self.give_promise(node, epoch, following.store_id)
                 node.lineage = lineage
                 node.stream, node.stream_epoch = number, epoch
+                node.heard[b""] = self.now
 
         def failed(why: WhyGone) -> None:
             if node.joining == number:
@@ -640,6 +657,7 @@ class Group:
         def arrive() -> None:
             if node.stream != number or node.promised > epoch or node.store_id != store_id:
                 return
+            node.heard[b""] = self.now
             mine = len(node.log)
             assert [e.epoch for e in entries[:mine]] == [e.epoch for e in node.log[: len(entries)]]
             node.log.extend(entries[mine:])
@@ -659,6 +677,7 @@ class Group:
         def acked(end: int) -> None:
             if primary.primary_epoch == epoch and primary.streams.get(store_id) == (name, number):
                 assert primary.tracker is not None
+                primary.heard[store_id] = self.now
                 self.commit(primary, primary.tracker.acked(store_id, end))
 
         self.send(primary, node, arrive)
@@ -693,7 +712,7 @@ class Group:
         if tracker.proposed is not None or tracker.committed < tracker.epoch_start:
             return
         for voter in tracker.configuration.away:
-            if voter.store_id in node.streams:
+            if voter.store_id in node.streams or voter.store_id == node.store_id:
                 self.restored += 1
                 self.propose(node, tracker, tracker.configuration.with_copy_of(voter.store_id))
                 return

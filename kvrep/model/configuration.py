@@ -156,9 +156,7 @@ class Configuration:
             raise ValueError(f"there is a voter named {name!r} already")
         if self.next_member >= EPOCH_MEMBERS:
             raise ValueError(f"all {EPOCH_MEMBERS - 1} member numbers are used up")
-        voter = Voter(
-            store_id=store_id, name=name, member=self.next_member, address=address, witness=witness
-        )
+        voter = Voter(store_id=store_id, name=name, member=self.next_member, address=address, witness=witness)
         removed = tuple(i for i in self.removed if i != store_id)
         return replace(self, voters=(*self.voters, voter), next_member=self.next_member + 1, removed=removed)
 
@@ -220,37 +218,45 @@ class Configuration:
     def from_wire(cls, data: Mapping[str, Any]) -> Configuration:
         """Read :meth:`to_wire`; :class:`ProtocolError` when it is something else."""
         try:
-            away = {bytes(i) for i in data.get("away", ())}
-            voters = tuple(_voter(*fields, away) for fields in data["voters"])
+            voters = tuple(_voter(*fields) for fields in data["voters"])
+            away = _stores(data, "away")
+            if away:
+                voters = tuple(replace(v, away=v.store_id in away) for v in voters)
             return cls(
                 acks=data["acks"],
                 ack_timeout_s=data["ack_timeout_ms"] / 1000,
                 voters=voters,
                 next_member=data["next_member"],
-                removed=tuple(bytes(i) for i in data.get("removed", ())),
+                removed=_stores(data, "removed"),
                 degrade_after_s=data.get("degrade_after_ms", 0) / 1000,
-                unprotected=tuple((int(f), int(t)) for f, t in data.get("unprotected", ())),
+                unprotected=tuple(_span(*span) for span in data.get("unprotected", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a configuration: {error}") from error
 
 
-def _voter(
-    store_id: Any, name: Any, member: Any, address: Any, priority: Any, witness: Any, away: Collection[bytes]
-) -> Voter:
+def _voter(store_id: Any, name: Any, member: Any, address: Any, priority: Any, witness: Any) -> Voter:
     """A voter from the wire; ``TypeError`` rather than a conversion when a field is something else."""
     fields = (store_id, name, member, address, priority, witness)
     if tuple(map(type, fields)) != (bytes, str, int, str, int, bool):
         raise TypeError(f"not a voter: {str(fields)[:80]}")
     return Voter(
-        store_id=store_id,
-        name=name,
-        member=member,
-        address=address,
-        priority=priority,
-        witness=witness,
-        away=store_id in away,
+        store_id=store_id, name=name, member=member, address=address, priority=priority, witness=witness
     )
+
+
+def _stores(data: Mapping[str, Any], name: str) -> tuple[bytes, ...]:
+    """Store ids from the wire, none if the field is missing."""
+    stores = tuple(data.get(name, ()))
+    if any(type(i) is not bytes for i in stores):
+        raise TypeError(f"{name}: not store ids")
+    return stores
+
+
+def _span(first: Any, last: Any) -> tuple[int, int]:
+    if type(first) is not int or type(last) is not int or last < _HERE:
+        raise TypeError(f"not a span: {str((first, last))[:80]}")
+    return first, last
 
 
 def check_acks(acks: object) -> None:

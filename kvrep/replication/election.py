@@ -231,9 +231,7 @@ def enough_votes(rules: Iterable[Configuration], stores: set[bytes], *, permit: 
 
 def enough_fenced(rules: Iterable[Configuration], stores: set[bytes]) -> bool:
     """Whether ``stores`` hold F data voters under every rule."""
-    return all(
-        sum(v.store_id in stores for v in rule.voters if v.counts) >= rule.fence for rule in rules
-    )
+    return all(sum(v.store_id in stores for v in rule.voters if v.counts) >= rule.fence for rule in rules)
 
 
 class Election:

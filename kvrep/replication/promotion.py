@@ -133,7 +133,10 @@ class Promotion:
     def would_lack(self) -> bool:
         """The same, after fetching from the best of those that answered."""
         voters = self._data_voters()
-        return max([self.own.last, *(p.last for v in voters if (p := self._answers.get(v.store_id)))]) < self.lowered
+        return (
+            max([self.own.last, *(p.last for v in voters if (p := self._answers.get(v.store_id)))])
+            < self.lowered
+        )
 
     @property
     def needed(self) -> int:

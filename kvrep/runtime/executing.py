@@ -110,8 +110,8 @@ class Forwarded:
 
         Raises :class:`NotPrimary` and other refusals that hold for all of them: then nothing of this attempt
         takes effect. Outcomes are ``("done", [epoch, offset])``, ``("refused", fault)``,
-        ``("pending", None)`` when the time was up first, and ``("forgotten", None)`` when it cannot be told any more whether an
-        earlier attempt was executed.
+        ``("pending", None)`` when the time was up first, and ``("forgotten", None)`` when it cannot be told any
+        more whether an earlier attempt was executed.
         """
         node = self._node
         deadline_s = time.monotonic() + _seconds(request)
@@ -300,7 +300,6 @@ class Forwarded:
 
     def _end(self, item: _Item | None, write: Write | _Answer, own: bool, deadline_s: float) -> _Answer:
         """Wait for its outcome."""
-        node = self._node
         if item is None or not isinstance(write, Write):
             assert not isinstance(write, Write)
             if item is not None and write[0] == "done" and item.payload:

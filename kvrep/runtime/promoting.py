@@ -139,9 +139,6 @@ def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configur
     if voter is None or voter.witness:
         text = f"{node.label} is not a data voter of its group"
         hint = "promote one of the voters that status() lists"
-    elif voter.away:
-        text = f"the ack rule went on without {node.label}, which may lack acknowledged records"
-        hint = "let it catch up, or promote another voter"
     elif node.engine.tail.offset < home.vote_floor:
         text = f"{node.label} has confirmed records up to {home.vote_floor} and does not hold them any more"
         hint = "let it catch up, or promote another voter"

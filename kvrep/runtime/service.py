@@ -13,8 +13,8 @@ from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
 from kvrep.runtime.promoting import (
     Force,
-    answer_members,
     answer_lower,
+    answer_members,
     answer_promise,
     answer_records,
     answer_standing,

@@ -773,7 +773,9 @@ class Shipping:
                 position=self.engine.committed_position,
                 hint='reconfigure(acks="majority"), or read without consistency="linearizable"',
             )
-        if not self.node.until(lambda: self._stopped or self._tracker is not tracker or self.started, deadline_s):
+        if not self.node.until(
+            lambda: self._stopped or self._tracker is not tracker or self.started, deadline_s
+        ):
             raise self._unconfirmed("the start of its epoch is not committed yet")
         with self._lock:
             rounds = self._rounds
@@ -929,6 +931,16 @@ class Shipping:
         log.info("%s: %s %s", self.node.label, hello.name, what)
         self.engine.committer.kick()
 
+    def _count_myself(self) -> None:
+        """A primary without whose copies the rule went on before, or was about to, has fetched all since."""
+        store_id = self.engine.home.store_id
+        with self._lock:
+            me = self.engine.configuration.voter(store_id)
+            if me is None or not me.away or not self._open or not self._may_configure():
+                return
+            self._configuring = self.engine.configure(self.engine.configuration.with_copy_of(store_id))
+        self.engine.committer.kick()
+
     # -- followers ---------------------------------------------------------------------------------
 
     def open_session(self, peer: str) -> FollowerSession:
@@ -1080,6 +1092,7 @@ class Shipping:
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
         self.renew(now)
         self.degrading.tick(now)
+        self._count_myself()
         if now >= self._unfenced_at and self._promotion is not None:
             self._begin_unfenced()
         self.slots.expire(connected)

@@ -55,7 +55,9 @@ def test_the_log_file_is_still_written_so(tmp_path: Path, name: str) -> None:
 
 def test_a_lowered_rule_is_read() -> None:
     """Who was away, from where on, and through which record: as the log says it."""
-    configurations = [Configuration.from_wire(payload).at(n) for n, (_, payload) in enumerate(FORWARDED, 1) if n > 3]
+    configurations = [
+        Configuration.from_wire(payload).at(n) for n, (_, payload) in enumerate(FORWARDED, 1) if n > 3
+    ]
     assert [(c.copies, c.unprotected) for c in configurations] == [(1, ((4, 0),)), (2, ((4, 4),))]
     assert [[v.name for v in c.away] for c in configurations] == [["b"], []]
     assert configurations[0].degrade_after_s == 1.5

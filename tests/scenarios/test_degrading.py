@@ -290,7 +290,9 @@ def test_a_voter_without_listen_is_named_in_the_error(tmp_path: Path) -> None:
             voters(a, "a", "m", "c")
             until(lambda: len(c.status().voters) == 3)
             a.close()
-            with pytest.raises(kvrep.UnsafePromotion, match="m cannot be asked, being opened without listen="):
+            with pytest.raises(
+                kvrep.UnsafePromotion, match="m cannot be asked, being opened without listen="
+            ):
                 c.promote(timeout_s=3.0)
         finally:
             mute.close()

@@ -146,8 +146,8 @@ def test_a_minority_does_not_lower_the_rule() -> None:
     """Without the witness and the other data node nobody agrees: writes stay unacknowledged."""
     group = Group(1, "abW", 1, degrade_after_s=0.5)
     leader = group.form()
-    for other in list(group.followers()):
-        group.cut(leader.name, other.name)
+    for name in group.nodes:
+        group.isolate(name)
     value = group.write(leader)
     group.run(10.0)
     assert not group.degraded
