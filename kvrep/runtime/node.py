@@ -780,7 +780,7 @@ class Node:
         """Where this node stands; cheap enough to ask once a second."""
         engine = self.engine
         home, state, committer = engine.home, engine.tree.state, engine.committer
-        configuration = engine.configuration
+        configuration, effective = engine.configuration, engine.configurations_in_force()[0]
         closed = engine.closed
         return Status(
             role=self.role,
@@ -800,9 +800,9 @@ class Node:
             ack_timeout_s=configuration.ack_timeout_s,
             durability=self.options.durability,
             voters=tuple(v.name or v.store_id.hex()[:8] for v in configuration.voters),
-            copies=configuration.copies_wanted,
-            away=tuple(v.name or v.store_id.hex()[:8] for v in configuration.away),
-            unprotected=configuration.unprotected,
+            copies=effective.copies_wanted,
+            away=tuple(v.name or v.store_id.hex()[:8] for v in effective.away),
+            unprotected=effective.unprotected,
             degrade_after_s=configuration.degrade_after_s,
             not_writable=self._not_writable(),
             primary_address=self.primary_address,
