@@ -505,6 +505,8 @@ class Group:
                 degrade_after_s=self.degrade_after_s,
             )
         if action.fenced:
+            if self.acks != 0:
+                node.committed = max(node.committed, promotion.committed)
             for offset, kept in self.ledger.items():
                 entry = node.log[offset - 1]
                 assert (entry.epoch, entry.value) == kept, f"committed {offset} is lost"

@@ -188,6 +188,11 @@ class Promotion:
         )
 
     @property
+    def committed(self) -> int:
+        """Through which offset those that promised know everything to be committed."""
+        return max(promise.committed for promise in self._promised().values())
+
+    @property
     def highest_seen(self) -> int:
         """The highest epoch that anybody promised or wrote in."""
         return max(max(p.epoch, p.last.epoch) for p in self._answers.values())

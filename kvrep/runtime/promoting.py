@@ -379,8 +379,12 @@ def fetch_all(
                 promotion.learned(configuration)
         if not forced and not promotion.enough:
             raise _unsafe(node, promotion, answered=len(promotion.promised))
-    if promotion.lacks and not forced:
+    if forced:
+        return
+    if promotion.lacks:
         raise _lacking(node, promotion)
+    if engine.configuration.synchronous:  # our log holds all that is committed, and they know more of it
+        engine.committer.commit_through(min(promotion.committed, engine.tail.offset))
 
 
 def _check_fetch(node: Node, promotion: Promotion, fetch: Fetch, *, forced: bool) -> None:

@@ -52,7 +52,7 @@ def test_alone_it_is_an_ordinary_read(tmp_path: Path) -> None:
 
 def test_without_enough_voters_it_refuses_in_time(tmp_path: Path) -> None:
     """The primary is cut off from both followers: ordinary reads go on, linearizable ones end at their deadline."""
-    with Cluster(tmp_path, acks="majority", heartbeat_timeout_s=60.0) as cluster:
+    with Cluster(tmp_path, acks="majority", coordinator=None, heartbeat_timeout_s=60.0) as cluster:
         a = cluster["a"]
         cluster["b"].wait_for(a.put(b"k", b"v"))
         cluster.partition(a, "b")
@@ -72,7 +72,7 @@ def test_without_enough_voters_it_refuses_in_time(tmp_path: Path) -> None:
 
 def test_a_stale_primary_refuses_when_it_wakes(tmp_path: Path) -> None:
     """Cut off for so long that another node was promoted and wrote: it never answers with its old state."""
-    with Cluster(tmp_path, acks="majority", heartbeat_timeout_s=60.0) as cluster:
+    with Cluster(tmp_path, acks="majority", coordinator=None, heartbeat_timeout_s=60.0) as cluster:
         a, b = cluster["a"], cluster["b"]
         a.put(b"k", b"old")
         cluster.partition(a)
