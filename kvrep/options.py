@@ -90,8 +90,8 @@ class Options:
     """Seeds the configuration of a new store (default 5): how long a write waits for its acks."""
     degrade_after_s: float | None = None
     """Seeds the configuration of a new store (default 0, never): once too few voters have been there for so
-    long, writes are acknowledged without the copies that are missing, if most voters (a witness counts) agree
-    and remember it; loudly, see ``docs/failover.md``."""
+    long, writes are acknowledged without the copies that are missing, if most voters (a witness or etcd counts)
+    agree and remember it; loudly, see ``docs/failover.md``."""
     durability: Literal["sync", "os"] = "sync"
     """``"sync"``: a write that returned is flushed to the disk. ``"os"``: it is with the operating system."""
     sync_interval_s: float = 1.0
@@ -165,7 +165,12 @@ class Options:
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
                     _reject(name, value, f"a number of at least {low}")
         if self.degrade_after_s:
-            self._check_degrading(self.degrade_after_s)
+            if self.degrade_after_s > 86_400:
+                _reject("degrade_after_s", self.degrade_after_s, "at most 86400 (a day)")
+            if self.acks == 0:
+                _reject(
+                    "degrade_after_s", self.degrade_after_s, "together with acks= that waits for followers"
+                )
         if not 1 <= self.keyspaces_max <= 1024:
             _reject("keyspaces_max", self.keyspaces_max, "1 to 1024")
         if self.coordinator is not None:
@@ -192,15 +197,6 @@ class Options:
                     _reject(name, given, "a whole number")
             elif isinstance(given, float) and not 0 <= given < inf:
                 _reject(name, given, "a finite number")
-
-    def _check_degrading(self, given: float) -> None:
-        """Those who must remember that it happened are voters, and etcd is none."""
-        if given > 86_400:
-            _reject("degrade_after_s", given, "at most 86400 (a day)")
-        if self.acks == 0:
-            _reject("degrade_after_s", given, "together with acks= that waits for followers")
-        if isinstance(self.coordinator, Etcd):
-            _reject("degrade_after_s", given, "not together with kvrep.Etcd, which cannot remember it")
 
     def _check_coordinator(self) -> None:
         if not isinstance(self.coordinator, Quorum | Etcd):

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, Unpack, overload
 
 from kvrep.codecs import BYTES, Codec
 from kvrep.coordination import make_coordinator
-from kvrep.coordinators import Etcd
 from kvrep.keyspace import Consistency, Keyspace, Snapshot
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
@@ -247,8 +246,6 @@ class Store(Keyspace[bytes]):
             return new
 
         change(self._node.engine.configuration)  # raises for what no configuration can say
-        if degrade_after_s and isinstance(self._node.options.coordinator, Etcd):
-            raise ValueError("degrade_after_s needs voters that remember it, and etcd is none")
         return self._node.reconfigure(change, timeout_s)
 
     def add_voter(

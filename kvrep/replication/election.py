@@ -32,7 +32,7 @@ from kvrep.model.configuration import Configuration, Voter
 from kvrep.model.position import EPOCH_MEMBERS, ZERO, EpochTable, Position, epoch_after
 from kvrep.replication.ballots import Answer, PrimarySeen, PromiseReply, PromiseRequest, Question
 from kvrep.replication.messages import Promise
-from kvrep.replication.promotion import Promotion
+from kvrep.replication.promotion import Promotion, most
 
 __all__ = [
     "Action",
@@ -221,12 +221,7 @@ Action = Ask | GivePromise | RequestPromises | BecomePrimary | FollowPrimary | S
 
 def enough_votes(rules: Iterable[Configuration], stores: set[bytes], *, permit: bool) -> bool:
     """Whether ``stores`` are most voters under every rule; a permit counts as one voter more."""
-    for rule in rules:
-        votes = sum(v.store_id in stores for v in rule.voters)
-        total = len(rule.voters)
-        if not (2 * votes > total or (permit and 2 * (votes + 1) > total + 1)):
-            return False
-    return True
+    return all(most(rule, stores, outside=permit) for rule in rules)
 
 
 def enough_fenced(rules: Iterable[Configuration], stores: set[bytes]) -> bool:
@@ -256,6 +251,8 @@ class Election:
         ``needs_permit``: stand only while :meth:`permit` allows it (an outside service decides who tries).
         """
         self.settings = settings
+        self.outside_epoch = 0
+        """The highest epoch that a service outside is known to have promised."""
         self.own = own
         self.peers = dict(peers)
         self.phase = Phase.FOLLOWING
@@ -645,9 +642,7 @@ class Election:
 
     def _sufficient(self, stores: set[bytes], now: float) -> bool:
         rules = self.own.rules
-        # Who gives the permit stores nothing, so where most voters must know something it is no vote.
-        permit = self._has_permit(now) and not any(rule.degrade_after_s for rule in rules)
-        if not enough_votes(rules, stores, permit=permit):
+        if not enough_votes(rules, stores, permit=self._has_permit(now)):
             return False
         return enough_fenced((r for r in rules if r.synchronous), stores)
 
@@ -770,7 +765,8 @@ class Election:
         own = self.own
         voter = own.voter
         assert voter is not None
-        seen = max([own.promised_epoch, own.last.epoch, *(a.promised_epoch for a in self._answers.values())])
+        told = (a.promised_epoch for a in self._answers.values())
+        seen = max([own.promised_epoch, own.last.epoch, self.outside_epoch, *told])
         return self._collect(now, epoch_after(seen, voter.member), ())
 
     def _collect(self, now: float, epoch: int, founding: tuple[Voter, ...]) -> list[Action]:
@@ -857,7 +853,7 @@ class Election:
             BecomePrimary(
                 epoch=self._wanted,
                 promotion=promotion,
-                fenced=promotion.enough,
+                fenced=promotion.fenced,
                 founding=self._founding,
                 addresses=addresses,
             )

@@ -13,13 +13,14 @@ them tells; whoever does not hold that record, nor one of a later epoch, is not 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvrep.model.configuration import Configuration, Voter
 from kvrep.model.position import ZERO, Position, epoch_after
 from kvrep.replication.messages import Promise
 
-__all__ = ["Fetch", "Promotion"]
+__all__ = ["Fetch", "Promotion", "most"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +34,16 @@ class Fetch:
     """We know records above ``after`` as committed. No full fence leads here; do not go on without force."""
 
 
+def most(rule: Configuration, stores: Collection[bytes], *, outside: bool) -> bool:
+    """Whether ``stores`` are most voters, where a service outside may count as one voter more."""
+    votes, total = sum(v.store_id in stores for v in rule.voters), len(rule.voters)
+    return 2 * votes > total or (outside and 2 * (votes + 1) > total + 1)
+
+
 class Promotion:
     """One attempt at one epoch. An answer above that epoch ends it: try again with ``next_epoch``."""
 
-    __slots__ = ("_answers", "_rules", "_self", "epoch", "own")
+    __slots__ = ("_answers", "_outside", "_rules", "_self", "epoch", "outside_votes", "own")
 
     def __init__(
         self,
@@ -46,11 +53,15 @@ class Promotion:
         own: Promise,
         *,
         proposed: tuple[Configuration, ...] = (),
+        outside_votes: bool = False,
     ) -> None:
         """``proposed`` are configurations in our log that are not known to be committed.
 
-        Records may have been committed under each of them, so each must be fenced.
+        Records may have been committed under each of them, so each must be fenced. ``outside_votes``: a
+        service that is no voter, such as etcd, can promise, too, and counts as one voter more.
         """
+        self._outside: Position | None = None
+        self.outside_votes = outside_votes
         self._self = store_id
         self._rules = [configuration]
         self._answers: dict[bytes, Promise] = {store_id: own}
@@ -70,6 +81,10 @@ class Promotion:
         before = self._answers.get(store_id)
         if store_id != self._self and (before is None or before.epoch <= promise.epoch):
             self._answers[store_id] = promise
+
+    def on_outside(self, lowered: Position) -> None:
+        """The service outside has promised this epoch, and tells what it was told before."""
+        self._outside = lowered
 
     def left(self, store_id: bytes) -> None:
         """A node cannot be reached any more. Its promise still binds it, so it still counts."""
@@ -102,17 +117,26 @@ class Promotion:
     def enough(self) -> bool:
         """Whether F data voters promised, under every configuration that may be in force; and most voters,
         where they may know of records that were acknowledged with fewer copies."""
-        return self._suffice(self._promised())
+        return self.fenced and (
+            not self.needs_majority or self._most(self._promised(), self._outside is not None)
+        )
+
+    @property
+    def fenced(self) -> bool:
+        """Whether F data voters promised, under every configuration that may be in force."""
+        return self._fence(self._promised())
 
     @property
     def would_be_enough(self) -> bool:
         """Whether enough voters answered at all; worth asking for promises."""
-        return self._suffice(self._answers)
+        return self._fence(self._answers) and (
+            not self.needs_majority or self._most(self._answers, self.outside_votes)
+        )
 
     @property
     def majority(self) -> bool:
         """Whether most voters promised, witnesses included; automatic promotions need this, too."""
-        return self._most(self._promised())
+        return self._most(self._promised(), outside=False)
 
     @property
     def needs_majority(self) -> bool:
@@ -122,7 +146,7 @@ class Promotion:
     @property
     def lowered(self) -> Position:
         """From which record on, by what anybody told, fewer copies may have been enough."""
-        return max(promise.lowered for promise in self._answers.values())
+        return max(self._outside or ZERO, *(promise.lowered for promise in self._answers.values()))
 
     @property
     def lacks(self) -> bool:
@@ -210,12 +234,12 @@ class Promotion:
         found = {v.store_id: v for rule in self._rules for v in rule.voters if not v.witness}
         return tuple(found.values())
 
-    def _suffice(self, stores: dict[bytes, Promise]) -> bool:
-        fenced = all(self._count(rule, stores) >= rule.fence for rule in self._rules)
-        return fenced and (not self.needs_majority or self._most(stores))
+    def _fence(self, stores: dict[bytes, Promise]) -> bool:
+        return all(self._count(rule, stores) >= rule.fence for rule in self._rules)
 
-    def _most(self, stores: dict[bytes, Promise]) -> bool:
-        return all(2 * sum(v.store_id in stores for v in r.voters) > len(r.voters) for r in self._rules)
+    def _most(self, stores: dict[bytes, Promise], outside: bool) -> bool:
+        """Any two such sets share a voter, or both have the word of the service outside."""
+        return all(most(rule, stores, outside=outside) for rule in self._rules)
 
     @staticmethod
     def _count(rule: Configuration, stores: dict[bytes, Promise]) -> int:

@@ -18,7 +18,8 @@ import time
 from typing import TYPE_CHECKING
 
 from kvrep.errors import ClosedError, Error
-from kvrep.model.position import Position
+from kvrep.model.position import ZERO, Position
+from kvrep.replication.promotion import most
 from kvrep.runtime.promoting import Peer, ask_all
 from kvrep.status import EventKind
 
@@ -78,7 +79,7 @@ class Degrading:
         """Why the rule stays as it is; empty when it changed, or nobody is missing any more."""
         shipping, roles, home = self._shipping, self._node.roles, self._node.engine.home
         epoch = shipping.epoch
-        problem = self._too_few(epoch, ask_all(roles, "standing", {}, deadline_s))
+        problem = self._too_few(epoch, ask_all(roles, "standing", {}, deadline_s), ZERO)
         if problem or not shipping.go_on_without():
             return problem
         while (offset := shipping.ready_without()) == 0:
@@ -95,22 +96,32 @@ class Degrading:
         }
         wanted = Position(epoch, offset)
         peers = [p for p in ask_all(roles, "lower", request, deadline_s) if p.promise.lowered >= wanted]
-        problem = self._too_few(epoch, peers)
+        problem = self._too_few(epoch, peers, wanted)
         if not problem:
             shipping.effect(epoch)
         return problem
 
-    def _too_few(self, epoch: int, peers: list[Peer]) -> str:
-        """Why those who answered, and this node, are not enough to go by; empty when they are."""
-        voters = self._node.engine.configuration.voters
+    def _too_few(self, epoch: int, peers: list[Peer], wanted: Position) -> str:
+        """Why those who answered, and this node, are not enough to go by; empty when they are.
+
+        Where they are not, but would be with one vote more, a service outside that votes is asked to note
+        ``wanted``, too.
+        """
+        configuration, coordinator = self._node.engine.configuration, self._node.coordinator
+        voters = configuration.voters
         for peer in peers:
             if peer.promise.epoch > epoch:
                 return f"{peer.voter.name} has promised epoch {peer.promise.epoch}"
         heard = {peer.voter.store_id for peer in peers} | {self._node.engine.home.store_id}
-        if 2 * sum(v.store_id in heard for v in voters) > len(voters):
+        if most(configuration, heard, outside=False):
             return ""
+        outside = ""
+        if coordinator is not None and coordinator.outside_votes:
+            if most(configuration, heard, outside=True) and coordinator.remember(epoch, wanted) is not None:
+                return ""
+            outside = f", {coordinator.status().kind}"
         names = ", ".join(v.name for v in voters if v.store_id not in heard)
-        return f"most voters must agree to go on with fewer copies, and these do not answer: {names}"
+        return f"most voters must agree to go on with fewer copies, and these do not answer: {names}{outside}"
 
     def stop(self, timeout_s: float) -> None:
         """What is under way has no effect any more."""

@@ -111,7 +111,11 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
             seen = max(seen, told.highest_seen)
         epoch = node.next_epoch(seen)
         with roles.standing_still():
-            promotion = _collect(roles, effective, rules, epoch, deadline_s)
+            try:
+                promotion = _collect(roles, effective, rules, epoch, deadline_s)
+            except Fenced as error:
+                seen = error.epoch
+                continue
             if promotion is not None and not promotion.superseded:
                 if not promotion.enough:
                     raise _unsafe(node, promotion, answered=len(promotion.promised))
@@ -165,7 +169,7 @@ def _promote_by_force(roles: Roles, force: Force, deadline_s: float) -> int:
         seen = max([node.next_epoch(seen), *(max(p.promise.epoch, p.promise.last.epoch) for p in peers)])
         epoch = epoch_after(seen, me.member)
         with roles.standing_still():
-            promotion = _collect(roles, node.engine.configuration, (), epoch, deadline_s)
+            promotion = _collect(roles, node.engine.configuration, (), epoch, deadline_s, outside=False)
             if promotion is None or promotion.superseded:
                 continue
             _fetch_what_can_be_had(roles, promotion, deadline_s)
@@ -204,7 +208,12 @@ def _promotion(
     node: Node, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, peers: list[Peer]
 ) -> Promotion:
     promotion = Promotion(
-        effective, node.engine.home.store_id, epoch, promise_of(node, epoch), proposed=rules
+        effective,
+        node.engine.home.store_id,
+        epoch,
+        promise_of(node, epoch),
+        proposed=rules,
+        outside_votes=node.coordinator is not None and node.coordinator.outside_votes,
     )
     for peer in peers:
         promotion.on_promise(peer.voter.store_id, peer.promise)
@@ -212,7 +221,13 @@ def _promotion(
 
 
 def _collect(
-    roles: Roles, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, deadline_s: float
+    roles: Roles,
+    effective: Configuration,
+    rules: tuple[Configuration, ...],
+    epoch: int,
+    deadline_s: float,
+    *,
+    outside: bool = True,
 ) -> Promotion | None:
     """Promise ``epoch`` ourselves, durably, then ask the others to; ``None`` if a higher one came between."""
     node = roles.node
@@ -234,7 +249,12 @@ def _collect(
         return promotion.enough or promotion.superseded
 
     peers = ask_all(roles, "promise", request, deadline_s, enough)
-    return _promotion(node, effective, rules, epoch, peers)
+    promotion = _promotion(node, effective, rules, epoch, peers)
+    if outside and promotion.needs_majority and not promotion.majority and node.coordinator is not None:
+        noted = node.coordinator.remember(epoch)
+        if noted is not None:
+            promotion.on_outside(noted)
+    return promotion
 
 
 def ask_all(
@@ -381,6 +401,8 @@ def fetch_all(
             raise _unsafe(node, promotion, answered=len(promotion.promised))
     if forced:
         return
+    if not promotion.enough:
+        raise _unsafe(node, promotion, answered=len(promotion.promised))
     if promotion.lacks:
         raise _lacking(node, promotion)
     if engine.configuration.synchronous:  # our log holds all that is committed, and they know more of it

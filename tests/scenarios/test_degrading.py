@@ -196,14 +196,12 @@ def test_never_by_default_and_never_with_acks_0(tmp_path: Path) -> None:
         voters(a, "a", "b")
         a.reconfigure(degrade_after_s=2.5)
         until(lambda: b.status().degrade_after_s == 2.5)
-    etcd = kvrep.Etcd(endpoints=["127.0.0.1:1"], cluster="c")
     for wrong in (
         {"acks": 0, "degrade_after_s": 1.0},
         {"degrade_after_s": 1.0},
         {"acks": 1, "degrade_after_s": -1},
         {"acks": 1, "degrade_after_s": "x"},
         {"acks": 1, "degrade_after_s": 1e9},
-        {"name": "a", "listen": "127.0.0.1:0", "degrade_after_s": 1.0, "coordinator": etcd},
     ):
         with pytest.raises(kvrep.ConfigurationMismatch, match="degrade_after_s"):
             kvrep.open(tmp_path / "wrong", **wrong)

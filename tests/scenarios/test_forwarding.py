@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -479,6 +480,54 @@ def test_closing_ends_what_waits(tmp_path: Path) -> None:
         with pytest.raises(kvrep.ClosedError):
             b.put(b"k", b"v")
         a._node.engine.committer.leave_place(owner, None)
+
+
+def test_pipelined_writes_that_this_node_does_not_get_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The primary answers, the records do not come: writers are refused at a bound, and go on when they do."""
+    monkeypatch.setattr("kvrep.runtime.forwarding.ANSWERED_MAX", 50)
+    patient = {"heartbeat_timeout_s": 60.0}
+    with group(tmp_path, names="ab", **patient) as (_, (a, b)), proxy(a.address) as way:
+        b.follow(way.address)
+        until(lambda: b._node.replaying.joined[0] == way.address)
+        b.put(b"k", b"v")
+        find = b._node.link.find
+        b._node.link.find = lambda deadline_s: find(deadline_s)._replace(address=a.address)
+        way.hold()
+        futures = []
+        with pytest.raises(kvrep.Overloaded):
+            for i in range(100_000):
+                futures.append(b.submit_put(b"k%d" % i, bytes(100)))
+                if len(futures) % 10 == 0:
+                    until(lambda: not b._node.forwarder._open)
+        assert 40 <= len(futures) <= 70
+        assert all(item.payload is None for item in b._node.forwarder._answered)
+        way.release()
+        positions = [future.result(WAIT_S) for future in futures]
+        assert positions == sorted(positions)
+        assert b.put(b"after", b"v") > positions[-1]
+
+
+def test_a_forked_child_may_not_forward(tmp_path: Path) -> None:
+    """The child of a fork has no thread that would send: ForkedError at once, not a wait."""
+    with group(tmp_path, names="ab") as (_, (_a, b)):
+        b.put(b"k", b"v")
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            told = b"nothing"
+            try:
+                b.put(b"k", b"w", timeout_s=20.0)
+            except BaseException as error:
+                told = type(error).__name__.encode()
+            os.write(write, told)
+            os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        with os.fdopen(read, "rb") as pipe:
+            assert pipe.read() == b"ForkedError"
+        b.put(b"k", b"x")
 
 
 # -- changes of roles ------------------------------------------------------------------------------
