@@ -58,6 +58,8 @@ log = logging.getLogger("kvrep.replication")
 
 BATCH_WRITES_MAX = 512
 BATCH_BYTES_MAX = 2 << 20
+ANSWERED_MAX = 10_000
+"""Writes that are committed at the primary and not visible here yet."""
 UNRESOLVED_MAX = 256
 """Writes of unknown outcome that ``resolve`` can still be asked for."""
 PAUSE_S = 0.02
@@ -149,6 +151,8 @@ class Forwarder:
                 raise ClosedError("the store is closed")
             if self._bytes + item.size > self._node.options.uncommitted_bytes_max and self._open:
                 raise Overloaded("more is on its way to the primary than uncommitted_bytes_max allows")
+            if len(self._answered) >= ANSWERED_MAX:
+                raise Overloaded("this node does not get what it has had committed at the primary")
             if self._next - self._floor() >= OUTCOMES_MAX:
                 self._make_room()
             item.sequence, self._next = self._next, self._next + 1
@@ -415,6 +419,7 @@ class Forwarder:
         with self._changed:
             for item in items:
                 self._close(item)
+                item.payload = None  # it is in the log; many may wait here for a stream that is down
                 if item.abandoned:
                     self._keep(item)  # until somebody asks what became of it
                 else:

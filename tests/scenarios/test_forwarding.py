@@ -488,7 +488,7 @@ def test_pipelined_writes_that_this_node_does_not_get_are_bounded(
     """The primary answers, the records do not come: writers are refused at a bound, and go on when they do."""
     monkeypatch.setattr("kvrep.runtime.forwarding.ANSWERED_MAX", 50)
     patient = {"heartbeat_timeout_s": 60.0}
-    with group(tmp_path, names="ab", **patient) as (_, (a, b)), proxy(a.address) as way:
+    with group(tmp_path, 0, names="ab", **patient) as (_, (a, b)), proxy(a.address) as way:
         b.follow(way.address)
         until(lambda: b._node.replaying.joined[0] == way.address)
         b.put(b"k", b"v")
@@ -497,7 +497,7 @@ def test_pipelined_writes_that_this_node_does_not_get_are_bounded(
         way.hold()
         futures = []
         with pytest.raises(kvrep.Overloaded):
-            for i in range(100_000):
+            for i in range(1000):
                 futures.append(b.submit_put(b"k%d" % i, bytes(100)))
                 if len(futures) % 10 == 0:
                     until(lambda: not b._node.forwarder._open)
