@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "run", "write"]
 
+HOPS_MAX = 3
+"""How often a write goes on to the primary that was named."""
+
 _EPILOGS = {
     "get": """\
 The value is printed as it is, byte for byte (on a terminal followed by a line end).
@@ -150,24 +153,25 @@ def _value(args: argparse.Namespace) -> bytes:
 
 
 def write(args: argparse.Namespace, ops: list[Op]) -> Position:
-    """Write to TARGET; where that is a follower, once more to the primary that it names."""
+    """Write to TARGET; where that is a follower, to the primary that it names, which may name a newer one."""
     from kvrep.cli.target import connect, open_writer
 
     target = open_writer(args)
-    try:
-        return target.write(ops)
-    except NotPrimary as error:
-        if not (args.follow_primary and error.primary_address):
-            raise
-        address = error.primary_address
-    finally:
-        target.close()
-    print(
-        f"kvrep {args.command}: {args.target} is a follower; writing to the primary at {address}",
-        file=sys.stderr,
-    )
-    with connect(args, address) as primary:
-        return primary.write(ops)
+    for hop in range(HOPS_MAX + 1):
+        try:
+            return target.write(ops)
+        except NotPrimary as error:
+            if not (args.follow_primary and error.primary_address) or hop == HOPS_MAX:
+                raise
+            address = error.primary_address
+        finally:
+            target.close()
+        print(
+            f"kvrep {args.command}: {args.target} is a follower; writing to the primary at {address}",
+            file=sys.stderr,
+        )
+        target = connect(args, address)
+    raise AssertionError("the last hop returns or raises")
 
 
 def _scan(args: argparse.Namespace) -> int:
