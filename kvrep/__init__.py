@@ -70,6 +70,7 @@ from kvrep.errors import StorageFailed as StorageFailed
 from kvrep.errors import StorageFull as StorageFull
 from kvrep.errors import StoreInUse as StoreInUse
 from kvrep.errors import TooOld as TooOld
+from kvrep.errors import TransactionConflict as TransactionConflict
 from kvrep.errors import TransactionExpired as TransactionExpired
 from kvrep.errors import Truncated as Truncated
 from kvrep.errors import UnknownOutcome as UnknownOutcome
@@ -89,6 +90,7 @@ from kvrep.model.configuration import Configuration as Configuration
 from kvrep.model.configuration import Voter as Voter
 from kvrep.model.event import Event as CloudEvent
 from kvrep.model.position import Position as Position
+from kvrep.model.sessions import RequestId as RequestId
 from kvrep.options import Options as Options
 from kvrep.status import Event as Event
 from kvrep.status import EventKind as EventKind
@@ -156,6 +158,7 @@ __all__ = [
     "RefusedError",
     "RejectedChange",
     "ReplicationError",
+    "RequestId",
     "Role",
     "RolledBack",
     "Snapshot",
@@ -169,6 +172,7 @@ __all__ = [
     "StoreInUse",
     "TooOld",
     "Transaction",
+    "TransactionConflict",
     "TransactionExpired",
     "Truncated",
     "UnknownOutcome",

@@ -19,11 +19,13 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from kvrep.codecs import BYTES, Codec
-from kvrep.errors import ClosedError, Error, Overloaded, TransactionExpired, again
+from kvrep.errors import ClosedError, Error, Overloaded, TransactionConflict, TransactionExpired, again
 from kvrep.model.position import Position
-from kvrep.model.record import Kind, Op, write_payload, writes_in
+from kvrep.model.record import Kind, write_payload, writes_in
 from kvrep.runtime.checks import check_headers, check_key, check_topic, check_value, prefix_stop
+from kvrep.runtime.forwarding import Forward, is_elsewhere
 from kvrep.runtime.node import Node
+from kvrep.runtime.reads import ReadSet, fresh_in, merged
 from kvrep.storage.view import Snapshot as PinnedView
 from kvrep.storage.write import Write
 
@@ -31,6 +33,8 @@ __all__ = ["Batch", "Keyspace", "Snapshot", "Transaction", "WriteFuture"]
 
 V = TypeVar("V")
 D = TypeVar("D")
+R = TypeVar("R")
+Consistency = Literal["local", "linearizable"]
 CLEAR_KEYS = 4096
 _MISSING: Any = object()
 
@@ -105,12 +109,14 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
     @overload
     def get(
         self, key: bytes, default: None = None, *, at_least: Position | None = None,
-        max_staleness_s: float | None = None, timeout_s: float | None = None,
+        max_staleness_s: float | None = None, consistency: Consistency = "local",
+        timeout_s: float | None = None,
     ) -> V | None: ...  # fmt: skip
     @overload
     def get(
         self, key: bytes, default: D, *, at_least: Position | None = None,
-        max_staleness_s: float | None = None, timeout_s: float | None = None,
+        max_staleness_s: float | None = None, consistency: Consistency = "local",
+        timeout_s: float | None = None,
     ) -> V | D: ...  # fmt: skip
     def get(
         self,
@@ -119,17 +125,24 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         *,
         at_least: Position | None = None,
         max_staleness_s: float | None = None,
+        consistency: Consistency = "local",
         timeout_s: float | None = None,
     ) -> Any:
         """The committed value of ``key``, or ``default``.
 
         ``at_least`` waits (up to ``timeout_s``, default 5) until this node has that position;
         ``max_staleness_s`` raises :class:`StaleRead` when a follower may be further behind than that.
+
+        ``consistency="linearizable"`` shows every write that had returned anywhere before this call: the
+        primary makes sure, through enough of its voters, that it still is the primary; a follower asks it and
+        waits for its answer's position (``timeout_s``, default the store's ``ack_timeout_s``).
+        :class:`StaleRead` or :class:`NotPrimary` when that cannot be had in time, and always with ``acks=0``
+        where there are followers.
         """
         if type(key) is not bytes:
             key = check_key(key)
-        if at_least is not None or max_staleness_s is not None:
-            self._node.freshen(at_least, max_staleness_s, timeout_s)
+        if at_least is not None or max_staleness_s is not None or consistency != "local":
+            self._node.freshen(at_least, max_staleness_s, timeout_s, consistency)
         value = self._node.engine.view.get(self._keyspace, self._prefix, key)
         if value is None:
             return default
@@ -168,13 +181,16 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         stop: bytes | None = None,
         reverse: bool = False,
         limit: int | None = None,
+        consistency: Consistency = "local",
     ) -> Iterator[tuple[bytes, V]]:
         """Pairs in key order (descending with ``reverse``) as of one position.
 
         ``start`` is included, ``stop`` is not, whatever the direction; both are whole keys and are
         combined with ``prefix``. The scan holds a snapshot until it ends or is dropped; past
-        ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`. ``consistency`` is that of :meth:`get`.
         """
+        if consistency != "local":
+            self._node.freshen(None, None, None, consistency)
         low, high = bounds(prefix, start, stop)
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit must be a number of pairs, not {limit!r}")
@@ -236,12 +252,21 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         self, timeout_s: float | None, acks: Any, level: Any, key: bytes, *value: V
     ) -> Position:
         """A put (with a value) or a delete, together with what was there."""
-        if acks is not None or level is not None:
-            self._node._check_more(acks, level)
+        more = acks is not None or level is not None
+        if more:
+            self._node.check_more(acks, level)
         deadline = self._node.deadline(timeout_s)
-        position = self._node.finish(self._order_noted(timeout_s, key, *value), timeout_s)
-        if acks is not None or level is not None:
-            self._node.await_position(position, acks, level, deadline)
+
+        def body(txn: Transaction[V]) -> None:
+            if value:
+                txn.put(key, value[0])
+            else:
+                txn.delete(key)
+
+        _, position = self._atomically(body, timeout_s)
+        assert position is not None
+        if more:
+            self._node.await_more(position, acks, level, deadline)
         return position
 
     def _order_noted(self, timeout_s: float | None, key: bytes, *value: V, wait: bool = True) -> Write:
@@ -307,8 +332,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     def __delitem__(self, key: bytes) -> None:
         """Remove a key that exists; ``KeyError`` if it does not."""
-        with self.transaction() as txn:
-            del txn[key]
+        self.pop(key)
 
     def compare_and_set(
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
@@ -318,16 +342,18 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
-        txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
-        with txn:
-            now = txn.get(key)
-            if now != expected:
-                return None
+
+        def swap(txn: Transaction[V]) -> bool:
+            if txn.get(key) != expected:
+                return False
             if value is None:
                 txn.delete(key)
             else:
                 txn.put(key, value)
-        return txn.position
+            return True
+
+        swapped, position = self._atomically(swap, timeout_s)
+        return position if swapped else None
 
     def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
@@ -335,31 +361,67 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
-        with self.transaction() as txn:
+
+        def store(txn: Transaction[V]) -> Any:
             value = txn.get(key)
             if value is not None:
                 return value
             txn.put(key, default)
-        return default
+            return default
+
+        return self._atomically(store)[0]
 
     def pop(self, key: bytes, default: Any = _MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
-        with self.transaction() as txn:
+
+        def take(txn: Transaction[V]) -> Any:
             value = txn.get(key)
             if value is not None:
                 txn.delete(key)
-                return value
+            return value
+
+        value = self._atomically(take)[0]
+        if value is not None:
+            return value
         if default is _MISSING:
             raise KeyError(key)
         return default
 
     def popitem(self) -> tuple[bytes, V]:
         """Remove and return the pair with the smallest key. Atomic."""
-        with self.transaction() as txn:
+
+        def take(txn: Transaction[V]) -> tuple[bytes, V] | None:
             for key, value in txn.scan(limit=1):
                 txn.delete(key)
                 return key, value
-        raise KeyError("the keyspace is empty")
+            return None
+
+        pair = self._atomically(take)[0]
+        if pair is None:
+            raise KeyError("the keyspace is empty")
+        return pair
+
+    def _atomically(
+        self, body: Callable[[Transaction[V]], R], timeout_s: float | None = None
+    ) -> tuple[R, Position | None]:
+        """What ``body`` returns in a transaction, and the position if it wrote something.
+
+        On a follower with ``forward_writes`` it is repeated while what it reads here is behind the primary;
+        what it read is compared there even if it writes nothing.
+        """
+        deadline_s = self._node.deadline(timeout_s)
+        while True:
+            txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
+            txn._compares = True
+            try:
+                with txn:
+                    result = body(txn)
+            except TransactionConflict as conflict:
+                assert self._node.forwarder is not None
+                self._node.forwarder.catch_up(conflict, deadline_s)
+                timeout_s = max(0.0, deadline_s - time.monotonic())
+            else:
+                return result, txn.position
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """Store many pairs in one atomic batch."""
@@ -389,6 +451,11 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
         An exception inside rolls it back. Other writers wait from its first read on, so keep it short;
         past ``transaction_age_max_s`` it raises :class:`TransactionExpired`.
+
+        On a follower with ``forward_writes`` nobody waits for it: it reads a snapshot here, and its end asks
+        the primary to commit it if everything that it has read is still so there, scanned ranges included.
+        If not, it raises :class:`TransactionConflict`, and the block is to be run again. One that writes
+        nothing has read a snapshot of the past, and is not compared.
         """
         return Transaction(self, timeout_s)
 
@@ -490,9 +557,8 @@ class Batch(Generic[V]):
             return Write(Kind.NOTED, [self._payload, self._emits, []], self._size)
         return Write(Kind.WRITE, self._payload, self._size) if self._payload else None
 
-    def _noted(self) -> Transaction[V]:
-        """All of it as a transaction, which can tell what stood there before."""
-        txn: Transaction[V] = Transaction(self._space, self._timeout_s)
+    def _repeat(self, txn: Transaction[V]) -> None:
+        """All of it once more in a transaction, which can tell what stood there before."""
         names = iter(self._payload)
         for name, flat in zip(names, names, strict=True):
             pairs = iter(flat)
@@ -501,16 +567,13 @@ class Batch(Generic[V]):
                 if name in self._keeping:
                     txn._keeping.add((name, key))
         txn._emits, txn._size = self._emits, self._size
-        return txn
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
         if self._keeping and kind is None:
-            with self._noted() as txn:
-                pass
-            self.position = txn.position
+            _, self.position = self._space._atomically(self._repeat, self._timeout_s)
             return
         write = self._write() if kind is None else None
         if write is not None:
@@ -530,12 +593,19 @@ class Transaction(Generic[V]):
         self._emits: list[list[Any]] = []
         self._keeping: set[tuple[str, bytes]] = set()
         """Keys whose former values are to be logged."""
+        self._notes: list[Any] = []
+        """Those values, once they are known."""
         self._tail: dict[tuple[str, bytes], bytes | None] = {}
         """What was logged or ordered before this transaction and is not visible yet."""
         self._barrier: Any = None
         self._size = 0
         self._open = True
         self._placed = False
+        self._reads: ReadSet | None = None
+        """What it has read, where another node may have to compare that; with a snapshot if it reads here and
+        commits there."""
+        self._compares = False
+        """Whether that is compared even if nothing is written."""
 
     def __enter__(self) -> Transaction[V]:
         return self
@@ -548,9 +618,40 @@ class Transaction(Generic[V]):
             raise ClosedError("the transaction is over")
         committer = self._node.engine.committer
         if self._placed:
-            if not committer.holds_place(self):
+            if not self._remote and not committer.holds_place(self):
                 raise self._expired()
             return
+        try:
+            self._wait_for_place()
+        except Error as error:
+            if not self._may_go_remote(error):
+                raise
+            self._go_remote()
+            return
+        self.placed()
+
+    def _may_go_remote(self, error: Error) -> bool:
+        """Whether it can be committed by another node, after ``error`` kept it from the place here."""
+        return self._node.forwarder is not None and is_elsewhere(error)
+
+    def _go_remote(self, pinned: PinnedView | None = None) -> None:
+        """Read a snapshot from here on; the primary compares it at the end."""
+        self._reads = ReadSet(self._node.engine.snapshot() if pinned is None else pinned)
+        self._placed = True
+
+    @property
+    def _remote(self) -> bool:
+        """Whether it reads a snapshot here, and commits at the primary."""
+        return self._reads is not None and self._reads.pinned is not None
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a step of a scan is under way, for which the next read would wait."""
+        reads = self._reads
+        return reads is not None and reads.pinned is not None and reads.pinned.busy
+
+    def _wait_for_place(self) -> None:
+        committer = self._node.engine.committer
         self._node.engine.writable()
         granted = threading.Lock()
         granted.acquire()
@@ -567,12 +668,13 @@ class Transaction(Generic[V]):
             except BaseException:
                 committer.leave_place(self, None)
                 raise
-        self.placed()
 
     def placed(self) -> None:
         """The place is ours: note what is ahead of us and not visible yet."""
         committer = self._node.engine.committer
         self._placed = True
+        if self._node.forwarder is not None:
+            self._reads = ReadSet()
         ahead = committer.unpublished()
         for record in ahead:
             if record.kind in (Kind.WRITE, Kind.NOTED):
@@ -604,11 +706,21 @@ class Transaction(Generic[V]):
 
     def _raw(self, space: Keyspace[Any], key: bytes) -> bytes | None:
         at = (space._keyspace, key)
-        if at in self._writes:
-            return self._writes[at]
+        return self._writes[at] if at in self._writes else self._former(*at)
+
+    def _former(self, name: str, key: bytes) -> bytes | None:
+        """What ``key`` held before this transaction; noted as read, where another node may have to compare."""
+        at, reads = (name, key), self._reads
+        if reads is not None and reads.pinned is not None:
+            return reads.get(*at)
         if at in self._tail:
-            return self._tail[at]
-        return self._node.engine.view.get(space._keyspace, space._prefix, key)
+            value = self._tail[at]
+        else:
+            view = self._node.engine.view
+            value = view.get(name, view.prefix(name), key)
+        if reads is not None:
+            reads.note(*at, value)
+        return value
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Set ``key`` when the transaction commits."""
@@ -677,18 +789,18 @@ class Transaction(Generic[V]):
         low, high = bounds(prefix, start, stop)
         if high is not None and low >= high:
             return iter(())
-        pairs = _merge(
-            space._scan_bytes(low, high, reverse), self._fresh(space._keyspace, low, high), reverse
-        )
+        name, reads = space._keyspace, self._reads
+        if reads is not None and reads.pinned is not None:
+            pairs: Iterator[tuple[bytes, bytes]] = reads.pinned.scan(name, low, high, reverse=reverse)
+        else:
+            pairs = space._scan_bytes(low, high, reverse)
+            if tail := fresh_in(self._tail, name, low, high):
+                pairs = merged(pairs, tail, reverse)
+        if reads is not None:
+            pairs = reads.watch(name, low, high, reverse, pairs)
+        if own := fresh_in(self._writes, name, low, high):
+            pairs = merged(pairs, own, reverse)
         return decoded(islice(pairs, limit), space._decode)
-
-    def _fresh(self, name: str, low: bytes, high: bytes | None) -> dict[bytes, bytes | None]:
-        both = {**self._tail, **self._writes}
-        return {
-            key: value
-            for (space, key), value in both.items()
-            if space == name and key >= low and (high is None or key < high)
-        }
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -699,7 +811,15 @@ class Transaction(Generic[V]):
         if kind is not None:
             return
         if write is not None:
-            self.position = self._node.finish(write, self._timeout_s)
+            try:
+                position = self._node.finish(write, self._timeout_s)
+            except Error:
+                forward = self._redirected(write)
+                if forward is None:
+                    raise
+                assert self._node.forwarder is not None
+                position = self._node.forwarder.commit(forward)
+            self.position = position if self._wrote else None
         elif self._barrier is not None:
             self._node.await_record(self._barrier, self._timeout_s)
 
@@ -712,12 +832,17 @@ class Transaction(Generic[V]):
             return None
         committer = self._node.engine.committer
         try:
-            notes = self._notes() if commit and self._keeping else []
+            if commit and self._keeping:
+                self._note_former()
         except BaseException:
             self._open = False
+            if self._remote and self._reads is not None:
+                self._reads.release()
             committer.leave_place(self, None)
             raise
         self._open = False
+        if self._remote:
+            return self._end_remote(commit=commit)
         if not commit or not self._wrote:
             if self._placed:
                 lost = not committer.holds_place(self)
@@ -725,18 +850,24 @@ class Transaction(Generic[V]):
                 if lost and commit:
                     raise self._expired()
             return None
-        ops: list[Op] = [(name, key, value) for (name, key), value in self._writes.items()]
-        write = Write(Kind.WRITE, write_payload(ops), self._size)
-        if self._emits or notes:
-            write = Write(Kind.NOTED, [write.payload, self._emits, notes], self._size)
+        kind = Kind.NOTED if self._emits or self._notes else Kind.WRITE
+        write = Write(kind, self._payload(), self._size)
         if not self._placed:
-            if order is not None:
-                order(write)
-            else:
-                self._node.engine.order(write, self._node.deadline(self._timeout_s))
+            try:
+                if order is not None:
+                    order(write)
+                else:
+                    self._node.engine.order(write, self._node.deadline(self._timeout_s))
+            except Error as error:
+                if not self._may_go_remote(error):
+                    raise
+                return self._forward(None)
             return write
         if not committer.leave_place(self, write):
-            raise self._expired()
+            why = self._expired()
+            if not self._may_go_remote(why):
+                raise why
+            return self._forward(self._reads)
         return write
 
     @property
@@ -744,19 +875,17 @@ class Transaction(Generic[V]):
         """Whether there is anything to commit."""
         return bool(self._writes or self._emits)
 
-    def _notes(self) -> list[Any]:
-        """[operation, value before this transaction, …] of the keys that keep it."""
+    def _note_former(self) -> None:
+        """Note what the keys that keep it held before this transaction: [operation, value, …]."""
         self._place()
-        view = self._node.engine.view
         notes: list[Any] = []
         for index, at in enumerate(self._writes):
             if at in self._keeping:
-                name, key = at
-                value = self._tail[at] if at in self._tail else view.get(name, view.prefix(name), key)
+                value = self._former(*at)
                 notes += (index, value)
                 self._size += len(value or b"") + 8
         self._node.check_record_size(self._size)
-        return notes
+        self._notes = notes
 
     def _place_now(self) -> None:
         """Take the writer's place, if it is free this moment; else ``Overloaded``."""
@@ -767,6 +896,37 @@ class Transaction(Generic[V]):
             raise Overloaded("a transaction is under way", hint="wait for it before sending more")
         self.placed()
 
+    def _payload(self) -> list[Any]:
+        """What is logged: of a write, or of one with notes for feeds."""
+        writes = write_payload([(name, key, value) for (name, key), value in self._writes.items()])
+        return [writes, self._emits, self._notes] if self._emits or self._notes else writes
+
+    def _end_remote(self, *, commit: bool) -> Write | None:
+        """Have the primary compare what was read, and commit."""
+        reads = self._reads
+        assert reads is not None
+        reads.release()
+        if not commit or not (self._wrote or (self._compares and reads)):
+            return None
+        return self._forward(reads)
+
+    def _forward(self, reads: ReadSet | None) -> Write:
+        forwarder = self._node.forwarder
+        assert forwarder is not None
+        deadline_s = self._node.deadline(self._timeout_s)
+        item = forwarder.make(self._payload(), self._size, deadline_s, reads=reads)
+        forwarder.order(item)
+        return item
+
+    def _redirected(self, write: Write) -> Forward | None:
+        """What to order in place of a write that was refused here because another node is, or will be,
+        primary; ``None`` when it was not. The other node compares what was read."""
+        forwarder = self._node.forwarder
+        if forwarder is None or type(write) is Forward or not is_elsewhere(write.error):
+            return None
+        deadline_s = self._node.deadline(self._timeout_s)
+        return forwarder.make(write.payload, write.size, deadline_s, reads=self._reads)
+
 
 def emitted(
     node: Node, topic: str, payload: bytes, headers: Mapping[str, str] | None
@@ -776,28 +936,6 @@ def emitted(
     data = check_value(payload, node.options.value_bytes_max)
     size = sum(len(name) + len(text) for name, text in (checked or {}).items())
     return [topic, data, checked], size + len(topic) + len(data) + 32
-
-
-def _merge(
-    pairs: Iterator[tuple[bytes, bytes]], fresh: dict[bytes, bytes | None], reverse: bool
-) -> Iterator[tuple[bytes, bytes]]:
-    """``pairs`` with ``fresh`` laid over them, in order."""
-    waiting = sorted(fresh, reverse=not reverse)  # the next one last
-    for key, value in pairs:
-        while waiting and (waiting[-1] > key if reverse else waiting[-1] < key):
-            new = waiting.pop()
-            if (found := fresh[new]) is not None:
-                yield new, found
-        if waiting and waiting[-1] == key:
-            waiting.pop()
-            if (found := fresh[key]) is not None:
-                yield key, found
-        else:
-            yield key, value
-    while waiting:
-        new = waiting.pop()
-        if (found := fresh[new]) is not None:
-            yield new, found
 
 
 class Snapshot:

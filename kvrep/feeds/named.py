@@ -96,22 +96,27 @@ class Feeds:
         Without ``wait`` the outcome of the write is left open and its position not known.
         """
         key = check_feed_name(name).encode()
-        txn: Transaction[bytes] = self.space.transaction()
-        try:
+
+        def body(txn: Transaction[bytes]) -> bool:
             data = txn.get(key)
             if data is None:
                 raise _no_feed(name)
             made = change(FeedState.unpack(data))
             if made is not None:
                 txn.put(key, made.pack())
-            write = txn.end(commit=made is not None)
+            return made is not None
+
+        if wait:
+            return self.space._atomically(body)[1]
+        txn: Transaction[bytes] = self.space.transaction()
+        try:
+            write = txn.end(commit=body(txn))
         except BaseException:
             txn.end(commit=False)
             raise
-        if write is None:
-            return None
-        self.node.engine.committer.kick()
-        return self.node.finish(write, None) if wait else None
+        if write is not None:
+            self.node.engine.committer.kick()
+        return None
 
     def drop(self, name: str) -> None:
         """Forget a feed; :class:`NoSuchFeed` when there is none of that name."""

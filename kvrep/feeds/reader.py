@@ -227,7 +227,7 @@ class LogReader:
         changes: list[Change] = []
         add, new = changes.append, _new
         skip = self.index
-        for offset, epoch, time_us, kind, payload in found:
+        for offset, epoch, time_us, kind, payload, *_ in found:
             if kind == 0 and plain and len(payload) == 2 and len(payload[1]) == 2:
                 if skip >= 0:
                     skip = WHOLE

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from kvrep.errors import InvalidInput, InvalidKey, InvalidKeyspace, KeyTooLong, ValueTooLarge
+from kvrep.model.record import FEEDS_KEYSPACE
 from kvrep.options import KEY_BYTES_MAX, check_keyspace_name
 
-__all__ = ["check_headers", "check_key", "check_name", "check_topic", "check_value", "prefix_stop"]
+__all__ = [
+    "check_forwarded_name",
+    "check_headers",
+    "check_key",
+    "check_name",
+    "check_topic",
+    "check_value",
+    "prefix_stop",
+]
 
 TOPIC_CHARS_MAX = 255
 HEADERS_MAX, HEADER_CHARS_MAX = 64, 16_384
@@ -47,6 +56,11 @@ def check_name(name: Any) -> str:
     if not check_keyspace_name(name):
         raise InvalidKeyspace(f"{name!r} cannot name a keyspace: 1 to 64 of a-z 0-9 _ -")
     return name
+
+
+def check_forwarded_name(name: Any) -> str:
+    """As :func:`check_name`; another node may also write the places of feeds."""
+    return FEEDS_KEYSPACE if name == FEEDS_KEYSPACE else check_name(name)
 
 
 def check_topic(topic: Any) -> str:
