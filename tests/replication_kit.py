@@ -33,7 +33,9 @@ def until(condition: Callable[[], Any], timeout_s: float = WAIT_S, what: Any = "
     deadline = time.monotonic() + timeout_s
     pause = threading.Event()
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what() if callable(what) else what or condition}"
+        if time.monotonic() >= deadline:
+            said = what() if callable(what) else what or condition
+            raise AssertionError(f"waited {timeout_s} s in vain for {said}")
         pause.wait(0.005)
     return found
 

@@ -122,9 +122,11 @@ class OneWay:
 
     def _park(self, envelope: Envelope) -> None:
         place = (envelope.first, envelope.part)
-        if place not in self._parked:
-            self._parked[place] = envelope
-            self.parked_bytes += len(envelope.data)
+        before = self._parked.get(place)
+        if before is not None and before.last >= envelope.last:
+            return
+        self._parked[place] = envelope
+        self.parked_bytes += len(envelope.data) - (len(before.data) if before is not None else 0)
 
     def _unpark(self) -> Iterator[Segment]:
         while self._parked:

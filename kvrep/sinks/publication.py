@@ -51,6 +51,8 @@ SAVE_INTERVAL_S = 0.2
 UNCONFIRMED_MAX = 4096
 PUBLISH_S = 30.0
 IDLE_S = 0.25
+SNAPSHOT_REST_S = 2.0
+"""Requests for a snapshot that come so soon after one began were sent before it: who still lacks it asks again."""
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 
 
@@ -139,6 +141,7 @@ class Publication:
         self._saved_s = self._marked_s = 0.0
         self._marked = False
         self._snapshotting = False
+        self._begun_s = -SNAPSHOT_REST_S
         self._published = self._confirmed = self._snapshots = self._replays = self._reconnects = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
@@ -296,7 +299,7 @@ class Publication:
         self._sent, self._marked = change.sequence, False
         if change.kind == "begin":
             self._snapshots += 1
-            self._snapshotting = True
+            self._snapshotting, self._begun_s = True, time.monotonic()
         elif change.kind == "end":
             self._snapshotting = False
 
@@ -383,7 +386,7 @@ class Publication:
     def _is_behind(self, request: Request) -> bool:
         """Whether what is asked for does not come anyway."""
         if request.sequence == NOTHING:
-            return not self._snapshotting
+            return not self._snapshotting and time.monotonic() - self._begun_s >= SNAPSHOT_REST_S
         return request.sequence < self._sent or self._sent == NOTHING
 
     # -- what it says ------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ import threading
 import time
 
 import pytest
+from broker_kit import WAIT_S, Site, in_order, numbered, numbers, read, site
+from kafka_kit import shared_kafka
+from rabbit_kit import shared_rabbitmq
 
 from kvrep import brokers
 from kvrep.brokers import EARLIEST, LATEST, STORED, Message, Unconfirmed
 from kvrep.errors import ClosedError, ConfigurationMismatch, OpenError, Overloaded, ValueTooLarge
-from tests.broker_kit import WAIT_S, Site, in_order, numbered, numbers, read, site
-from tests.kafka_kit import shared_kafka
-from tests.rabbit_kit import shared_rabbitmq
 
 __all__ = ["shared_kafka", "shared_rabbitmq", "site"]
 
@@ -137,7 +137,7 @@ def test_an_outage_fills_the_buffer_and_loses_nothing(site: Site) -> None:
     publisher.flush(WAIT_S)
     sent = 1
     with site.outage():
-        with pytest.raises(Overloaded):  # noqa: PT012
+        with pytest.raises(Overloaded):
             for message in numbered(2, 100):
                 publisher.publish(message, timeout_s=0.3)
                 sent += 1

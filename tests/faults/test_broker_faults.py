@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from broker_kit import WAIT_S, Site, numbers, read
+from kafka_kit import REAL, KafkaCluster, shared_kafka
+from rabbit_kit import RabbitServer, shared_rabbitmq
+from relay_kit import far, publishing
+from replication_kit import FAST, same, until
 
 import kvrep
 from kvrep import brokers
@@ -23,11 +28,6 @@ from kvrep.errors import (
     PeerUnavailable,
     PermissionDenied,
 )
-from tests.broker_kit import WAIT_S, Site, numbers, read
-from tests.kafka_kit import REAL, KafkaCluster, shared_kafka
-from tests.rabbit_kit import RabbitServer, shared_rabbitmq
-from tests.relay_kit import far, publishing
-from tests.replication_kit import FAST, same, until
 
 __all__ = ["shared_kafka", "shared_rabbitmq"]
 

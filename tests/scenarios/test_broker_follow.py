@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from broker_kit import make_site
+from kafka_kit import shared_kafka
+from rabbit_kit import shared_rabbitmq
+from relay_kit import far, publishing
+from replication_kit import FAST, same, until, voters, writable
 
 import kvrep
 from kvrep import brokers
 from kvrep.brokers.memory import Faults, MemoryBrokers, MemoryServer
-from tests.broker_kit import make_site
-from tests.kafka_kit import shared_kafka
-from tests.rabbit_kit import shared_rabbitmq
-from tests.relay_kit import far, publishing
-from tests.replication_kit import FAST, same, until, voters, writable
 
 __all__ = ["shared_kafka", "shared_rabbitmq"]
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryBrokers]:
+def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryBrokers:
     """Brokers in memory that every store and relay of the test finds."""
     made = MemoryBrokers(seed=7)
     monkeypatch.setattr(brokers, "connect", made.connect)
-    yield made
+    return made
 
 
 @pytest.fixture
