@@ -181,9 +181,7 @@ class Link:
             if self._stop.is_set():
                 break
             self._tell_lost(was_ready)
-            if was_ready and isinstance(self._fault, ConfigurationMismatch):
-                self.ended = self._fault
-                self.on_ended()
+            if was_ready and self._unmendable():
                 break
             if self._first and not was_ready and (attempt + 1 >= len(self._place.hosts) or self._hopeless()):
                 break
@@ -197,6 +195,13 @@ class Link:
         while not self._stop.is_set():
             yield attempt
             attempt += 1
+
+    def _unmendable(self) -> bool:
+        """Whether what is there is not what it was taken for; tells it."""
+        if isinstance(self._fault, ConfigurationMismatch):
+            self.ended = self._fault
+            self.on_ended()
+        return self.ended is not None
 
     def _hopeless(self) -> bool:
         return isinstance(self._fault, AuthenticationFailed | PermissionDenied | ConfigurationMismatch)

@@ -56,9 +56,7 @@ class RabbitSubscriber:
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         with self._changed:
             if timeout_s > 0:
-                self._changed.wait_for(
-                    lambda: self._closed or self._link.ended or self._ready(), timeout_s
-                )
+                self._changed.wait_for(lambda: self._closed or self._link.ended or self._ready(), timeout_s)
             if self._closed:
                 raise ClosedError("the subscriber is closed")
             if self._link.ended is not None:
