@@ -26,8 +26,8 @@ _EPILOG = """\
 examples:
   events from a broker into PostgreSQL (a schema of its own, a table for each keyspace):
     kvrep agent --from amqp://broker/%2f?topic=orders --to 'postgresql://kvrep@db/site?schema=orders'
-  the same without a broker, straight from a node:
-    kvrep agent --from 10.0.0.1:7400 --to postgresql://kvrep@db/site
+  the same without a broker, straight from the nodes (the first one that answers):
+    kvrep agent --from 10.0.0.1:7400,10.0.0.2:7400 --to postgresql://kvrep@db/site
   with columns out of JSON values:
     … --table 'orders=json(key text, customer text, total numeric(10,2))'
   the other direction, a node's changes as CloudEvents on a broker:
@@ -37,7 +37,8 @@ examples:
     kvrep agent dead-letters --to postgresql://kvrep@db/site
     kvrep agent retry all --to postgresql://kvrep@db/site
 
-SOURCE is a broker's address, host:port of a running node, or the path of a store that no process has open.
+SOURCE is a broker's address, host:port of running nodes (with commas between), or the path of a store that no
+process has open.
 SECONDARY is postgresql://…, sqlite:PATH, kvrep:PATH, host:port of the primary of another group, or a broker.
 Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPASSWORD.
 
@@ -139,13 +140,13 @@ def _agent(args: argparse.Namespace) -> Any:
     from kvrep.sinks.addresses import is_broker, sink_at, source_at
     from kvrep.sinks.agent import Agent
 
+    sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
     selection: dict[str, Any] = {}
     if not is_broker(args.source):
         selection = {"keyspaces": args.keyspace, "prefix": os.fsencode(args.prefix)}
         _check_path(args.source)
     elif args.keyspace or args.prefix:
         raise UsageError("--keyspace and --prefix are given where the stream is published")
-    sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
     source = source_at(
         args.source, topic=args.topic, group=args.group, feed=args.feed, tls=tls_of(args), token=token_of(args),
         **selection,
@@ -182,7 +183,7 @@ def _check_path(source: str) -> None:
     """A store of a group is not opened alone: that would make it a primary."""
     from kvrep.cli.target import check_alone
 
-    if not is_address(source):
+    if not all(map(is_address, source.split(","))):
         check_alone(source.removeprefix("kvrep:"))
 
 

@@ -2,7 +2,8 @@
 
 ==================================  ==================================================================
 ``amqp://…``, ``kafka://…``          a broker: events of one topic (see :mod:`kvrep.brokers`)
-``host:port``                        a running node: its feed, or (as a secondary) what it holds
+``host:port``                        a running node: its feed, or (as a secondary) what it holds; as a source
+                                     also several nodes of one group with commas between
 a path                               a store that no process has open; as a secondary ``kvrep:PATH``
 ``postgresql://…?schema=kvrep``      a schema of a PostgreSQL database
 ``sqlite:PATH``, ``sqlite:///PATH``  a SQLite file
@@ -101,7 +102,7 @@ def _store_at(address: str, tls: Any, token: str | None) -> Sink:
 def upstream_at(address: str, *, feed: str = "", tls: Any = None, token: str | None = None) -> Upstream:
     """The store at an address or path, connected or opened."""
     address = address.removeprefix("kvrep:").removeprefix("//")
-    if _is_node(address):
+    if all(map(_is_node, address.split(","))):
         return Remote(address, tls=tls, token=token)
     import kvrep
 

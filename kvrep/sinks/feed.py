@@ -34,7 +34,7 @@ class FeedSource(Source):
         self._ready: list[Change] = []
         self._at = 0
         self._as_of_us = 0
-        self._held_s = 0.0
+        self._held, self._held_s = "", -HOLD_INTERVAL_S
         self._lineage = ""
 
     @property
@@ -82,8 +82,8 @@ class FeedSource(Source):
     def settle(self, place: Place) -> None:
         """Let go of the log that is not needed any more, now and then."""
         now_s = time.monotonic()
-        if place.token and now_s - self._held_s >= HOLD_INTERVAL_S:
-            self._held_s = now_s
+        if place.token not in ("", self._held) and now_s - self._held_s >= HOLD_INTERVAL_S:
+            self._held, self._held_s = place.token, now_s
             self._upstream.hold(place.token)
 
     def state(self) -> SourceState:

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, Protocol
 
-from kvrep.errors import Error, NotPrimary, RefusedError
+from kvrep.errors import ClosedError, Error, NotPrimary, PeerUnavailable, RefusedError
 from kvrep.feeds.serving import RemoteChanges
 from kvrep.model.change import Change
 from kvrep.model.position import ZERO, Position
@@ -150,34 +150,66 @@ class _RemoteStream:
 
 
 class Remote:
-    """A running node, over one connection. It may be a follower; its log is kept by age and size."""
+    """Running nodes of one group, "host:port" or several with commas between, over one connection at a time.
+
+    When the one that is read does not answer, the next one is; tokens are good on all of them. It may be a
+    follower; its log is kept by age and size.
+    """
 
     def __init__(
-        self, address: str, *, tls: Any = None, token: str | None = None, timeout_s: float = 10.0
+        self, addresses: str, *, tls: Any = None, token: str | None = None, timeout_s: float = 10.0
     ) -> None:
         from kvrep.transport.network import GrpcTransport
         from kvrep.transport.security import Security
 
-        transport = GrpcTransport(
+        self.url = addresses
+        self._addresses = addresses.split(",")
+        self._timeout_s = timeout_s
+        self._transport = GrpcTransport(
             security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20)
         )
-        self.url = address
-        self._timeout_s = timeout_s
-        self._connection = transport.connect(address, name="agent")
+        # Protects the connection, which is replaced when its node does not answer.
         self._lock = threading.Lock()
         self._asked_s = -HEAD_S
         self._head: int | None = None
         self._lineage = ""
+        self._closed = False
+        self._connection = self._transport.connect(self._addresses[0], name="agent")
         try:
-            self._status()
+            self._find()
         except BaseException:
-            self._connection.close()
+            self.close()
             raise
 
+    def _find(self) -> None:
+        """The first node that answers."""
+        for left in reversed(range(len(self._addresses))):
+            try:
+                self._status()
+                return
+            except PeerUnavailable:
+                if not left:
+                    raise
+
     def call(self, method: str, request: Any) -> dict[str, Any]:
-        """Any call of the node; errors as of the other side."""
+        """Any call of the node; errors as of the other side. After :class:`PeerUnavailable` another is asked."""
         timeout_s = float(request.get("timeout_s", self._timeout_s))
-        return self._connection.call(method, request, timeout_s + CALL_GRACE_S)
+        connection = self._connection
+        try:
+            return connection.call(method, request, timeout_s + CALL_GRACE_S)
+        except (PeerUnavailable, ClosedError) as error:
+            self._next(connection)
+            if isinstance(error, ClosedError):  # the node is closing
+                raise PeerUnavailable(error.message, address=connection.address) from error
+            raise
+
+    def _next(self, failed: Any) -> None:
+        with self._lock:
+            if self._connection is not failed or len(self._addresses) == 1 or self._closed:
+                return
+            self._addresses.append(self._addresses.pop(0))
+            self._connection = self._transport.connect(self._addresses[0], name="agent")
+        failed.close()
 
     def _status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.call("status", {"timeout_s": self._timeout_s})["status"]
@@ -203,15 +235,14 @@ class Remote:
         )
 
     def head(self) -> int | None:
-        with self._lock:
-            now_s = time.monotonic()
-            if now_s - self._asked_s >= HEAD_S:
-                self._asked_s = now_s
-                try:
-                    self._status()
-                except Error:
-                    self._head = None
-            return self._head
+        now_s = time.monotonic()
+        if now_s - self._asked_s >= HEAD_S:
+            self._asked_s = now_s
+            try:
+                self._status()
+            except Error:
+                self._head = None
+        return self._head
 
     def hold(self, token: str) -> None:
         """A client cannot."""
@@ -220,4 +251,7 @@ class Remote:
         return ""
 
     def close(self) -> None:
-        self._connection.close()
+        with self._lock:
+            self._closed = True
+            connection = self._connection
+        connection.close()

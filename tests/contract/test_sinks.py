@@ -326,7 +326,12 @@ def test_a_snapshot_row_that_comes_twice(make: Make) -> None:
     sink.bury(DeadLetter(reason="in between"))
     sink.swap()
     sink.commit(PLACE)
-    expected = {b"%d" % i: b"1" for i in range(10)} | {b"3": b"2", b"new": b"2", b"4": b"4", b"6": b"x" * 5000}
+    expected = {b"%d" % i: b"1" for i in range(10)} | {
+        b"3": b"2",
+        b"new": b"2",
+        b"4": b"4",
+        b"6": b"x" * 5000,
+    }
     del expected[b"5"]
     assert rows(sink) == expected
     assert rows(sink, "other") == rows(sink, "more") == {b"x": b"1"}

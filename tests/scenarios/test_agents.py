@@ -144,7 +144,12 @@ def test_a_secondary_that_is_down_for_long(store_path: Path) -> None:
 def test_a_secondary_that_was_down_too_long_gets_a_snapshot(store_path: Path) -> None:
     """When the log was trimmed meanwhile, a snapshot replaces the copy; what was deleted is gone."""
     sink = MemorySink()
-    options = {"log_file_bytes": 1 << 16, "retention_bytes": 0, "retention_age_s": 0.0, "flush_interval_s": 0.05}
+    options = {
+        "log_file_bytes": 1 << 16,
+        "retention_bytes": 0,
+        "retention_age_s": 0.0,
+        "flush_interval_s": 0.05,
+    }
     with kvrep.open(store_path, **options) as db:
         db.put(b"gone", b"1")
         with agent_of(db, sink) as agent:
@@ -167,7 +172,12 @@ def test_a_secondary_that_was_down_too_long_gets_a_snapshot(store_path: Path) ->
 def test_a_feed_of_its_own_holds_the_log(store_path: Path) -> None:
     """With a named feed the log is kept for a secondary that is away, so no snapshot is needed."""
     sink = MemorySink()
-    options = {"log_file_bytes": 1 << 16, "retention_bytes": 0, "retention_age_s": 0.0, "flush_interval_s": 0.05}
+    options = {
+        "log_file_bytes": 1 << 16,
+        "retention_bytes": 0,
+        "retention_age_s": 0.0,
+        "flush_interval_s": 0.05,
+    }
     with kvrep.open(store_path, **options) as db:
         db.put(b"a", b"1")
         with Agent(FeedSource(Local(db, feed="copy")), sink) as agent:
@@ -232,7 +242,12 @@ def test_poison_goes_to_dead_letters_and_can_be_retried(store_path: Path) -> Non
         assert not status.consistent, "a copy that lacks a change is not consistent"
         wait_current(agent, db)
     [letter] = sink.dead_letters()
-    assert (letter.keyspace, letter.key, letter.value, letter.reason) == ("default", b"bad", b"poison", "poison")
+    assert (letter.keyspace, letter.key, letter.value, letter.reason) == (
+        "default",
+        b"bad",
+        b"poison",
+        "poison",
+    )
 
     assert [x.reason for x in retry_dead_letters(sink)[1]] == ["poison"]
     sink.poison = set()
@@ -331,3 +346,26 @@ def test_a_failover_in_mid_stream(tmp_path: Path) -> None:
                 agent.wait_for(b.put(b"first", b"b"), 30)
                 assert agent.status().snapshots == 1
                 assert copy_of(MemoryView(sink)) == content(b)
+
+
+def test_an_agent_finds_the_next_node_when_the_primary_is_lost(tmp_path: Path) -> None:
+    """Given both nodes, an agent whose node ends goes on at the other one, which is promoted: no snapshot, no gap."""
+    sink = MemorySink()
+    a = kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1)
+    with kvrep.open(tmp_path / "b", name="b", listen="127.0.0.1:0", follow=a.address) as b:
+        wait_until(lambda: a.status().voters == ("a", "b"), "b votes")
+        wait_until(lambda: not a.status().not_writable, "a takes writes")
+        with Agent(
+            FeedSource(Remote(f"127.0.0.1:1,{a.address},{b.address}")), sink, batch_changes=10
+        ) as agent:
+            for i in range(100):
+                a.submit_put(b"%d" % i, b"a")
+            agent.wait_for(a.put(b"last", b"a"), 30)
+            a.close()
+            b.promote(force=True, voters=["b"], acks=0)
+            agent.wait_for(b.put(b"first", b"b"), 30)
+            status = agent.status()
+        assert copy_of(MemoryView(sink)) == content(b)
+    assert status.snapshots <= 1
+    assert status.reconnects >= 1
+    assert status.consistent

@@ -123,7 +123,9 @@ def test_the_last_events_may_be_lost(line: Line) -> None:
         agent.wait_for(line.db.put(b"a", b"1"))
         line.server.faults = Faults(drop=1.0)
         last = line.db.put(b"b", b"2")
-        wait_until(lambda: line.publication is not None and line.publication.status().backlog == 0, "sent, and lost")
+        wait_until(
+            lambda: line.publication is not None and line.publication.status().backlog == 0, "sent, and lost"
+        )
         line.server.faults = Faults()
         agent.wait_for(last)
         line.arrived(agent)
@@ -137,7 +139,9 @@ def test_a_full_parking_buffer(line: Line) -> None:
         agent.wait_for(line.db.put(b"a", b"1"))
         line.server.faults = Faults(drop=1.0)
         line.db.put(b"lost", b"1")
-        wait_until(lambda: line.publication is not None and line.publication.status().backlog == 0, "sent, and lost")
+        wait_until(
+            lambda: line.publication is not None and line.publication.status().backlog == 0, "sent, and lost"
+        )
         line.server.faults = Faults()
         for i in range(50):
             line.db.submit_put(b"%d" % i, b"2")
