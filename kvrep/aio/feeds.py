@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from kvrep.aio.core import Core
 from kvrep.aio.waiting import LOOK_UP_S
@@ -20,37 +20,50 @@ from kvrep.model.position import Position
 __all__ = ["Changes", "Feed"]
 
 
-class _Source(Protocol):
-    """What is polled."""
+class _Steps:
+    """What is read on the reading thread, until a task takes it: no cancelled task takes changes with it."""
 
-    def poll(self, timeout_s: float) -> list[Change]: ...
-    @property
-    def behind(self) -> bool: ...
+    def __init__(self, core: Core, read: Callable[[float], list[Change]], behind: Callable[[], bool]) -> None:
+        self._core = core
+        self._read = read
+        self._behind = behind
+        self._found: list[Change] = []
+        """Filled on the reading thread, step by step; emptied on the loop."""
 
+    async def poll(self, over: Callable[[], bool], timeout_s: float) -> list[Change]:
+        """The next changes; no thread waits for them meanwhile."""
+        core = self._core
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            shown = core.node.engine.view.last
+            await core.read(self._step)
+            found, self._found = self._found, []
+            left = deadline_s - time.monotonic()
+            if found or over() or left <= 0:
+                return found
+            if not self._behind():
+                await core.moved_beyond(shown, min(left, LOOK_UP_S))
 
-async def _poll(core: Core, plain: _Source, over: Callable[[], bool], timeout_s: float) -> list[Change]:
-    """Have ``poll(0)`` called on the reading thread until it gives something; no thread waits meanwhile."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        shown = core.node.engine.view.last
-        changes = await core.read(plain.poll, 0.0)
-        left = deadline_s - time.monotonic()
-        if changes or over() or left <= 0:
-            return changes
-        if not plain.behind:
-            await core.moved_beyond(shown, min(left, LOOK_UP_S))
+    def forget(self) -> None:
+        """Drop what no task has taken."""
+        self._found = []
+
+    def _step(self) -> None:
+        if not self._found:
+            self._found.extend(self._read(0.0))
 
 
 class Changes:
     """An ordered stream of changes: ``async for change in db.changes(…)``, or ``await poll()``.
 
-    As :class:`kvrep.Changes`; no thread is held while it waits. One task at a time reads it. A task that is
-    cancelled while it reads may lose what was read then: go on with the token of the last change.
+    As :class:`kvrep.Changes`; no thread is held while it waits. One task at a time reads it; what was read for a
+    task that was cancelled is given to the next one.
     """
 
     def __init__(self, core: Core, plain: PlainChanges) -> None:
         self._core = core
         self._plain = plain
+        self._steps = _Steps(core, plain.poll, lambda: plain.behind)
 
     async def __aiter__(self) -> AsyncIterator[Change]:
         while not self._plain.over:
@@ -61,7 +74,7 @@ class Changes:
         """The next changes; none when there are none after ``timeout_s``, or at the end."""
         if self._core.node.closing:
             raise ClosedError("the store is closed")
-        return await _poll(self._core, self._plain, lambda: self._plain.over, timeout_s)
+        return await self._steps.poll(lambda: self._plain.over, timeout_s)
 
     @property
     def over(self) -> bool:
@@ -101,6 +114,7 @@ class Feed:
         self._core = core
         self._make = make
         self._held: PlainFeed | None = None
+        self._steps: _Steps | None = None
 
     @property
     def _plain(self) -> PlainFeed:
@@ -110,7 +124,8 @@ class Feed:
 
     async def _open(self) -> Feed:
         if self._held is None:
-            self._held = await self._core.call(self._make)
+            plain = self._held = await self._core.call(self._make)
+            self._steps = _Steps(self._core, plain.read_quietly, lambda: plain.behind)
         return self
 
     def __await__(self) -> Any:
@@ -119,14 +134,21 @@ class Feed:
     async def __aiter__(self) -> AsyncIterator[Change]:
         plain = self._plain
         while not plain.closed:
-            for change in await self.poll(LOOK_UP_S):
+            for change in await self._read(LOOK_UP_S):
                 plain.handed_out(change)
                 yield change
 
     async def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` without any, while paused, and when it is closed."""
-        plain = self._plain
-        return await _poll(self._core, plain, lambda: plain.closed, timeout_s)
+        changes = await self._read(timeout_s)
+        if changes:
+            self._plain.handed_out(changes[-1])
+        return changes
+
+    async def _read(self, timeout_s: float) -> list[Change]:
+        plain, steps = self._plain, self._steps
+        assert steps is not None
+        return await steps.poll(lambda: plain.closed, timeout_s)
 
     async def ack(self, through: Change | str | None = None) -> Position | None:
         """All through ``through`` (default: all that was handed out) is done; see :meth:`kvrep.Feed.ack`."""
@@ -148,13 +170,19 @@ class Feed:
         """Go on after :meth:`pause`."""
         return self._core.call(self._plain.resume)
 
-    def seek(self, to: str | Position) -> Awaitable[None]:
+    async def seek(self, to: str | Position) -> None:
         """Go on from a position, a token, ``"now"``, ``"oldest"`` or ``"snapshot"``."""
-        return self._core.call(self._plain.seek, to)
+        await self._core.call(self._plain.seek, to)
+        self._forget()
 
-    def resnapshot(self, have: Held | None = None) -> Awaitable[None]:
+    async def resnapshot(self, have: Held | None = None) -> None:
         """Begin again with the present state; see :meth:`kvrep.Feed.resnapshot`."""
-        return self._core.call(self._plain.resnapshot, have)
+        await self._core.call(self._plain.resnapshot, have)
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._steps is not None:
+            self._steps.forget()
 
     def drop(self) -> Awaitable[None]:
         """Forget the feed altogether."""

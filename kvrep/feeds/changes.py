@@ -181,7 +181,7 @@ class Changes:
 
     def _ended(self) -> bool:
         stop, reader = self._stop, self._reader
-        if stop is None or reader.at.offset < stop.offset or reader.failure is not None or not reader.here():
+        if stop is None or not reader.through(stop.offset) or not reader.here():
             return False
         epoch = self._node.engine.epochs.epoch_at(stop.offset)
         if stop.offset and epoch != stop.epoch:
@@ -252,7 +252,7 @@ class _SnapshotScan:
             return None
         if not begun:
             return self._begin()
-        if reader.at.offset < self._at.offset or reader.failure is not None:
+        if not reader.through(self._at.offset):
             return reader.read(self._at.offset)
         try:
             return self._piece()

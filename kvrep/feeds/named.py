@@ -221,6 +221,8 @@ class Feed:
         self._committed = committed
         self._closed = False
         self._ready: Iterator[Change] = iter(())
+        self._midway = False
+        """Whether a read was interrupted (Ctrl-C), so that nobody knows what has reached the reader."""
         self._last: Change | None = None
         """The last change that was handed out."""
         self._batch_end: Change | None = None
@@ -278,7 +280,8 @@ class Feed:
                 yield change
                 if self.closed:
                     return
-            self._ready = iter(self._read(LOOK_UP_S))
+            self._ready = iter(self.read(LOOK_UP_S))
+            self._midway = False
 
     @property
     def behind(self) -> bool:
@@ -287,17 +290,33 @@ class Feed:
 
     def handed_out(self, change: Change) -> None:
         """``change`` is the last one that the reader has."""
-        self._last, self._acked = change, False
+        self._last, self._acked, self._midway = change, False, False
 
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` without any, while paused, and when it is closed.
 
         Raises what ``Store.changes`` raises, and :class:`NoSuchFeed` when it was dropped.
         """
-        changes = list(self._ready) or self._read(timeout_s)
+        changes = list(self._ready) or self.read(timeout_s)
         if changes:
-            self._last, self._acked = changes[-1], False
+            self.handed_out(changes[-1])
+        self._midway = False
         return changes
+
+    def read(self, timeout_s: float) -> list[Change]:
+        """As :meth:`poll`, for a reader who calls :meth:`handed_out` when the changes have reached it."""
+        if self._midway:  # an interrupt took changes with it: they come again
+            self._go_on(self._feeds.need(self.name))
+        self._midway = True
+        try:
+            return self._read(timeout_s)
+        except Exception:
+            self._midway = False
+            raise
+
+    def read_quietly(self, timeout_s: float) -> list[Change]:
+        """As :meth:`read`, on a thread that no Ctrl-C reaches, for one who keeps the changes himself."""
+        return self._read(timeout_s)
 
     def _read(self, timeout_s: float) -> list[Change]:
         deadline_s = time.monotonic() + timeout_s

@@ -103,6 +103,12 @@ class LogReader:
         lineage = self.node.engine.home.lineage
         return Token(lineage, self._branch, self.at, self.index, epochs, self.previous, self.scan)
 
+    def through(self, offset: int) -> bool:
+        """Whether everything through record ``offset`` was read and handed out."""
+        return self.failure is None and (
+            self.at.offset > offset or (self.at.offset == offset and self.index == WHOLE)
+        )
+
     def limit(self) -> int:
         """The last offset that may be shown now."""
         return self.node.engine.view.last if self._committed else horizon(self.node)

@@ -554,3 +554,26 @@ def test_remote_readers_see_the_same(tmp_path: Path) -> None:
 def connected(transport: Any, address: str) -> Callable[..., Any]:
     connection = transport.connect(address, name="test")
     return lambda method, request: connection.call(method, request, timeout_s=WAIT_S)
+
+
+def test_a_feed_that_was_interrupted_goes_back_to_its_place(tmp_path: Path, monkeypatch: Any) -> None:
+    """A Ctrl-C while changes are on their way to the reader: they come again, and are not acked unseen."""
+    with kvrep.open(tmp_path / "s") as db, db.feed("f") as feed:
+        for i in range(1, 11):
+            db.put(b"%d" % i, b"v")
+        real = kvrep.Changes.poll
+
+        def interrupted(changes: kvrep.Changes, timeout_s: float) -> list[Change]:
+            real(changes, timeout_s)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(kvrep.Changes, "poll", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            feed.poll()
+        monkeypatch.undo()
+        assert feed.ack() is None
+        db.put(b"11", b"v")
+        got: list[int] = []
+        while len(got) < 11:
+            got += numbers(feed.poll(WAIT_S))
+        assert got == list(range(1, 12))

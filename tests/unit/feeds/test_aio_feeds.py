@@ -193,3 +193,24 @@ def test_a_reader_that_leaves_nearly_all_out_does_not_dawdle(memory_store: Path)
             assert steps == 0
 
     asyncio.run(main())
+
+
+def test_a_cancelled_poll_loses_nothing(memory_store: Path) -> None:
+    """What was read for a task that was cancelled is handed out to the next one, and acked only then."""
+
+    async def main() -> None:
+        async with kvrep.aio.open(memory_store) as db, db.feed("f") as feed, db.changes() as changes:
+            for i in range(1, 11):
+                await db.put(b"%d" % i, b"")
+            for stream in (feed, changes):
+                for _ in range(20):
+                    task = asyncio.ensure_future(stream.poll())
+                    await asyncio.sleep(0)
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            assert await feed.ack() is None, "nothing was handed out"
+            assert [int(c.key) for c in await changes.poll(WAIT_S)] == list(range(1, 11))
+            assert [int(c.key) for c in await feed.poll(WAIT_S)] == list(range(1, 11))
+            assert await feed.ack() is not None
+
+    asyncio.run(main())

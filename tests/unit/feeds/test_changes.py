@@ -576,3 +576,13 @@ def test_large_values_come_whole(memory_store: Path) -> None:
                 if change.kind == "end":
                     break
         assert rows == 21
+
+
+def test_a_token_inside_of_the_last_transaction(db: kvrep.Store) -> None:
+    """Where the transaction is the end of the log, and of what was asked for, the rest of it comes all the same."""
+    with db.batch() as batch:
+        for i in range(5):
+            batch.put(b"%d" % i, b"v")
+    changes = all_of(db)
+    for i, change in enumerate(changes):
+        assert [c.key for c in all_of(db, resume=change.resume)] == [c.key for c in changes[i + 1 :]]

@@ -347,3 +347,24 @@ def test_a_dropped_snapshot_pins_nothing(db: kvrep.Store) -> None:
     closed.close()
     del left
     assert db.status().snapshot_age_s == 0
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_token_inside_of_a_transaction_inside_of_a_snapshot(db: kvrep.Store) -> None:
+    """What is left of a transaction comes first, though nothing was written after it."""
+    fill(db, 30)
+    receiver = Receiver()
+    with db.changes(snapshot=True) as changes:
+        while receiver.rows < 6:
+            for change in changes.poll():
+                receiver.take(change)
+        with db.batch() as batch:
+            for key in (b"k001", b"k002", b"k004", b"k005"):
+                batch.put(key, b"together")
+        found = changes.poll()
+    assert [c.value for c in found] == [b"together"] * 4
+    for i, change in enumerate(found):
+        with db.changes(resume=change.resume) as rest:
+            assert [c.key for c in [*rest.poll(), *rest.poll()] if not c.snapshot] == [
+                c.key for c in found[i + 1 :]
+            ]
