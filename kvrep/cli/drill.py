@@ -12,7 +12,7 @@ from kvrep.cli.console import key_values, number, style
 from kvrep.cli.exits import Exit
 
 if TYPE_CHECKING:
-    from kvrep.sinks.drill import DrillReport
+    from kvrep.sinks.drilling import DrillReport
 
 __all__ = ["configure", "run"]
 
@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kvrep.sinks.drill import drill
+    from kvrep.sinks.drilling import drill
 
     report = drill(
         args.source, args.to, sample=args.sample, seed=args.seed, rpo_max_s=args.rpo_max_s,

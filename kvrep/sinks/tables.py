@@ -22,9 +22,9 @@ NAME_BYTES_MAX = 48
 _CODECS: dict[str, Codec[Any]] = {
     codec.name: codec for codec in (codecs.BYTES, codecs.TEXT, codecs.JSON, codecs.MSGPACK)
 }
-_COLUMN = re.compile(
-    r"([A-Za-z_][A-Za-z0-9_]{0,62})\s+([A-Za-z][A-Za-z0-9_ ]*(?:\(\s*\d+(?:\s*,\s*\d+)?\s*\))?)"
-)
+_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,62}"
+_TYPE = r"[A-Za-z][A-Za-z0-9_ ]*(?:\(\s*\d+(?:\s*,\s*\d+)?\s*\))?"
+_COLUMN = re.compile(rf"({_NAME})\s+({_TYPE})")
 _TABLE = re.compile(r"([a-z0-9_-]{1,64})=(\w+)\s*(?:\((.*)\))?", re.DOTALL)
 _WHOLE = {"bytes": "bytea", "text": "text", "json": "jsonb", "msgpack": "jsonb"}
 
@@ -51,7 +51,7 @@ class Table:
 
     def __post_init__(self) -> None:
         for name, kind in self.columns.items():
-            if not _COLUMN.fullmatch(f"{name} {kind}") or name == "key":
+            if not re.fullmatch(_NAME, name) or not re.fullmatch(_TYPE, kind) or name == "key":
                 raise ConfigurationMismatch(
                     f"{name} {kind!r} is not a column: a name other than key, and an SQL type",
                     option="table", given=name,

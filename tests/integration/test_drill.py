@@ -12,7 +12,7 @@ import pytest
 
 import kvrep
 from kvrep.sinks.agent import Agent
-from kvrep.sinks.drill import drill
+from kvrep.sinks.drilling import drill
 from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.upstream import Local
