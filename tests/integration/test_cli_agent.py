@@ -91,6 +91,19 @@ def test_an_agent_process_from_a_node_into_sqlite(tmp_path: Path, capfdbinary: A
     assert "consistent" in run_here(capfdbinary, "agent", "status", "--to", f"sqlite:{path}").text
 
 
+def test_ctrl_c_ends_it_in_order(tmp_path: Path) -> None:
+    """SIGINT closes both sides and gives 130; the copy stays consistent."""
+    path = tmp_path / "copy.db"
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        db.put(b"a", b"1")
+        with Running("--from", db.address, "--to", f"sqlite:{path}") as agent:
+            wait_until(lambda: agent.status()["state"] == "current", "it is current")
+            agent.process.send_signal(signal.SIGINT)
+            agent.process.communicate(timeout=30)
+            assert agent.process.returncode == 130
+        assert copy_of(SqliteSink(str(path))) == content(db)
+
+
 def test_from_a_path_until_current(tmp_path: Path, capfdbinary: Any) -> None:
     """A store that nobody has open is read by its path; --until-current ends when all is there; columns by codec."""
     with kvrep.open(tmp_path / "a") as db:

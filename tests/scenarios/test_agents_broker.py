@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvrep.sinks.agent import Agent, AgentState
 from kvrep.sinks.broker import BrokerSource
 from kvrep.sinks.cursor import FileCursor
 from kvrep.sinks.memory import MemorySink
+from kvrep.sinks.metrics import exposition
 from kvrep.sinks.publication import Publication
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
@@ -94,6 +96,11 @@ def test_events_arrive_over_a_broker(line: Line) -> None:
     wait_until(lambda: publication.status().backlog == 0, "all is confirmed")
     assert publication.status().snapshots >= 1
     assert publication.status().delay_p99_s is not None
+    text = exposition([agent, publication]).decode()
+    assert 'kvrep_agent_confirmed_total{name="publisher"}' in text
+    assert 'kvrep_agent_delay_seconds_count{name="publisher"}' in text
+    assert 'kvrep_agent_state{name="agent",state="closed"} 1.0' in text
+    assert json.dumps(publication.status().to_json())
 
 
 @pytest.mark.parametrize("seed", range(3))
