@@ -202,7 +202,8 @@ class Feed:
 
     Iterate over it and :meth:`ack` what is done; after a restart or a failover it goes on behind the last ack,
     so a change may come again, but none is left out. One reader at a time; acks are writes, so the reader runs
-    where the primary is.
+    where the primary is, or on a follower with ``forward_writes``. An ack of an earlier change moves the place
+    back to it.
     """
 
     def __init__(
@@ -384,6 +385,7 @@ class Feed:
 
     def _save(self, text: str, *, wait: bool) -> Position | None:
         token, now_us, generation = Token.parse(text), time.time_ns() // 1000, self._generation
+        LogReader(self._node, Selection(), committed=True).start(token)  # refuses another store's
 
         def moved(state: FeedState) -> FeedState | None:
             return state.moved(text, token.needs, now_us) if state.generation == generation else None

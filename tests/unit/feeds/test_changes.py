@@ -435,6 +435,13 @@ def test_a_token_of_another_store_is_refused(db: kvrep.Store, memory_path: Path)
         other.put(b"a", b"1")
         with pytest.raises(kvrep.LineageMismatch):
             other.changes(resume=token)
+        with other.feed("f") as feed:
+            for attempt in (feed.ack, feed.seek):
+                with pytest.raises(kvrep.LineageMismatch):
+                    attempt(token)
+            with pytest.raises(kvrep.InvalidToken):
+                feed.ack("k1")
+            assert len(feed.poll()) == 1
 
 
 def test_stop_beyond_the_history(db: kvrep.Store) -> None:
