@@ -67,6 +67,8 @@ ID_HEADER = "kvrep-id"
 MESSAGE_BYTES_MAX = 8 << 20
 FETCH_KIB = 16 << 10
 POLL_S = 0.1
+CLOSE_S, CLOSE_POLL_S = 2.0, 0.02
+REQUEST_TIMEOUT_MS = 10_000
 BATCH_MESSAGES = 128
 PARTITIONS_CHECK_S = 30.0
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -171,6 +173,7 @@ class KafkaBroker:
             "isolation.level": "read_committed",
             "auto.offset.reset": "earliest",
             "queued.max.messages.kbytes": FETCH_KIB,
+            "socket.timeout.ms": REQUEST_TIMEOUT_MS,
             "fetch.wait.max.ms": 100,
             "fetch.message.max.bytes": 1 << 20,
             "receive.message.max.bytes": 64 << 20,
@@ -570,7 +573,10 @@ class KafkaSubscriber:
         self._broker, self._topic, self._prefetch = broker, topic, prefetch
         given = None if start in (STORED, EARLIEST, LATEST) else _parse(start)
         self._faults = Faults(broker)
-        self._consumer = ck.Consumer(dict(settings) | {"error_cb": self._faults}, logger=_client_log)
+        callbacks = {"error_cb": self._faults, "on_commit": self._on_commit}
+        self._storing = 0
+        """How many positions are on their way to the cluster."""
+        self._consumer = ck.Consumer(dict(settings) | callbacks, logger=_client_log)
         # Protects the consumer against use after close.
         self._lock = threading.RLock()
         self._closed = False
@@ -689,7 +695,13 @@ class KafkaSubscriber:
                 self._outstanding[partition].ack(offset, through=False)
             self._store()
 
-    def _store(self, *, wait: bool = False) -> None:
+    def _on_commit(self, error: Any, _places: Any) -> None:
+        """A position was stored, or not. Called while the consumer is polled."""
+        self._storing -= 1
+        if error is not None:
+            log.info("%s: positions were not stored: %s", self._broker.url, error)
+
+    def _store(self) -> None:
         places = []
         for partition, outstanding in self._outstanding.items():
             done = outstanding.done_through
@@ -698,10 +710,8 @@ class KafkaSubscriber:
                 self._stored[partition] = done
         if places:
             try:
-                if wait:
-                    self._consumer.commit(offsets=places, asynchronous=False)
-                else:
-                    self._consumer.commit(offsets=places, asynchronous=True)
+                self._consumer.commit(offsets=places, asynchronous=True)
+                self._storing += 1
             except ck.KafkaException as error:
                 log.info("%s: positions were not stored: %s", self._broker.url, error)
 
@@ -710,9 +720,13 @@ class KafkaSubscriber:
             if self._closed:
                 return
             self._closed = True
-            self._stored.clear()
-            self._store(wait=True)
-            self._consumer.close()
+            deadline = time.monotonic() + CLOSE_S
+            while self._storing and time.monotonic() < deadline:
+                self._consumer.poll(CLOSE_POLL_S)  # what it returns was not acked and comes again
+            # With a cluster that says nothing, librdkafka waits for its requests to time out: without us.
+            closing = threading.Thread(target=self._consumer.close, name="kvrep-kafka-close", daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
 
 
 def _parse(position: str) -> dict[int, int]:

@@ -166,6 +166,7 @@ class BrokerLink:
                 self._subscriber = self._broker.subscriber(
                     group=self._group, start=self._start, prefetch=PREFETCH
                 )
+                self._start = STORED
                 if self._closing.is_set():
                     self._broker.close()
             return self._subscriber.receive(PREFETCH, timeout_s)

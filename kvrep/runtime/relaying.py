@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
+from kvrep.brokers.interface import Message
 from kvrep.errors import (
     AuthenticationFailed,
     ClosedError,
@@ -53,7 +54,7 @@ from kvrep.storage.home import write_atomically
 from kvrep.transport.interface import SnapshotChunk, SnapshotInfo, SnapshotRequest, StreamEnded
 
 if TYPE_CHECKING:
-    from kvrep.brokers.interface import Message, Publisher
+    from kvrep.brokers.interface import Publisher
     from kvrep.transport.interface import Connection, Stream
 
 __all__ = ["Place", "Relay", "RelayStatus"]
@@ -521,10 +522,7 @@ class Relay:
 
     def _publish(self, envelope: Envelope) -> int:
         """Hand a message to the broker, however long it takes; ``ClosedError`` when we are to stop."""
-        from kvrep.brokers.interface import Message
-
-        body = encode_envelope(replace(envelope, time_us=time.time_ns() // 1000))
-        message: Message = Message(body, key=envelope.history.lineage, id=envelope.name)
+        message = self._message(envelope)
         while not self._stop.is_set():
             try:
                 number = self._publisher.publish(message, PUBLISH_WAIT_S)
@@ -532,10 +530,15 @@ class Relay:
                 self._problem = str(error)
                 continue
             self._messages += 1
-            self._bytes += len(body)
+            self._bytes += len(message.body)
             self._marked_s = time.monotonic()
             return number
         raise ClosedError("publishing was stopped")
+
+    @staticmethod
+    def _message(envelope: Envelope) -> Message:
+        body = encode_envelope(replace(envelope, time_us=time.time_ns() // 1000))
+        return Message(body, key=envelope.history.lineage, id=envelope.name)
 
     # -- a whole copy ------------------------------------------------------------------------------
 
@@ -673,7 +676,11 @@ class Relay:
             first=place.last.offset,
             last=place.last.offset,
         )
-        self._publish(mark)
+        self._marked_s = time.monotonic()
+        try:
+            self._publisher.publish(self._message(mark), 0)
+        except Overloaded:
+            pass  # then it is not idle, either
 
     def _confirm(self) -> None:
         """Ack what the broker has confirmed."""

@@ -222,6 +222,23 @@ def test_closing(site: Site) -> None:
     broker.close()
 
 
+def test_closing_in_an_outage(site: Site) -> None:
+    """Nobody answers, and messages wait: closing ends in bounded time all the same."""
+    broker = site.connect()
+    publisher, subscriber = broker.publisher(), broker.subscriber()
+    publisher.publish(Message(b"1"))
+    publisher.flush(WAIT_S)
+    (delivery,) = read(subscriber, 1)
+    with site.outage():
+        publisher.publish(Message(b"2"))
+        subscriber.ack(delivery)
+        began = time.monotonic()
+        publisher.close(0.5)
+        broker.close()
+        assert time.monotonic() - began < 20
+    assert publisher.confirmed == 1
+
+
 def test_options_that_are_not_understood_stop_the_start(site: Site) -> None:
     """An unknown option in the address is refused by name."""
     url = site.url("t")

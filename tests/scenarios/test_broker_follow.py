@@ -236,6 +236,38 @@ def test_an_outage_of_the_broker(memory: MemoryBrokers, server: MemoryServer, me
             same(primary, f)
 
 
+def test_a_follower_changes_its_source(memory: MemoryBrokers, memory_path: Path) -> None:
+    """A follower of a node goes on behind a broker, and back."""
+    with kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary:
+        with (
+            publishing(primary, URL + "log"),
+            kvrep.open(memory_path / "f", name="f", follow=primary.address, voter=False, **FAST) as f,
+        ):
+            f.wait_for(primary.put(b"a", b"1"), 20)
+            f.follow(URL + "log")
+            until(lambda: (f.status().source.address or "").startswith("memory://"))
+            f.wait_for(primary.put(b"b", b"2"), 20)
+            f.follow(primary.address)
+            until(lambda: f.status().source.address == primary.address)
+            f.wait_for(primary.put(b"c", b"3"), 20)
+            same(primary, f)
+
+
+def test_a_relay_whose_broker_is_full(memory: MemoryBrokers, server: MemoryServer, memory_path: Path) -> None:
+    """A broker that takes nothing for a while fills the buffer and stops nothing else; then all arrives."""
+    with kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary:
+        with publishing(primary, URL + "log") as relay, far(memory_path / "f", URL + "log", **FAST) as f:
+            f.wait_for(primary.put(b"a", b"1"), 20)
+            server.block()
+            for i in range(40):
+                position = primary.put(b"key-%d" % i, b"x" * 1_000_000)
+            until(lambda: "the buffer is full" in relay.relay.status().problem)
+            assert relay.publisher.status().buffered_bytes <= 16 << 20
+            server.unblock()
+            f.wait_for(position, 40)
+            same(primary, f)
+
+
 def test_only_the_horizon_is_published(memory: MemoryBrokers, memory_path: Path) -> None:
     """With ``acks=0`` what a voter does not hold yet could be taken back, and is not published."""
     with kvrep.open(memory_path / "a", name="a", listen="127.0.0.1:0", **FAST) as a:

@@ -34,6 +34,7 @@ BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 5.0
 STABLE_S = 2.0
 """A connection that lasted so long begins a new count of failures."""
 CLOSE_GRACE_S = 0.5
+DROP_S = 0.1
 """What a close that ran out of time still gets for the goodbye itself."""
 REFUSED, NOT_FOUND, LOCKED, MISMATCH = 403, 404, 405, 406
 NOT_ALLOWED = 530
@@ -344,8 +345,11 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def drop_socket(connection: Any) -> None:
-    """Let go of the socket of a connection whose loop has ended, if the other end never said goodbye."""
+    """Let go of the socket of a connection whose loop has ended without a goodbye: pika does it in the loop."""
     transport = getattr(connection, "_transport", None)
-    if transport is not None:
-        transport.abort()
-    time.sleep(0)
+    if transport is None:
+        return
+    transport.abort()
+    loop = connection.ioloop
+    loop.call_later(DROP_S, loop.stop)
+    loop.start()

@@ -249,6 +249,8 @@ class RabbitPublisher:
                 number += 1
             self._bytes -= size
             self.confirmed += number
+            if number:
+                self._pause_s = 0.0
             if self._waiters and (not buffer or self._bytes * 2 <= self._bytes_max or not self._waiting):
                 self._changed.notify_all()
 
