@@ -207,7 +207,7 @@ class _Stop(threading.Event):
 
     def on_signal(self, number: int, frame: object) -> None:
         del frame
-        if self.is_set():
+        if self.signal:
             os._exit(128 + number)
         self.signal = number
         self.set()
