@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
@@ -35,12 +36,13 @@ __all__ = ["PostgresSink"]
 
 log = logging.getLogger("kvrep.agent")
 
+_KEYSPACE_OF, _VALUE_OF = itemgetter(0), itemgetter(2)
+
 CONNECT_S = 10
 SILENCE_MS = 30_000
 """How long sent bytes may stay unanswered before the connection counts as dead."""
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_END = b"\xff\xff"
-COPY_PIECE_BYTES = 1 << 20
 _LENGTHS = [n.to_bytes(4, "big") for n in range(4096)]
 _HEADS = [b"\0\2" + length for length in _LENGTHS[: KEY_BYTES_MAX + 1]]
 """Of a row with two columns: their number, and the length of the key."""
@@ -192,32 +194,24 @@ class PostgresSink(SqlSink):
 
     def stage(self, ops: Sequence[Op]) -> None:
         """Plain rows go straight into a COPY that stays open until something else is done."""
-        spaces: dict[str, list[tuple[bytes, bytes]]] = {}
-        for keyspace, key, value in ops:
-            if value is None:
-                break
-            space = spaces.get(keyspace)
-            if space is None:
-                space = spaces[keyspace] = []
-            space.append((key, value))
-        else:
-            if all(self._table(keyspace).plain for keyspace in spaces):
-                with self._errors():
-                    for keyspace, rows in spaces.items():
-                        self._stream(keyspace, rows)
-                return
-        super().stage(ops)
+        spaces = set(map(_KEYSPACE_OF, ops))
+        if None in map(_VALUE_OF, ops) or not all(self._table(keyspace).plain for keyspace in spaces):
+            super().stage(ops)
+            return
+        with self._errors():
+            for keyspace in sorted(spaces):
+                self._stream(keyspace, ops if len(spaces) == 1 else [op for op in ops if op[0] == keyspace])
 
-    def _stream(self, keyspace: str, rows: list[tuple[bytes, bytes]]) -> None:
+    def _stream(self, keyspace: str, ops: Sequence[Op]) -> None:
         copying = self._copying
         if copying is None or copying.keyspace != keyspace:
             self._make(keyspace, STAGED)
             self._run("SAVEPOINT kvrep")
             name = self._name(table_name(keyspace) + STAGED)
             copying = self._copying = _Copying(self._need(), keyspace, name)
-        copying.rows += rows
+        copying.ops += ops
         try:
-            copying.write(rows)
+            copying.write(ops)
         except self.rejecting as error:
             self._copying = None
             self._go_the_long_way(copying, error)
@@ -237,7 +231,7 @@ class PostgresSink(SqlSink):
     def _go_the_long_way(self, copying: _Copying, error: BaseException) -> None:
         copying.give_up(error)
         self._run("ROLLBACK TO SAVEPOINT kvrep")
-        super().stage([(copying.keyspace, key, value) for key, value in copying.rows])
+        super().stage(copying.ops)
 
     def _give_up_copy(self) -> None:
         copying, self._copying = self._copying, None
@@ -297,7 +291,7 @@ class _Copying:
 
     def __init__(self, connection: psycopg.Connection[Any], keyspace: str, table: str) -> None:
         self.keyspace = keyspace
-        self.rows: list[tuple[bytes, bytes]] = []
+        self.ops: list[Op] = []
         """All that was written, in case it has to be written in another way."""
         self._context = connection.cursor().copy(
             f"COPY {table} (key, value) FROM STDIN (FORMAT BINARY)".encode()
@@ -305,10 +299,11 @@ class _Copying:
         self._copy = self._context.__enter__()
         self._copy.write(COPY_HEADER)
 
-    def write(self, rows: list[tuple[bytes, bytes]]) -> None:
+    def write(self, ops: Sequence[Op]) -> None:
+        """Puts of this keyspace, a few megabytes at the most."""
         parts: list[bytes] = []
-        size = 0
-        for key, value in rows:
+        for _, key, value in ops:
+            assert value is not None
             length = len(value)
             parts += (
                 _HEADS[len(key)],
@@ -316,10 +311,6 @@ class _Copying:
                 _LENGTHS[length] if length < 4096 else length.to_bytes(4, "big"),
                 value,
             )
-            size += length + 32
-            if size >= COPY_PIECE_BYTES:
-                self._copy.write(b"".join(parts))
-                parts, size = [], 0
         self._copy.write(b"".join(parts))
 
     def finish(self) -> None:
