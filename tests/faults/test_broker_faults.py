@@ -122,9 +122,7 @@ def test_a_queue_that_is_full(shared_rabbitmq: RabbitServer) -> None:
     import pika
 
     topic = Site.topic()
-    with pika.BlockingConnection(
-        pika.ConnectionParameters("127.0.0.1", shared_rabbitmq.port)
-    ) as connection:
+    with pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", shared_rabbitmq.port)) as connection:
         arguments = {"x-max-length": 10, "x-overflow": "reject-publish"}
         connection.channel().queue_declare(topic, durable=True, arguments=arguments)
     broker = brokers.connect(shared_rabbitmq.url(topic))
@@ -155,9 +153,7 @@ def test_a_queue_that_is_deleted(shared_rabbitmq: RabbitServer) -> None:
     publisher.publish(Message(b"1"))
     publisher.flush(WAIT_S)
     assert numbers(read(subscriber, 1)) == [1]
-    with pika.BlockingConnection(
-        pika.ConnectionParameters("127.0.0.1", shared_rabbitmq.port)
-    ) as connection:
+    with pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", shared_rabbitmq.port)) as connection:
         connection.channel().queue_delete(topic)
     for n in range(2, 12):
         publisher.publish(Message(b"%d" % n))
