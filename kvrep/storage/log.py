@@ -447,7 +447,8 @@ class Log:
                 start = GROUP_BYTES
             at += GROUP_BYTES + length
             body = window[start : start + length]
-            if group_first == offset and length and _first_length(body) == length:
+            # After a cut the last group of a file may hold less than its header says.
+            if group_first == offset and 0 < length == len(body) == _first_length(body):
                 records = 1  # as a writer alone makes them
             else:
                 count = _count_from(body, group_first, offset)
