@@ -70,6 +70,7 @@ POLL_S = 0.1
 CLOSE_S, CLOSE_POLL_S = 2.0, 0.02
 REQUEST_TIMEOUT_MS = 10_000
 BATCH_MESSAGES = 128
+NEVER = 1 << 62
 PARTITIONS_CHECK_S = 30.0
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 _E = ck.KafkaError
@@ -293,6 +294,8 @@ class KafkaPublisher:
         # Protects what follows; announces confirms to those who wait.
         self._changed = threading.Condition()
         self._waiters = 0
+        self._wanted = NEVER
+        """The first number that somebody waits for."""
         self._bytes = 0
         self._batches: deque[_Batch] = deque()
         """What is unconfirmed, in order; the last one is filled up."""
@@ -417,8 +420,23 @@ class KafkaPublisher:
             if self.confirmed == before:
                 return
             self._faults.forget()
-            if self._waiters and (not batches or self._bytes * 2 <= self._bytes_max):
-                self._changed.notify_all()
+            self._wake()
+
+    def _reached(self, number: int) -> bool:
+        """Whether a wait for ``number`` is over; asks to be woken for it. The lock is held."""
+        if self.confirmed >= number or self._closed or self._ended is not None:
+            return True
+        self._wanted = min(self._wanted, number)
+        return False
+
+    def _wake(self) -> None:
+        """Wake those who wait, if it is worth it: at half of the buffer, not at every confirm. The lock is held."""
+        half = (
+            self._bytes * 2 <= self._bytes_max and (self.published - self.confirmed) * 2 <= self._messages_max
+        )
+        if self._waiters and (half or self.confirmed >= self._wanted):
+            self._wanted = NEVER
+            self._changed.notify_all()
 
     def all_confirmed(self) -> None:
         """A transaction with everything published is committed. The lock is held."""
@@ -435,10 +453,7 @@ class KafkaPublisher:
             if self._transactions is not None and self.confirmed < number:
                 self._need_alive()
                 self._transactions.commit(deadline)
-            self._wait_for(
-                lambda: self.confirmed >= number or self._closed or self._ended is not None,
-                deadline - time.monotonic(),
-            )
+            self._wait_for(lambda: self._reached(number), deadline - time.monotonic())
             if self._ended is not None and self.confirmed < number:
                 raise again(self._ended)
             return self.confirmed >= number

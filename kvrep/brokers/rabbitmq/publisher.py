@@ -31,6 +31,7 @@ KEY_HEADER = "kvrep-key"
 PERSISTENT = 2
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0
 PUMP_MESSAGES = 128
+NEVER = 1 << 62
 """How many are written before the loop looks for confirms."""
 
 
@@ -43,6 +44,8 @@ class RabbitPublisher:
         # Protects what follows; announces confirms to those who wait.
         self._changed = threading.Condition()
         self._waiters = 0
+        self._wanted = NEVER
+        """The first number that somebody waits for."""
         self._buffer: deque[_Entry] = deque()
         """What is not counted yet, in order."""
         self._waiting: deque[_Entry] = deque()
@@ -126,7 +129,7 @@ class RabbitPublisher:
 
     def wait(self, number: int, timeout_s: float) -> bool:
         with self._changed:
-            self._wait_for(lambda: self.confirmed >= number or self._over, timeout_s)
+            self._wait_for(lambda: self._reached(number), timeout_s)
             if self.confirmed < number and self._link.ended is not None:
                 raise again(self._link.ended)
             return self.confirmed >= number
@@ -251,8 +254,23 @@ class RabbitPublisher:
             self.confirmed += number
             if number:
                 self._pause_s = 0.0
-            if self._waiters and (not buffer or self._bytes * 2 <= self._bytes_max or not self._waiting):
-                self._changed.notify_all()
+            self._wake()
+
+    def _reached(self, number: int) -> bool:
+        """Whether a wait for ``number`` is over; asks to be woken for it. The lock is held."""
+        if self.confirmed >= number or self._over:
+            return True
+        self._wanted = min(self._wanted, number)
+        return False
+
+    def _wake(self) -> None:
+        """Wake those who wait, if it is worth it: at half of the buffer, not at every confirm. The lock is held."""
+        half = (
+            self._bytes * 2 <= self._bytes_max and (self.published - self.confirmed) * 2 <= self._messages_max
+        )
+        if self._waiters and (half or self.confirmed >= self._wanted):
+            self._wanted = NEVER
+            self._changed.notify_all()
 
     def _retry_later(self) -> None:
         """Everything is decided, and something was refused: again, after a pause that grows while all is."""
