@@ -280,6 +280,38 @@ def test_a_refusal_stays_one(tmp_path: Path) -> None:
         assert a[b"k"] == b"3"
 
 
+def test_what_is_forgotten_of_refusals_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusals beyond the bound are forgotten, oldest first; a late attempt of one of them is not executed, and
+    writes that began after them are."""
+    monkeypatch.setattr("kvrep.runtime.executing.REFUSED_MAX", 4)
+    with group(tmp_path, names="ab") as (_, (a, b)):
+        forwarded, home = a._node.forwarded, b._node.engine.home.store_id
+
+        def attempt(sequence: int, since: int, *, wanted: bytes) -> str:
+            reads = [["default", b"k", b"\0" + wanted]]
+            item = [sequence, since, ["default", [b"k", b"changed"]], reads, [], None, None]
+            request = {
+                "epoch": a.status().epoch,
+                "store_id": home,
+                "session": 5,
+                "floor": 1,
+                "timeout_s": 5.0,
+            }
+            kind: str = forwarded.answer({**request, "items": [item]})["outcomes"][0][0]
+            return kind
+
+        offsets = []
+        for sequence in range(1, 11):
+            offsets.append(a.put(b"k", b"v%d" % sequence).offset)
+            assert attempt(sequence, offsets[-1], wanted=b"something else") == "refused"
+        assert attempt(1, offsets[0], wanted=b"v10") == "forgotten"
+        assert attempt(10, offsets[9], wanted=b"v10") == "refused", "this one is still known"
+        assert a[b"k"] == b"v10"
+        assert attempt(11, offsets[7], wanted=b"v10") == "done"
+
+
 def test_cut_connections_under_load(tmp_path: Path) -> None:
     """The follower's connections are reset again and again while it counts: every addition is made once."""
     with group(tmp_path) as (_, (a, b, _c)), proxy(a.address) as way:
