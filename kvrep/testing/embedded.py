@@ -199,7 +199,7 @@ class EmbeddedNode(ProcessNode):
         return default if value is None else value
 
     def scan(self, **options: Any) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in self.ask("scan", **options):
+        for key, value in self.ask("scan", **options):  # a generator, as a store's is
             yield key, value
 
     def content(self) -> dict[tuple[str, bytes], bytes]:

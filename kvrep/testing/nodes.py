@@ -295,6 +295,7 @@ class ProcessNode(ClusterNode):
         return command
 
     def start(self) -> str:
+        self._reap()  # what is left of a process that ended by itself
         process = subprocess.Popen(
             [*self._prefix, *self._program()],
             stdin=subprocess.PIPE,

@@ -134,10 +134,11 @@ def _settings(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Set
 
 
 class _Display(threading.Thread):
-    """Tells on stderr how it goes: one line written over on a terminal, else one line every ten seconds."""
+    """Tells on stderr how it goes: one line written over on a terminal, else a line now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__(name="kvrep-soak-display", daemon=True)
+        self._interval_s = 10.0 if settings.seconds > 120 else 2.0
         self._over = threading.Event()
         self._terminal = sys.stderr.isatty()
         self._progress: Callable[[], Progress] | None = None
@@ -149,7 +150,7 @@ class _Display(threading.Thread):
 
     def run(self) -> None:
         assert self._progress is not None
-        while not self._over.wait(0.5 if self._terminal else 10.0):
+        while not self._over.wait(0.5 if self._terminal else self._interval_s):
             line = progress_line(self._progress())
             if self._terminal:
                 shown = line[: shutil.get_terminal_size().columns - 1]
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         given.report.mkdir(parents=True, exist_ok=True)  # before an hour's work
     print(f"seed {settings.seed}", file=sys.stderr, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="kvrep-soak-"))
-    display, over = _Display(), threading.Event()
+    display, over = _Display(settings), threading.Event()
     try:
         with _interruptible(over):
             result = soak(settings, folder, over, display.tell)

@@ -31,15 +31,17 @@ COLOURS = {
     "slow-disk": "#8a8f98", "full-disk": "#565b66",
 }  # fmt: skip
 STYLE = """
-  svg { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 12px;
-        background: var(--paper); --paper: #fcfcfa; --ink: #24292f; --soft: #6e7781; --line: #e3e5e8;
-        --follower: #dfe7ee; --gone: #9aa1a9; --good: #2f9e68; --bad: #d64545; }
-  @media (prefers-color-scheme: dark) { svg { --paper: #16191d; --ink: #e6e8eb; --soft: #9aa4af;
-        --line: #2b3138; --follower: #2b3640; --gone: #59616a; } }
-  text { fill: var(--ink); } .soft { fill: var(--soft); } .title { font-size: 22px; font-weight: 600; }
-  .head { font-weight: 600; } .grid { stroke: var(--line); } .fault { opacity: .9; }
-  .band { opacity: .10; } .band:hover, .fault:hover { opacity: .45; } .on { fill: #fff; font-size: 10px; }
+  svg { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 12px; }
+  text { fill: #24292f; } .soft { fill: #6e7781; } .title { font-size: 22px; font-weight: 600; }
+  .head { font-weight: 600; } .on { fill: #ffffff; } .paper { fill: #fcfcfa; } .grid { stroke: #e3e5e8; }
+  .follower { fill: #dbe4ec; } .gone { fill: #9aa1a9; } .good { fill: #2f9e68; } .bad { fill: #d64545; }
+  .fault { opacity: .9; } .band { opacity: .10; } .band:hover, .fault:hover { opacity: .45; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6e8eb; } .soft { fill: #9aa4af; } .on { fill: #ffffff; } .paper { fill: #16191d; }
+    .grid { stroke: #2b3138; } .follower { fill: #2b3640; } .gone { fill: #59616a; } .band { opacity: .18; }
+  }
 """
+"""Colours as plain properties: not every viewer of SVG knows variables."""
 
 
 class _Sheet:
@@ -78,7 +80,7 @@ def picture(result: Result) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img"'
             f' aria-label="{label}">',
             f"<style>{STYLE}</style>",
-            f'<rect width="{WIDTH}" height="{height:.0f}" fill="var(--paper)"/>',
+            f'<rect class="paper" width="{WIDTH}" height="{height:.0f}"/>',
             *sheet.parts,
             "</svg>",
             "",
@@ -100,10 +102,10 @@ def _heading(sheet: _Sheet) -> None:
     width = 7.2 * len(verdict) + 26
     sheet.add(
         f'<rect x="{LEFT + 132}" y="23" width="{width:.0f}" height="23" rx="11.5"'
-        f' fill="var(--{"good" if good else "bad"})"/>'
+        f' class="{"good" if good else "bad"}"/>'
     )
     sheet.add(
-        f'<text x="{LEFT + 132 + width / 2:.1f}" y="39" text-anchor="middle" style="fill:#fff">'
+        f'<text x="{LEFT + 132 + width / 2:.1f}" y="39" text-anchor="middle" class="on">'
         f"{escape(verdict)}</text>"
     )
     way = "network namespaces" if settings.namespaces else "a proxy"
@@ -162,11 +164,12 @@ def _nodes(sheet: _Sheet) -> None:
         sheet.text(LEFT - 12, y + 17, name, anchor="end", kind="head")
         for began_s, ended_s, role in _stretches(samples, name, sheet.end_s):
             x = sheet.x(began_s)
-            fill = {"primary": NODES[number % len(NODES)], "follower": "var(--follower)"}.get(
-                role, "var(--gone)"
-            )
+            how = f'class="{role if role == "follower" else "gone"}"'
+            if role == "primary":
+                how = f'fill="{NODES[number % len(NODES)]}"'
+            width = sheet.x(ended_s) - x
             sheet.add(
-                f'<rect x="{x:.1f}" y="{y + 4:.1f}" width="{sheet.x(ended_s) - x:.1f}" height="8" fill="{fill}">'
+                f'<rect x="{x:.1f}" y="{y + 4:.1f}" width="{width:.1f}" height="8" {how}>'
                 f"<title>{name}: {role}, {clock(began_s)} to {clock(ended_s)}</title></rect>"
             )
         for span in sheet.result.spans:
@@ -185,7 +188,7 @@ def _mark(sheet: _Sheet, span: FaultSpan, y: float) -> None:
     if width > LABEL_PX:
         sheet.add(
             f'<text class="on" x="{x + width / 2:.1f}" y="{y + 10:.1f}" text-anchor="middle"'
-            f' style="fill:#fff" pointer-events="none">{span.kind}</text>'
+            f' font-size="10" pointer-events="none">{span.kind}</text>'
         )
 
 
