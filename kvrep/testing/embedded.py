@@ -199,8 +199,8 @@ class EmbeddedNode(ProcessNode):
         return default if value is None else value
 
     def scan(self, **options: Any) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in self.ask("scan", **options):  # a generator, as a store's is
-            yield key, value
+        for key, value in self.ask("scan", **options):
+            yield bytes(key), bytes(value)
 
     def content(self) -> dict[tuple[str, bytes], bytes]:
         return {(name, key): value for name, key, value in self.ask("content", CONTENT_S)}

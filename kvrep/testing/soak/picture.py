@@ -19,12 +19,13 @@ from kvrep.testing.soak.watch import METRICS, Sample
 __all__ = ["picture"]
 
 WIDTH, LEFT, RIGHT = 1200, 84, 24
-POINTS_MAX = 500
+POINTS_MAX, SMALL_POINTS_MAX = 700, 120
 ROW = 30
 LABEL_PX = 44
 """Faults that are drawn wider than this say their name."""
 
 NODES = ("#3b7dd8", "#d9822b", "#2f9e68", "#a35bc9", "#c94f6d", "#5b8c8a", "#8c7b3f", "#6b6fcf", "#b0623c")
+WRITES, READS = "#2a6f97", "#8fa3b5"
 COLOURS = {
     "kill": "#d64545", "stop": "#e58a8a", "pause": "#8e63ce", "cut": "#e0912f", "deaf": "#e8b04a",
     "mute": "#c9a227", "wall": "#b5651d", "delay": "#4a90b8", "throttle": "#5fb0c9", "corrupt": "#3fa98f",
@@ -101,11 +102,11 @@ def _heading(sheet: _Sheet) -> None:
         verdict += ", interrupted"
     width = 7.2 * len(verdict) + 26
     sheet.add(
-        f'<rect x="{LEFT + 132}" y="23" width="{width:.0f}" height="23" rx="11.5"'
+        f'<rect x="{LEFT + 156}" y="23" width="{width:.0f}" height="23" rx="11.5"'
         f' class="{"good" if good else "bad"}"/>'
     )
     sheet.add(
-        f'<text x="{LEFT + 132 + width / 2:.1f}" y="39" text-anchor="middle" class="on">'
+        f'<text x="{LEFT + 156 + width / 2:.1f}" y="39" text-anchor="middle" class="on">'
         f"{escape(verdict)}</text>"
     )
     way = "network namespaces" if settings.namespaces else "a proxy"
@@ -138,20 +139,20 @@ def _throughput(sheet: _Sheet, height: float) -> None:
     if writes:
         first, last = sheet.x(writes[0][0]), sheet.x(writes[-1][0])
         sheet.add(
-            f'<path d="{line} L{last:.1f},{base:.1f} L{first:.1f},{base:.1f} Z" fill="{NODES[0]}"'
+            f'<path d="{line} L{last:.1f},{base:.1f} L{first:.1f},{base:.1f} Z" fill="{WRITES}"'
             ' fill-opacity=".25"/>'
         )
-    sheet.add(f'<path d="{line}" fill="none" stroke="{NODES[0]}" stroke-width="1.6"/>')
+    sheet.add(f'<path d="{line}" fill="none" stroke="{WRITES}" stroke-width="1.6"/>')
     sheet.add(
-        f'<path d="{_path(sheet, reads, top, height)}" fill="none" stroke="{NODES[2]}" stroke-opacity=".8"/>'
+        f'<path d="{_path(sheet, reads, top, height)}" fill="none" stroke="{READS}" stroke-opacity=".8"/>'
     )
     sheet.text(WIDTH - RIGHT - 8, sheet.y + 14, "writes acknowledged", anchor="end", kind="head")
     sheet.add(
-        f'<rect x="{WIDTH - RIGHT - 150}" y="{sheet.y + 5:.1f}" width="10" height="10" fill="{NODES[0]}"/>'
+        f'<rect x="{WIDTH - RIGHT - 168}" y="{sheet.y + 5:.1f}" width="10" height="10" fill="{WRITES}"/>'
     )
     sheet.text(WIDTH - RIGHT - 8, sheet.y + 31, "reads", anchor="end")
     sheet.add(
-        f'<rect x="{WIDTH - RIGHT - 60}" y="{sheet.y + 22:.1f}" width="10" height="10" fill="{NODES[2]}"/>'
+        f'<rect x="{WIDTH - RIGHT - 62}" y="{sheet.y + 22:.1f}" width="10" height="10" fill="{READS}"/>'
     )
     sheet.y += height + 14
 
@@ -233,7 +234,7 @@ def _metrics(sheet: _Sheet, height: float) -> None:
         base = sheet.y + 14 + height
         sheet.add(f'<line class="grid" x1="{x:.1f}" y1="{base:.1f}" x2="{x + width:.1f}" y2="{base:.1f}"/>')
         for number, name in enumerate(names):
-            points = _thinned([p for p in series[name] if p[1]], max)
+            points = _thinned([p for p in series[name] if p[1]], max, SMALL_POINTS_MAX)
             steps = " L".join(
                 f"{x + width * at / sheet.end_s:.1f},{base - (height - 4) * value / top:.1f}"
                 for at, value in points
@@ -290,7 +291,7 @@ def _step(end_s: float) -> float:
 def _nice(value: float) -> float:
     """The next round number."""
     scale = 10.0 ** int(log10(value))
-    return next(scale * m for m in (1, 1.2, 1.6, 2, 3, 4, 5, 6, 8, 10, 12) if scale * m >= value)
+    return next(scale * m for m in (1, 1.2, 1.6, 2, 2.4, 4, 6, 8, 10, 12) if scale * m >= value)
 
 
 def _extent(sheet: _Sheet, span: FaultSpan) -> tuple[float, float]:
@@ -308,16 +309,18 @@ def _told(span: FaultSpan) -> str:
 
 def _rates(samples: list[Sample], count: Callable[[Sample], int]) -> list[tuple[float, float]]:
     """What was counted in each interval, per second."""
-    every = max(1, len(samples) // POINTS_MAX)
+    every = max(1, -(-len(samples) // POINTS_MAX))
     chosen = samples[::every]
     return [(b.at_s, (count(b) - count(a)) / max(b.at_s - a.at_s, 1e-6)) for a, b in pairwise(chosen)]
 
 
 def _thinned(
-    points: list[tuple[float, float]], join: Callable[[Sequence[float]], float]
+    points: list[tuple[float, float]],
+    join: Callable[[Sequence[float]], float],
+    most: int = POINTS_MAX,
 ) -> list[tuple[float, float]]:
     """At most so many points that a screen can show; ``join`` makes one value of several."""
-    every = max(1, len(points) // POINTS_MAX)
+    every = max(1, -(-len(points) // most))
     return [
         (points[i][0], join([value for _, value in points[i : i + every]]))
         for i in range(0, len(points), every)

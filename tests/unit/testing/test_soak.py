@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,7 +26,7 @@ from kvrep.testing.soak.load import Generation, token_of, valued
 from kvrep.testing.soak.picture import COLOURS, picture
 from kvrep.testing.soak.report import bars, clock, progress_line, text
 from kvrep.testing.soak.run import Progress, Result, Settings, soak
-from kvrep.testing.soak.watch import NodeSample, Sample, disk_of, growth, grown
+from kvrep.testing.soak.watch import NodeSample, Sample, disk_of, grown, growth
 
 MIB = 1 << 20
 
@@ -150,11 +150,12 @@ def test_a_generation_ends_when_nobody_uses_it() -> None:
 
 
 def samples(memory: list[int], *, every_s: float = 10.0) -> list[Sample]:
-    return [
-        Sample(i * every_s, i * 100, i * 40,
-               {"a": NodeSample("primary", value, 20, 30, 5 * MIB, 0), "b": NodeSample("follower", 30 * MIB, 20, 30, 5 * MIB, i)})
-        for i, value in enumerate(memory)
-    ]  # fmt: skip
+    found = []
+    for i, value in enumerate(memory):
+        first = NodeSample("primary", value, 20, 30, 5 * MIB, 0)
+        second = NodeSample("follower", 30 * MIB, 20, 30, 5 * MIB, i)
+        found.append(Sample(i * every_s, i * 100, i * 40, {"a": first, "b": second}))
+    return found
 
 
 def test_growth_is_found() -> None:
@@ -270,7 +271,7 @@ def test_wrong_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
     assert ended.value.code == 2
-    assert arguments.split()[0] in capsys.readouterr().err
+    assert arguments.split(maxsplit=1)[0] in capsys.readouterr().err
 
 
 def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
