@@ -104,7 +104,7 @@ class Options:
     """Payload that starts a flush into LMDB."""
     memtable_bytes_max: int = 192 * MIB
     """Memory of unflushed writes (160 bytes an entry counted in) at which writers wait for the flush."""
-    flush_interval_s: float = 5.0
+    flush_interval_s: float = 30.0
     """The age of unflushed writes that starts a flush."""
     uncommitted_bytes_max: int = 64 * MIB
     """Log that may wait for acks; above it writes are refused (:class:`kvrep.Overloaded`)."""

@@ -71,6 +71,8 @@ class FollowerSession:
         self._feeding = False
         """Set when the Welcome is in the outbox: records may follow it."""
         self._heeds_commits = True
+        self._gathering = False
+        """Whether the sender sleeps until it sends all that has moved meanwhile."""
         self._hurry = False
         self._asked_epoch = 0
         self.settled_in: Configuration | None = None
@@ -99,12 +101,17 @@ class FollowerSession:
         return self.hello.store_id if self.hello is not None else b""
 
     def wake(self) -> None:
-        """The log, the commit or an ack moved."""
+        """An ack moved, or the role."""
         self._signal.set()
+
+    def wake_for_write(self) -> None:
+        """The log has grown: wake the sender, unless it lets records gather."""
+        if not self._gathering:
+            self._signal.set()
 
     def wake_for_commit(self) -> None:
         """The commit moved: wake the sender, unless it looks by itself soon."""
-        if self._heeds_commits:
+        if self._heeds_commits and not self._gathering:
             self._signal.set()
 
     def hurry(self) -> None:
@@ -358,8 +365,10 @@ class FollowerSession:
                 return self._heartbeat(sender, now, last, committed, stamp)
             case Dead(reason):
                 raise ProtocolError(reason)
-            case Wait(until):
+            case Wait(until, gathering):
+                self._gathering = gathering  # what moved since we looked goes with what is sent at ``until``
                 self._signal.wait(until - now)
+                self._gathering = False
         return None
 
     def _segment(self, sender: Sender, step: SendSegment, committed: int) -> FromPrimary:

@@ -42,7 +42,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
-ASYNC_LINGER_S = 0.003
+ASYNC_LINGER_S = 0.008
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -625,7 +625,7 @@ class Shipping:
         """The log has grown: ship before it is flushed here."""
         self._announced = self.engine.tail.offset
         for session in list(self._joined.values()):
-            session.wake()
+            session.wake_for_write()
 
     def _await_epoch(self) -> None:
         """A read of a primary that restarted with records above its commit mark.

@@ -32,6 +32,7 @@ from kvrep.errors import (
     RolledBack,
     StorageFull,
     UnknownOutcome,
+    UpgradeRequired,
     again,
 )
 from kvrep.model.codec import FRAME_BYTES, decode
@@ -254,9 +255,11 @@ class Engine:
             self._note_branch(record.offset, payload["branch"])
             payload = payload["configuration"]
         elif record.kind != Kind.CONFIGURATION:
-            raise ProtocolError(
+            raise UpgradeRequired(
                 f"record {record.offset} is of kind {record.kind}, which this version does not know",
                 hint="upgrade this node first",
+                found=int(record.kind),
+                supported=int(max(Kind)),
             )
         if record.offset > self.configurations[-1][0]:
             self.configurations.append((record.offset, Configuration.from_wire(payload)))
