@@ -47,7 +47,8 @@ examples:
   python -m kvrep.testing.soak --minutes 10 --disk-mib 96         as root: disks that can be full
 
 A seed decides which faults come in which order; when what happens in between is up to the machine. Ctrl-C ends
-a soak early, with all checks and the report; a second one ends it at once.
+a soak early, with all checks and the report; a second one ends it at once. After violations the stores are kept
+for a look (but not with --disk-mib, whose disks are in memory), and the report has a timeline of all nodes.
 """
 
 
@@ -200,10 +201,11 @@ def main(argv: list[str] | None = None) -> int:
         given.report.mkdir(parents=True, exist_ok=True)  # before an hour's work
     print(f"seed {settings.seed}", file=sys.stderr, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="kvrep-soak-"))
-    display, over = _Display(settings), threading.Event()
+    display, over, keep = _Display(settings), threading.Event(), False
     try:
         with _interruptible(over):
             result = soak(settings, folder, over, display.tell)
+        keep = not result.ok and settings.disk_bytes is None
     except (NotPrivileged, Error, OSError, TimeoutError) as error:
         display.stop()
         print(f"the soak could not run: {type(error).__name__}: {error}", file=sys.stderr)
@@ -212,11 +214,14 @@ def main(argv: list[str] | None = None) -> int:
         display.stop()
         return INTERRUPTED
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
     display.stop()
     print(text(result), end="")
     if given.report is not None:
         _write(result, given.report)
+    if keep:
+        print(f"the stores are kept in {folder}", file=sys.stderr)
     if not result.ok:
         return BROKEN
     return INTERRUPTED if result.interrupted else KEPT

@@ -170,6 +170,8 @@ class Faults:
         self.down.add(node.name)  # before it is: who watches must not take it for an accident
         try:
             kind.apply(self.cluster, node, self.chance)
+        except OSError as reason:  # such as a disk that was filled by somebody else at the same time
+            self.cluster.timeline.add(node.name, f"{kind.name} failed: {reason}")
         except RuntimeError as reason:  # slow-disk: strace may not attach
             self.cluster.timeline.add(node.name, f"{kind.name} is not possible: {reason}")
             self.kinds.remove(kind)

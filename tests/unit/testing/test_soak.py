@@ -19,7 +19,7 @@ from kvrep import Position
 from kvrep.errors import PeerUnavailable
 from kvrep.testing.checkers import Violation
 from kvrep.testing.embedded import EmbeddedNode
-from kvrep.testing.namespaces import NotPrivileged
+from kvrep.testing.namespaces import NotPrivileged, why_not
 from kvrep.testing.soak.__main__ import main
 from kvrep.testing.soak.faults import KINDS, FaultSpan, available
 from kvrep.testing.soak.load import Generation, token_of, valued
@@ -122,6 +122,21 @@ def test_it_finds_values_that_change_and_processes_that_die(
     found = {v.check for v in result.violations}
     assert {"values", "batches", "content", "nodes"} <= found
     assert any("ended by itself" in v.message for v in result.violations)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("where", ["proxy", "namespaces"])
+def test_five_minutes(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every fault there is for five minutes, joined by the proxy, and in namespaces with disks that fill up."""
+    if where == "namespaces" and (reason := why_not()):
+        pytest.skip(reason)
+    given = request.config.getoption("--kvrep-seed")
+    arguments = ["--minutes", "5", "--report", str(tmp_path)]
+    arguments += [] if given is None else ["--seed", str(given)]
+    arguments += ["--namespaces", "--disk-mib", "96"] if where == "namespaces" else []
+
+    assert main(arguments) == 0, (tmp_path / "soak.txt").read_text()
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -283,6 +298,20 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in said for name in KINDS)
     assert all(f"\n  {status} " in said or f"  {status} " in said for status in (0, 1, 3, 130))
     assert said.count("python -m kvrep.testing.soak") >= 5
+
+
+def test_stores_of_a_broken_promise_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After violations the exit status is 1 and the stores are left for a look; else they are removed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    for violations, status, left in (([], 0, 0), ([Violation("values", "lost")], 1, 1)):
+        made = result(violations=violations)
+        monkeypatch.setattr("kvrep.testing.soak.__main__.soak", lambda *given, made=made: made)
+        assert main(["--minutes", "1"]) == status
+        assert len(list(tmp_path.iterdir())) == left
+    assert f"kept in {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [NotPrivileged("namespaces need root"), PeerUnavailable("x", address="")])
