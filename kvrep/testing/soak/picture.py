@@ -109,16 +109,16 @@ def _heading(sheet: _Sheet) -> None:
         f'<text x="{LEFT + 156 + width / 2:.1f}" y="39" text-anchor="middle" class="on">'
         f"{escape(verdict)}</text>"
     )
-    way = "network namespaces" if settings.namespaces else "a proxy"
+    way = "in network namespaces" if settings.namespaces else "joined by a proxy"
     sheet.text(
         LEFT, 64,
-        f"{settings.nodes} nodes joined by {way}, {clock(result.took_s)}, seed {settings.seed}"
+        f"{settings.nodes} nodes {way}, {clock(result.took_s)}, seed {settings.seed}"
         f"  ·  {counts['acknowledged']:,} writes acknowledged in {result.epochs} epochs"
         f"  ·  {counts['read']:,} reads  ·  {len(result.spans)} faults"
         f"  ·  {result.checked:,} calls checked",
         kind="soft",
     )  # fmt: skip
-    sheet.y = 88
+    sheet.y = 96
 
 
 def _throughput(sheet: _Sheet, height: float) -> None:
@@ -146,14 +146,11 @@ def _throughput(sheet: _Sheet, height: float) -> None:
     sheet.add(
         f'<path d="{_path(sheet, reads, top, height)}" fill="none" stroke="{READS}" stroke-opacity=".8"/>'
     )
-    sheet.text(WIDTH - RIGHT - 8, sheet.y + 14, "writes acknowledged", anchor="end", kind="head")
-    sheet.add(
-        f'<rect x="{WIDTH - RIGHT - 168}" y="{sheet.y + 5:.1f}" width="10" height="10" fill="{WRITES}"/>'
-    )
-    sheet.text(WIDTH - RIGHT - 8, sheet.y + 31, "reads", anchor="end")
-    sheet.add(
-        f'<rect x="{WIDTH - RIGHT - 62}" y="{sheet.y + 22:.1f}" width="10" height="10" fill="{READS}"/>'
-    )
+    for x, name, colour in ((RIGHT + 204, "writes acknowledged", WRITES), (RIGHT + 46, "reads", READS)):
+        sheet.add(
+            f'<rect x="{WIDTH - x}" y="{sheet.y - 18:.1f}" width="10" height="10" rx="2" fill="{colour}"/>'
+        )
+        sheet.text(WIDTH - x + 16, sheet.y - 9, name, kind="soft")
     sheet.y += height + 14
 
 

@@ -220,7 +220,8 @@ class Watch:
         except (Error, OSError):
             return "silent"
         for follower in status.followers if status.role == "primary" else ():
-            lags[follower.name] = max(lags.get(follower.name, 0), follower.lag_records)
+            if follower.synced:  # else it has not said yet where it stands
+                lags[follower.name] = max(lags.get(follower.name, 0), follower.lag_records)
         return str(status.role)
 
     def _note_death(self, node: EmbeddedNode, pid: int) -> None:

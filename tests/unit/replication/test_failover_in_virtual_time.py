@@ -136,6 +136,7 @@ def test_nothing_acknowledged_is_lost_for_long(names: str) -> None:
     """The same, many times over."""
     for seed in range(10_000, 10_400):
         storm(seed, names, "majority", 60)
+        storm(seed, names, "majority", 12, born=True)
 
 
 def measured(how: str, runs: int, names: str = "abc") -> tuple[list[float], list[float]]:
