@@ -38,6 +38,7 @@ from kvrep.replication.promotion import Promotion
 
 RESEND_S = 0.05
 SYNC_S = 0.001
+SILENCE_S = 0.5
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Node:
     durable: int = 0
     promised: int = 0
     promised_to: bytes = b""
+    lowered: Position = ZERO
     # In memory.
     committed: int = 0
     life: int = 0
@@ -78,6 +80,10 @@ class Node:
     stream_epoch: int = 0
     joining: int = 0
     """The number of the join that is under way; only its answer counts."""
+    short_since: float | None = None
+    """The primary's: since when copies have been missing."""
+    heard: dict[bytes, float] = field(default_factory=dict)
+    """The primary's: when each follower last confirmed something; a follower's: its stream, under b""."""
 
     @property
     def last(self) -> Position:
@@ -92,12 +98,27 @@ class Node:
 
     @property
     def rules(self) -> tuple[Configuration, ...]:
-        return tuple(e.rules for e in self.log if e.rules is not None)
+        """In force, then perhaps in force: what is not known to be committed, and the one before it."""
+        found = [(at, e.rules) for at, e in enumerate(self.log, 1) if e.rules is not None]
+        known = len(found) == 1 or (bool(found) and found[-1][0] <= self.committed)
+        return tuple(rules for _, rules in found[-1 if known else -2 :])
+
+    @property
+    def proposed(self) -> tuple[int, Configuration] | None:
+        """The newest configuration and its offset, while it is not known to be committed."""
+        at = max((at for at, e in enumerate(self.log, 1) if e.rules is not None), default=0)
+        return (at, self.rules[1]) if len(self.rules) > 1 else None
 
     def promise(self) -> Promise:
         if self.witness:
-            return without_data(self.promised)
-        return Promise(epoch=self.promised, last=self.last, committed=self.committed, epochs=self.epochs)
+            return without_data(self.promised, self.lowered)
+        return Promise(
+            epoch=self.promised,
+            last=self.last,
+            committed=self.committed,
+            epochs=self.epochs,
+            lowered=self.lowered,
+        )
 
     def standing(self) -> Standing:
         return Standing(
@@ -108,6 +129,7 @@ class Node:
             rules=self.rules,
             promised_epoch=self.promised,
             last=self.last,
+            lowered=self.lowered,
             primary_epoch=self.primary_epoch if self.primary_epoch >= self.promised else 0,
             witness=self.witness,
         )
@@ -117,9 +139,17 @@ class Group:
     """See the module. ``names``: one letter per node, a capital one is a witness."""
 
     def __init__(
-        self, seed: int, names: str = "abc", acks: Acks = "majority", settings: ElectionSettings | None = None
+        self,
+        seed: int,
+        names: str = "abc",
+        acks: Acks = "majority",
+        settings: ElectionSettings | None = None,
+        *,
+        degrade_after_s: float = 0.0,
     ) -> None:
         self.chance = random.Random(seed)
+        self.degrade_after_s = degrade_after_s
+        self.degraded = self.restored = 0
         self.settings = settings or ElectionSettings()
         self.acks = acks
         self.now = 100.0
@@ -236,6 +266,7 @@ class Group:
             node.up, node.paused, node.held = True, False, []
             node.committed, node.primary_epoch, node.tracker = 0, 0, None
             node.following, node.stream, node.streams, node.joining = None, 0, {}, 0
+            node.short_since, node.heard = None, {}
             node.election = Election(
                 self.settings,
                 node.standing(),
@@ -273,7 +304,7 @@ class Group:
         assert not node.up
         node.store_id += b"+"
         node.lineage, node.log, node.durable, node.committed = b"", [], 0, 0
-        node.promised, node.promised_to = 0, b""
+        node.promised, node.promised_to, node.lowered = 0, b"", ZERO
 
     def pause(self, name: str) -> None:
         self.nodes[name].paused = True
@@ -433,7 +464,12 @@ class Group:
                 node.log.extend(entries)
                 node.durable = len(node.log)
                 promotion.fetched(node.promise())
-                self.begin(node, action)
+                for rules in node.rules:
+                    promotion.learned(rules)
+                if promotion.enough or not action.fenced:
+                    self.begin(node, action)
+                else:
+                    self.failed(node, action, "what was fetched asks for more promises")
             else:
                 self.failed(node, action, "superseded")
 
@@ -454,6 +490,9 @@ class Group:
             self.failed(node, action, "a higher epoch was promised")
             return
         assert isinstance(promotion, Promotion)
+        if promotion.lacks:
+            self.failed(node, action, "records were acknowledged without this node")
+            return
         assert promotion.ready or not action.fenced
         rules = None
         if action.founding:
@@ -461,16 +500,25 @@ class Group:
                 self.founded += 1
                 node.lineage = b"lineage-%d" % self.founded
             rules = Configuration(
-                acks=self.acks, voters=action.founding, next_member=len(action.founding) + 1
+                acks=self.acks,
+                voters=action.founding,
+                next_member=len(action.founding) + 1,
+                degrade_after_s=self.degrade_after_s,
             )
         if action.fenced:
+            if self.acks != 0:
+                node.committed = max(node.committed, promotion.committed)
             for offset, kept in self.ledger.items():
                 entry = node.log[offset - 1]
                 assert (entry.epoch, entry.value) == kept, f"committed {offset} is lost"
         node.log.append(Entry(epoch, 0, rules))
-        node.primary_epoch, node.following, node.streams = epoch, None, {}
+        node.primary_epoch, node.following, node.streams, node.short_since = epoch, None, {}, None
         node.tracker = CommitTracker(
-            node.rules[-1], node.store_id, epoch_start=len(node.log), committed=node.committed
+            node.rules[0],
+            node.store_id,
+            epoch_start=len(node.log),
+            committed=node.committed,
+            proposed=node.proposed,
         )
         self.begun.append((self.now, node.name, epoch))
         self.sync(node)
@@ -513,12 +561,25 @@ class Group:
 
     def resend(self, node: Node) -> None:
         """What a real shell does with its clocks: join again, ship again."""
+        if self.degrade_after_s:
+            self.drop_silent(node)
         if node.primary_epoch:
             for store_id in list(node.streams):
                 self.ship(node, store_id)
+            self.protect(node)
         elif not node.stream and not node.joining:
             self.join(node)
         self.on(node, RESEND_S, lambda: self.resend(node))
+
+    def drop_silent(self, node: Node) -> None:
+        """Both ends of a stream take silence for its end."""
+        silent = [i for i, at in node.heard.items() if self.now - at > SILENCE_S]
+        for store_id in silent:
+            del node.heard[store_id]
+            if node.tracker is not None and node.streams.pop(store_id, None) is not None:
+                node.tracker.left(store_id)
+            elif not store_id:
+                node.stream = 0
 
     def join(self, node: Node) -> None:
         following = node.following
@@ -557,6 +618,7 @@ class Group:
                 assert primary.tracker is not None
                 primary.tracker.left(node.store_id)
                 primary.streams[node.store_id] = (node.name, number)
+                primary.heard[node.store_id] = self.now
                 self.on(primary, 0.0, lambda: self.ship(primary, node.store_id))
             return (primary.primary_epoch, primary.lineage, plan)
 
@@ -579,6 +641,7 @@ class Group:
                 self.give_promise(node, epoch, following.store_id)
                 node.lineage = lineage
                 node.stream, node.stream_epoch = number, epoch
+                node.heard[b""] = self.now
 
         def failed(why: WhyGone) -> None:
             if node.joining == number:
@@ -597,6 +660,7 @@ class Group:
         def arrive() -> None:
             if node.stream != number or node.promised > epoch or node.store_id != store_id:
                 return
+            node.heard[b""] = self.now
             mine = len(node.log)
             assert [e.epoch for e in entries[:mine]] == [e.epoch for e in node.log[: len(entries)]]
             node.log.extend(entries[mine:])
@@ -616,9 +680,89 @@ class Group:
         def acked(end: int) -> None:
             if primary.primary_epoch == epoch and primary.streams.get(store_id) == (name, number):
                 assert primary.tracker is not None
+                primary.heard[store_id] = self.now
                 self.commit(primary, primary.tracker.acked(store_id, end))
 
         self.send(primary, node, arrive)
+
+    # -- going on with fewer copies, and back ------------------------------------------------------
+
+    def protect(self, node: Node) -> None:
+        """What ``runtime/degrading.py`` and the admission of voters do, as the primary's clock ticks."""
+        tracker = node.tracker
+        assert tracker is not None
+        if not tracker.missing(node.streams):
+            node.short_since = None
+            self.count_again(node, tracker)
+            return
+        if node.short_since is None:
+            node.short_since = self.now
+        after_s = tracker.configuration.degrade_after_s
+        if not after_s or self.now - node.short_since < after_s:
+            return
+        proposed = tracker.proposed
+        if proposed is None:
+            old = node.rules[-1]
+            here = {node.store_id, *node.streams}
+            lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
+            self.propose(node, tracker, old.without(lost, node.committed + 1))
+        elif proposed[1].away:
+            offset = max(proposed[0], tracker.epoch_start)
+            if tracker.proposed_reached() >= offset:
+                self.lower(node, tracker, Position(node.primary_epoch, offset))
+
+    def count_again(self, node: Node, tracker: CommitTracker) -> None:
+        if tracker.proposed is not None or tracker.committed < tracker.epoch_start:
+            return
+        for voter in tracker.configuration.away:
+            if voter.store_id in node.streams or voter.store_id == node.store_id:
+                self.restored += 1
+                self.propose(node, tracker, tracker.configuration.with_copy_of(voter.store_id))
+                return
+
+    def propose(self, node: Node, tracker: CommitTracker, rules: Configuration) -> None:
+        offset = len(node.log) + 1
+        node.log.append(Entry(node.primary_epoch, 0, rules.at(offset)))
+        tracker.propose(offset, rules.at(offset))
+        self.sync(node)
+
+    def lower(self, node: Node, tracker: CommitTracker, position: Position) -> None:
+        """Ask every voter to store it; with most of them the proposed rule is in force."""
+        if not self.serve_lower(node, node.store_id, position):
+            return
+        voters = node.rules[-1].voters
+        stored = {node.store_id}
+
+        def done(voter: Voter, answer: object) -> None:
+            if answer is not True:
+                return
+            stored.add(voter.store_id)
+            proposed = tracker.proposed
+            if node.tracker is not tracker or proposed is None or not proposed[1].away:
+                return
+            if 2 * len(stored) > len(voters):
+                self.degraded += 1
+                self.commit(node, tracker.effect())
+
+        for voter in voters:
+            if voter.store_id != node.store_id:
+                self.call(
+                    node,
+                    voter.name,
+                    lambda target, i=voter.store_id: (  # type: ignore[misc]
+                        target.store_id == i and self.serve_lower(target, node.store_id, position)
+                    ),
+                    lambda answer, v=voter: done(v, answer),  # type: ignore[misc]
+                    lambda why: None,
+                )
+
+    def serve_lower(self, node: Node, asker: bytes, position: Position) -> bool:
+        if position.epoch < node.promised:
+            return False
+        if position.epoch > node.promised and not self.give_promise(node, position.epoch, asker):
+            return False
+        node.lowered = max(node.lowered, position)
+        return True
 
     # -- what tests ask ----------------------------------------------------------------------------
 

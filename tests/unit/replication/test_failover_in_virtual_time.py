@@ -44,12 +44,12 @@ def fault(group: Any) -> None:
             group.loss = chance.choice((0.0, 0.05, 0.3))
 
 
-def storm(seed: int, names: str, acks: Acks, faults: int, *, born: bool = False) -> Any:
+def storm(seed: int, names: str, acks: Acks, faults: int, *, born: bool = False, **more: Any) -> Any:
     """Faults, then peace; in the end one primary, equal logs, and no acknowledged write missing.
 
     With ``born`` the faults begin while the group is being formed.
     """
-    group = Group(seed, names, acks)
+    group = Group(seed, names, acks, **more)
     if born:
         group.start()
     else:
@@ -127,6 +127,64 @@ def test_the_founder_fails_before_anybody_has_joined(names: str, how: str) -> No
 def test_other_ack_rules(seed: int, acks: Acks) -> None:
     """The same under other rules; with acks=0 histories may differ, but the group ends in one."""
     storm(1000 + seed, "abc", acks, 25)
+
+
+DEGRADING = [("abW", 1), ("abW", "majority"), ("abc", "all"), ("abcW", "all"), ("abcde", "all")]
+
+
+@pytest.mark.parametrize(("names", "acks"), DEGRADING)
+def test_nothing_is_lost_where_the_rule_may_go_on_with_fewer_copies(names: str, acks: Acks) -> None:
+    """What was acknowledged without a voter is in every later primary, whoever dies in which order."""
+    degraded = restored = 0
+    for seed in range(2000, 2008):
+        group = storm(seed, names, acks, 30, degrade_after_s=0.5)
+        assert not group.leader().rules[-1].away, "protection is back"
+        degraded, restored = degraded + group.degraded, restored + group.restored
+    assert degraded >= 3
+    assert restored >= 3
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("names", "acks"), DEGRADING)
+def test_nothing_is_lost_with_fewer_copies_for_long(names: str, acks: Acks) -> None:
+    """The same, many times over, with other deadlines."""
+    for seed in range(20_000, 20_300):
+        storm(seed, names, acks, 60, degrade_after_s=(0.05, 0.5, 2.0)[seed % 3])
+
+
+def test_who_was_left_out_is_not_elected() -> None:
+    """b is away, a goes on alone with the witness's word, a dies, b returns: it waits for a."""
+    group = Group(1, "abW", 1, degrade_after_s=0.5)
+    a = group.form()
+    b = next(n for n in group.followers() if not n.witness)
+    group.kill(b.name)
+    assert group.until(lambda: group.degraded, 5.0)
+    value = group.write(a)
+    assert group.until(lambda: value in group.acknowledged, 1.0)
+    group.kill(a.name)
+    group.start(b.name)
+    group.run(20.0)
+    assert not group.primaries()
+    assert "without the candidate" in b.election.problem
+    group.start(a.name)
+    assert group.until(lambda: any(e.value == value for e in b.log), 5.0)
+    assert group.until(lambda: group.restored, 5.0)
+    group.run(0.5)
+    group.kill(a.name)
+    assert group.until(lambda: group.leader() is b, 5.0), "it holds all again"
+
+
+def test_a_minority_does_not_lower_the_rule() -> None:
+    """Without the witness and the other data node nobody agrees: writes stay unacknowledged."""
+    group = Group(1, "abW", 1, degrade_after_s=0.5)
+    leader = group.form()
+    for name in group.nodes:
+        group.isolate(name)
+    value = group.write(leader)
+    group.run(10.0)
+    assert not group.degraded
+    assert value not in group.acknowledged
 
 
 @pytest.mark.prove
