@@ -53,7 +53,10 @@ class Clients:
                     return
                 key = chance.choice(self.keys)
                 value = b"%s-%d" % (name.encode(), number)
-                if isinstance(node, LocalNode | EmbeddedNode) and chance.random() < 0.2:
+                if chance.random() < 0.2:
+                    self._get(name, node, key, known)
+                    continue
+                if isinstance(node, LocalNode | EmbeddedNode) and chance.random() < 0.25:
                     done = self._swap(name, node, key, known.get(key), value)
                 else:
                     done = self._put(name, node, key, value)
@@ -66,6 +69,18 @@ class Clients:
         except BaseException as error:
             self.problems.append(error)
             raise
+
+    def _get(self, name: str, node: ClusterNode, key: bytes, known: dict[bytes, bytes]) -> None:
+        """A linearizable read; a read that fails has told nothing."""
+        call = self._cluster.history.begin(name, "get", key, node=node.name)
+        try:
+            value = node.get(key, consistency="linearizable", timeout_s=1.0, **_patience(node))
+        except kvrep.Error:
+            call.refused()
+            return
+        call.done(value=value)
+        if value is not None:
+            known[key] = value
 
     def _put(self, name: str, node: ClusterNode, key: bytes, value: bytes) -> bool:
         call = self._cluster.history.begin(name, "put", key, value, node=node.name)

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvrep.errors import Error, RefusedError, RolledBack
 from kvrep.model.position import Position
@@ -358,8 +358,11 @@ class _Client:
         self._write(calls, node, lambda: node.batch(pairs, timeout_s=WRITE_S, within_s=CALL_S))
 
     def _get(self, generation: Generation, node: EmbeddedNode) -> None:
-        """From the primary: the newest value, if the store can promise that; else one that may lag."""
-        self._read(generation, node, self._chance.choice(generation.everything), **_NEWEST)
+        """The newest value, of the primary or of a follower that asks it."""
+        if self._chance.random() < 0.4:
+            node = self._chance.choice(self._load._nodes)
+        key = self._chance.choice(generation.everything)
+        self._read(generation, node, key, consistency="linearizable", timeout_s=WRITE_S)
 
     def _stale(self, generation: Generation, node: EmbeddedNode) -> None:
         """From any node: some earlier state, never going back while the process lives."""
@@ -384,7 +387,7 @@ class _Client:
                 Violation("batches", f"{node.name} shows half of a batch, or out of order: {seen}", pair)
             )
 
-    def _read(self, generation: Generation, node: EmbeddedNode, key: bytes, **options: str) -> None:
+    def _read(self, generation: Generation, node: EmbeddedNode, key: bytes, **options: Any) -> None:
         lagging = not options
         session = f"{self._name}@{node.name}#{node.pid}" if lagging else self._name
         call = generation.history.begin(session, "get", key, node=node.name, lagging=lagging)
@@ -455,7 +458,3 @@ class _Client:
         found = self._load._guess if self._chance.random() < 0.5 else self._chance.choice(self._load._nodes)
         self._node = found
         self._load._stop.wait(PAUSE_S)
-
-
-_NEWEST: dict[str, str] = {}
-"""The options of a read that shows every write that was acknowledged before."""
