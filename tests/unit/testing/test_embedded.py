@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +73,37 @@ def test_killed_and_stopped(kvrep_cluster: Make) -> None:
     cluster.restart(node)
 
     assert node.get(b"k") == b"1"
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from kvrep.testing.cluster import Cluster
+cluster = Cluster(Path(sys.argv[1]), nodes=2, acks=0, processes=True, embedded=True)
+cluster.pause("a")
+print(*(node.pid for node in cluster.nodes), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_nodes_end_with_a_test_that_is_killed(tmp_path: Path) -> None:
+    """Those that stand still, too: nobody is left who could wake them."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cluster")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+
+    deadline = time.monotonic() + 20.0
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
