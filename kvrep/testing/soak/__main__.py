@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="what the faults are drawn from (default: a random one, told)",
     )
-    add("--report", type=Path, metavar="DIR", help="write soak.txt and soak.svg there (made if missing)")
+    add("--report", type=Path, metavar="DIR", help="write soak.txt, soak.svg and soak.log there")
     add("--nodes", type=_whole, metavar="N", default=3, help="nodes, 3 to 9 (default 3)")
     add("--clients", type=_whole, metavar="N", default=4, help="clients, one call at a time each (default 4)")
     add(
@@ -187,7 +187,8 @@ def _interruptible(over: threading.Event) -> Iterator[None]:
 
 def _write(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("soak.txt", text(result)), ("soak.svg", picture(result))):
+    log = result.timeline + "\n"
+    for name, content in (("soak.txt", text(result)), ("soak.svg", picture(result)), ("soak.log", log)):
         path = folder / name
         path.write_text(content, encoding="utf-8")
         print(path, file=sys.stderr)

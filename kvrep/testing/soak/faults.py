@@ -121,6 +121,8 @@ class FaultSpan:
     ended_s: float = 0.0
     back_s: float = 0.0
     """When writes were acknowledged after it had been mended; 0: not within the limit."""
+    gap_s: float = 0.0
+    """The longest time without an acknowledgement while it lasted; as far as it began before it was mended."""
 
 
 @dataclass(slots=True)

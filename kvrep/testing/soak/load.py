@@ -45,6 +45,7 @@ KEYS = 64
 PAIRS = 8
 PAUSE_S = 0.002
 LOOK_S = 0.05
+GAP_S = 0.1
 _WEIGHTS: dict[str, int] = {"put": 36, "get": 20, "swap": 14, "batch": 10, "stale": 8, "delete": 6, "scan": 6}
 
 
@@ -139,6 +140,11 @@ class Load:
         self.violations: list[Violation] = []
         self.problems: list[BaseException] = []
         """What ended a thread of this load: a fault of the soak itself."""
+        self.gaps: list[tuple[float, float]] = []
+        """(from, to) of every time without an acknowledgement that was longer than :data:`GAP_S`."""
+        # Protects the gaps and the time of the last acknowledgement.
+        self._last_lock = threading.Lock()
+        self._last_s = time.monotonic()
         self.epochs: set[int] = set()
         """In which writes were acknowledged."""
         self.checked = 0
@@ -164,6 +170,7 @@ class Load:
         )
 
     def start(self) -> None:
+        self._last_s = time.monotonic()
         for thread in (*self._threads, self._checker):
             thread.start()
 
@@ -181,6 +188,14 @@ class Load:
         if alive:
             self._checker.join(CALL_S * 2)
             self.violations.append(Violation("soak", f"not at an end within {timeout_s:g} s: {alive}"))
+
+    def acknowledged(self) -> None:
+        """A write was acknowledged now."""
+        now_s = time.monotonic()
+        with self._last_lock:
+            if now_s - self._last_s > GAP_S:
+                self.gaps.append((self._last_s, now_s))
+            self._last_s = max(self._last_s, now_s)
 
     def abandon(self) -> None:
         """End all threads without checking anything more."""
@@ -449,6 +464,7 @@ class _Client:
             call.done(position=position)
         node.acknowledged.clear()  # the history has it
         self._counts["acknowledged"] += 1
+        self._load.acknowledged()
         self._load._guess = node
         self._load.epochs.add(position.epoch)
         return True

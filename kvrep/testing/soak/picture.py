@@ -299,9 +299,7 @@ def _extent(sheet: _Sheet, span: FaultSpan) -> tuple[float, float]:
 def _told(span: FaultSpan) -> str:
     whom = f"{span.victim}, the primary" if span.primary else span.victim
     text = f"{span.kind} of {whom}: {clock(span.began_s)} for {span.ended_s - span.began_s:.1f} s"
-    if span.back_s:
-        text += f"; writes went on {max(0.0, span.back_s - span.ended_s):.2f} s after it was mended"
-    return text
+    return f"{text}; {span.gap_s:.2f} s without a write"
 
 
 def _rates(samples: list[Sample], count: Callable[[Sample], int]) -> list[tuple[float, float]]:

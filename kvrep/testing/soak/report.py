@@ -81,15 +81,17 @@ def _verdict(result: Result) -> str:
 
 
 def _faults(result: Result) -> list[str]:
-    """What was broken, and how long it took until writes went on after it was mended."""
-    back: dict[str, list[float]] = defaultdict(list)
+    """What was broken, and for how long nobody took writes meanwhile."""
+    gaps: dict[str, list[float]] = defaultdict(list)
     hit: dict[str, int] = defaultdict(int)
     for span in result.spans:
-        back[span.kind].append(max(0.0, span.back_s - span.ended_s))
+        gaps[span.kind].append(span.gap_s)
         hit[span.kind] += span.primary
-    lines = [f"  {'fault':10} {'times':>5} {'of the primary':>15}   until writes went on: median, worst"]
-    for kind in sorted(back, key=list(KINDS).index):
-        times = back[kind]
+    lines = [
+        f"  {'fault':10} {'times':>5} {'of the primary':>15}   longest time without a write: median, worst"
+    ]
+    for kind in sorted(gaps, key=list(KINDS).index):
+        times = gaps[kind]
         lines.append(
             f"  {kind:10} {len(times):5} {hit[kind]:15}   {statistics.median(times):6.2f} s  {max(times):6.2f} s"
         )

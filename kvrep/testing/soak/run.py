@@ -75,11 +75,11 @@ class Result:
 
 class _Clock:
     def __init__(self) -> None:
-        self._began_s = time.monotonic()
+        self.began_s = time.monotonic()
 
     def __call__(self) -> float:
         """Seconds since it was made."""
-        return time.monotonic() - self._began_s
+        return time.monotonic() - self.began_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,13 @@ class _Soak:
             self.faults.violations.append(Violation("convergence", str(error)))
         self._check_base()
 
+    def outages(self) -> None:
+        """Tell every fault how long nobody took writes because of it, or of one at the same time."""
+        gaps = [(a - self.clock.began_s, b - self.clock.began_s) for a, b in self.load.gaps]
+        for span in self.faults.spans:
+            during = [b - a for a, b in gaps if b > span.began_s and a < span.ended_s]
+            span.gap_s = max(during, default=0.0)
+
     def abandon(self) -> None:
         """End all threads, whatever is left undone."""
         self.load.abandon()
@@ -250,6 +257,7 @@ def soak(
         ]
         one.doing = "checks the stores"
         result.violations += cluster.check() + grown(one.watch.samples)
+        one.outages()
         result.samples, result.spans = one.watch.samples, one.faults.spans
         result.counts, result.checked = one.load.counts, one.load.checked
         result.timeline = str(cluster.timeline)
