@@ -496,8 +496,9 @@ class Group:
         assert promotion.ready or not action.fenced
         rules = None
         if action.founding:
-            self.founded += 1
-            node.lineage = b"lineage-%d" % self.founded
+            if not node.lineage:
+                self.founded += 1
+                node.lineage = b"lineage-%d" % self.founded
             rules = Configuration(
                 acks=self.acks,
                 voters=action.founding,
