@@ -131,8 +131,9 @@ class Standing:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds nothing and belongs to no group."""
-        return not self.lineage and self.last == ZERO and not self.rules
+        """Whether it holds nothing. A node with a lineage and no record has begun a group, or was about to
+        join one, and was interrupted; a witness has no records, so its lineage says all."""
+        return self.last == ZERO and not self.rules and not (self.witness and self.lineage)
 
     @property
     def voter(self) -> Voter | None:
@@ -546,7 +547,7 @@ class Election:
             last=own.last,
             gone=self._gone,
             begun=begun,
-            peers=self._list() if own.empty else (),
+            peers=self._list() if own.empty or own.witness else (),
         )
         return Ask(to=to, question=question, asked_at=now, number=self._number)
 
@@ -705,9 +706,19 @@ class Election:
         All listed peers must answer, be empty and have the same list; then the one with the first name (no
         witness) asks **all** of them for their promise. A peer that has a lineage ends that for good: an
         empty node then waits for its primary and joins as a non-voter. So nodes that were wiped never
-        outvote the one that holds the data.
+        outvote the one that holds the data: they are other stores, which no configuration lists.
+
+        One that is listed and empty has never had anything (what it confirmed and lost would make it unable):
+        its promise is as good as any. Without it a founder that failed before anybody had joined could
+        never lead again.
         """
-        held = sorted(name for name, a in self._answers.items() if a.lineage)
+        # Who has our own lineage without a record is from an attempt of ours that was interrupted.
+        ours = self.own.lineage
+        held = sorted(
+            name
+            for name, a in self._answers.items()
+            if a.lineage and not (a.lineage == ours and (a.empty or a.witness))
+        )
         if held:
             return self._later(now, f"{held[0]} belongs to a group already; waiting for its primary, to join")
         if self._needs_permit or not self.peers:
@@ -722,7 +733,7 @@ class Election:
                 return self._later(now, f"the node at the address of {name} is named {answer.name!r}")
             if answer.peers != self._list():
                 return self._later(now, f"{name} was given another list of peers")
-            if not answer.empty:
+            if not answer.empty and not answer.lineage:
                 return self._later(now, f"{name} holds data without a group")
         return self._found_now(now)
 
@@ -1004,13 +1015,13 @@ class Election:
             witness=own.witness,
             empty=own.empty,
             alive=self.alive(now),
-            peers=self._list() if own.empty else (),
+            peers=self._list() if own.empty or own.witness else (),
         )
 
     def _would(self, question: Question, now: float) -> tuple[bool, str]:
         own = self.own
-        if not own.lineage:
-            return False, "this node is empty"
+        if not own.lineage and not own.empty:
+            return False, "this node holds data without a group"
         if not own.able and not own.witness:
             return False, "this node's copy is not whole"
         alive = self.alive(now)
@@ -1071,12 +1082,12 @@ class Election:
         if request.epoch < own.promised_epoch:
             return f"epoch {own.promised_epoch} was promised here"
         if not request.lineage:
-            if not own.empty:
+            if own.lineage or not own.empty:
                 return "this node belongs to a group already"
             if request.peers != self._list():
                 return "this node was given another list of peers"
-        elif request.lineage != own.lineage:
-            return "this node is empty" if not own.lineage else "this node belongs to another group"
+        elif request.lineage != own.lineage and (own.lineage or not own.empty):
+            return "this node belongs to another group"
         if not own.able and not own.witness:
             return "this node's copy is not whole"
         alive = self.alive(now)

@@ -109,10 +109,11 @@ class CoordinatedNode:
             )
 
     def _founding(self, order: BecomePrimary) -> Configuration:
-        """Make the lineage and the first configuration of a new group."""
+        """Make the lineage (unless an earlier attempt has) and the first configuration of a new group."""
         node = self._node
         options = node.options
-        node.engine.adopt_lineage(os.urandom(16))
+        if not node.engine.home.lineage:
+            node.engine.adopt_lineage(os.urandom(16))
         return Configuration(
             acks=options.acks if options.acks is not None else "majority",
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,

@@ -336,14 +336,21 @@ def test_a_witness_and_a_lesser_copy_judge_no_log() -> None:
 
 
 def test_promises() -> None:
-    """None below what was promised, none to another group, none while empty or not whole."""
+    """None below what was promised, none to another group, none while not whole; empty voters may."""
     one = One(promised_epoch=5001)
     assert isinstance(one.promise_to("c", 4003), str)
     assert isinstance(one.promise_to("c", 6003), GivePromise)
     assert isinstance(one.promise_to("c", 6003, lineage=b"other"), str)
     assert isinstance(One(able=False).promise_to("c", 6003), str)
     empty = One(lineage=b"", rules=(), last=ZERO, promised_epoch=0)
-    assert isinstance(empty.promise_to("c", 6003), str)
+    assert isinstance(empty.promise_to("c", 6003), GivePromise)
+    assert empty.asked("c").would
+    without_group = One(lineage=b"", rules=())
+    assert isinstance(without_group.promise_to("c", 6003), str)
+    assert not without_group.asked("c").would
+    unable = One(lineage=b"", rules=(), last=ZERO, promised_epoch=0, able=False)
+    assert isinstance(unable.promise_to("c", 6003), str)
+    assert not unable.asked("c").would
 
 
 def test_who_has_promised_leaves_time() -> None:
@@ -824,6 +831,28 @@ def test_a_group_is_not_formed_by_halves(change: dict[str, Any] | None, problem:
         one.answer("c", **{**EMPTY, **change})
     assert not only(one.actions, GivePromise)
     assert problem in one.election.problem
+
+
+def test_an_interrupted_founding_is_begun_again() -> None:
+    """A lineage without a record is no obstacle to its own node; the same in another's hands is."""
+    one = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+    one.tick()
+    one.answer("b", **EMPTY)
+    one.answer("c", **{**EMPTY, "lineage": LINEAGE, "empty": False, "witness": True})
+    assert one.wanted() == 2001
+    assert only(one.actions, RequestPromises)[0].request.lineage == LINEAGE
+
+    for theirs in ({"lineage": b"other"}, {"lineage": LINEAGE, "empty": False}):
+        waiting = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+        waiting.tick()
+        waiting.answer("b", **EMPTY)
+        waiting.answer("c", **{**EMPTY, **theirs})
+        assert "c belongs to a group already" in waiting.election.problem
+
+    joining = One("b", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+    assert isinstance(joining.promise_to("a", 2001, lineage=b"", peers=EMPTY["peers"]), str)
+    assert isinstance(joining.promise_to("a", 2001, lineage=b"other"), str)
+    assert isinstance(joining.promise_to("a", 2001, lineage=LINEAGE), GivePromise)
 
 
 def test_the_others_wait_for_the_first() -> None:

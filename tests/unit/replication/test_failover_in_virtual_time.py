@@ -44,14 +44,20 @@ def fault(group: Any) -> None:
             group.loss = chance.choice((0.0, 0.05, 0.3))
 
 
-def storm(seed: int, names: str, acks: Acks, faults: int, **more: Any) -> Any:
-    """Faults, then peace; in the end one primary, equal logs, and no acknowledged write missing."""
+def storm(seed: int, names: str, acks: Acks, faults: int, *, born: bool = False, **more: Any) -> Any:
+    """Faults, then peace; in the end one primary, equal logs, and no acknowledged write missing.
+
+    With ``born`` the faults begin while the group is being formed.
+    """
     group = Group(seed, names, acks, **more)
-    group.form()
+    if born:
+        group.start()
+    else:
+        group.form()
     group.writing(0.02)
     for _ in range(faults):
         fault(group)
-        group.run(group.chance.choice((0.01, 0.1, 0.5, 1.5)))
+        group.run(group.chance.choice((0.003, 0.01, 0.03, 0.1) if born else (0.01, 0.1, 0.5, 1.5)))
     group.heal()
     healed = group.now
     leader = None
@@ -87,6 +93,33 @@ def storm(seed: int, names: str, acks: Acks, faults: int, **more: Any) -> Any:
 def test_nothing_acknowledged_is_lost_and_the_group_heals(seed: int, names: str) -> None:
     """Crashes, pauses, partitions and loss: one history, and a working primary within seconds of peace."""
     storm(seed, names, "majority", 25)
+
+
+@pytest.mark.parametrize("names", ["abc", "abcde", "abW"])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_group_that_is_born_in_a_storm(seed: int, names: str) -> None:
+    """Whatever happens while it is formed, it is formed once, and works in the end."""
+    storm(2000 + seed, names, "majority", 12, born=True)
+
+
+@pytest.mark.parametrize("how", ["kill", "isolate"])
+@pytest.mark.parametrize("names", ["abc", "abcde", "abW"])
+def test_the_founder_fails_before_anybody_has_joined(names: str, how: str) -> None:
+    """The only node with data is put back by voters that are empty still: they never had any."""
+    group = Group(1, names)
+    group.start()
+    assert group.until(lambda: group.founded, 5.0)
+    if how == "kill":
+        group.kill("a")
+    else:
+        group.isolate("a")
+    group.run(5.0)
+    assert all(not node.log for node in group.nodes.values() if node.name != "a")
+    group.heal()
+
+    assert group.until(lambda: group.leader() is not None, HEALED_WITHIN_S)
+    assert group.leader().name == "a"
+    assert group.founded == 1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -142,6 +175,26 @@ def test_who_was_left_out_is_not_elected() -> None:
     assert group.until(lambda: group.leader() is b, 5.0), "it holds all again"
 
 
+def test_a_voter_that_comes_and_goes_stops_nobody() -> None:
+    """b is back, counts again by a proposal, and is gone before that commits: a goes on alone once more."""
+    group = Group(1, "abW", 1, degrade_after_s=0.5)
+    leader = group.form()
+    other = next(n for n in group.followers() if not n.witness)
+    group.kill(other.name)
+    for turn in range(8):
+        lowered = group.degraded
+        value = group.write(leader)
+        assert group.until(lambda value=value: value in group.acknowledged, 5.0), turn
+        assert group.degraded == lowered + 1
+        restored = group.restored
+        group.start(other.name)
+        assert group.until(lambda restored=restored: group.restored > restored, 5.0)
+        group.kill(other.name)
+    group.start(other.name)
+    assert group.until(lambda: len(leader.rules) == 1 and not leader.rules[-1].away, 5.0)
+    assert group.leader() is leader
+
+
 def test_a_minority_does_not_lower_the_rule() -> None:
     """Without the witness and the other data node nobody agrees: writes stay unacknowledged."""
     group = Group(1, "abW", 1, degrade_after_s=0.5)
@@ -161,6 +214,7 @@ def test_nothing_acknowledged_is_lost_for_long(names: str) -> None:
     """The same, many times over."""
     for seed in range(10_000, 10_400):
         storm(seed, names, "majority", 60)
+        storm(seed, names, "majority", 12, born=True)
 
 
 def measured(how: str, runs: int, names: str = "abc") -> tuple[list[float], list[float]]:
