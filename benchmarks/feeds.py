@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from statistics import median
 from typing import Any
 
 import msgpack
@@ -38,12 +39,9 @@ def iterate(records: bytes) -> None:
 
 
 def judged(outcome: Outcome) -> Outcome:
-    """The goal is a rate, or a share of the reference: whichever is less."""
-    for rate, bare in zip(outcome.measured, outcome.reference, strict=True):
-        outcome.bounds.append(
-            Bound("changes read", rate, min(FEED_RATE, FEED_SHARE * bare), "/s", "at least")
-        )
-    outcome.bounds[:] = [min(outcome.bounds, key=lambda bound: bound.value)]
+    """The goal is a rate, or a share of the reference: whichever is less; of the medians."""
+    rate, bare = median(outcome.measured), median(outcome.reference)
+    outcome.bounds.append(Bound("changes read", rate, min(FEED_RATE, FEED_SHARE * bare), "/s", "at least"))
     return outcome
 
 
