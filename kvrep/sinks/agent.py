@@ -355,7 +355,7 @@ class Agent:
                 self._flush()
                 self.sink.unstage()
                 batch.staging = True
-            elif kind == END:
+            elif kind == END and self._staging:
                 self._flush()
                 self.sink.swap()
                 self._forget_all()

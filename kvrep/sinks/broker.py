@@ -71,6 +71,7 @@ class BrokerSource(Source):
             place.sequence,
             parked_max=self._parked_max,
             parked_bytes_max=self._parked_bytes_max,
+            staging=place.staging,
         )
         self._received: deque[_Received] = deque()
         self._mark: Mark | None = None

@@ -17,7 +17,7 @@ from bisect import insort
 from enum import Enum
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from kvrep.model.change import BEGIN, ChangeKind, Sequence
+from kvrep.model.change import BEGIN, END, ChangeKind, Sequence
 from kvrep.sinks.interface import NOTHING
 
 __all__ = ["Inbox", "Offer", "Ordered", "Verdict"]
@@ -63,12 +63,20 @@ class Inbox(Generic[E]):
     """Puts the events of one stream in order. Invariant: every parked event lies behind :attr:`applied`."""
 
     def __init__(
-        self, lineage: str, applied: Sequence, *, parked_max: int = 300, parked_bytes_max: int = 16 << 20
+        self,
+        lineage: str,
+        applied: Sequence,
+        *,
+        parked_max: int = 300,
+        parked_bytes_max: int = 16 << 20,
+        staging: bool = False,
     ) -> None:
         self.lineage = lineage
         """Of the stream; empty until a first snapshot begins."""
         self.applied = applied
         """The last event released."""
+        self.staging = staging
+        """Whether a snapshot is arriving."""
         self._parked_max = parked_max
         self._bytes_max = parked_bytes_max
         self._order: list[Sequence] = []
@@ -98,8 +106,13 @@ class Inbox(Generic[E]):
             return Offer(Verdict.TRUNCATED)
         if not self._joins(event):
             return self._park(event)
-        self.applied = event.sequence
+        self._apply(event)
         return Offer(Verdict.APPLY, (event, *self._follow()))
+
+    def _apply(self, event: E) -> None:
+        self.applied = event.sequence
+        if event.kind == END:
+            self.staging = False
 
     def clear(self) -> None:
         """Forget what is parked: it will be sent again."""
@@ -110,7 +123,7 @@ class Inbox(Generic[E]):
     def _begin(self, event: E) -> Offer[E]:
         """A snapshot replaces everything, so nothing before it can be missing."""
         self.lineage = event.lineage
-        self.applied = event.sequence
+        self.applied, self.staging = event.sequence, True
         return Offer(Verdict.APPLY, (event, *self._follow()))
 
     def _replaced(self, event: E) -> bool:
@@ -121,11 +134,14 @@ class Inbox(Generic[E]):
         """Whether nothing lies between what was applied and ``event``.
 
         Exactly the one before it, or anything up to what was applied, as long as no epoch lies between: the
-        history of one epoch has one line, while a later one may have begun below what was applied.
+        history of one epoch has one line, while a later one may have begun below what was applied. Inside of a
+        snapshot only exactly: what passes then is no whole history.
         """
         previous = event.previous
         if previous is None or self.applied == NOTHING:
             return False
+        if self.staging or event.kind == END:
+            return previous == self.applied
         return previous == self.applied or (
             previous < self.applied and previous[0] == event.sequence[0] == self.applied[0]
         )
@@ -148,7 +164,7 @@ class Inbox(Generic[E]):
             if sequence > self.applied:
                 if self._replaced(event) or not self._joins(event):
                     break
-                self.applied = sequence
+                self._apply(event)
                 released.append(event)
             count += 1
         for sequence in self._order[:count]:

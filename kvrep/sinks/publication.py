@@ -315,8 +315,10 @@ class Publication:
             if last.time_us and not last.snapshot:
                 self.delays.add((now_us - last.time_us) / 1e6, now_s)
         self._speed.add(self._confirmed, now_s)
-        if last is not None:
-            self._last_confirmed = last
+        if last is not None and Token.parse(last.resume).scan is None:
+            self._last_confirmed = (
+                last  # a snapshot that was cut off begins anew: half a one is of no use to others
+            )
         candidate = self._last_confirmed
         due = at_once or now_s - self._saved_s >= SAVE_INTERVAL_S
         if candidate is not None and due and candidate.sequence > self._saved:
@@ -379,7 +381,8 @@ class Publication:
         if back is not None:
             log.warning("publication %s goes back to %s: it was asked to", self.name, back.sequence)
             self._replays += 1
-            self._go_to(back.token)
+            whole = back.token and Token.parse(back.token).scan is None
+            self._go_to(back.token if whole else "")
         if deliveries:
             requests.ack(deliveries[-1])
 
