@@ -179,3 +179,21 @@ def test_whatever_the_transport_does_every_event_takes_effect_once_in_order(
 
     assert applied == sequences
     assert box.parked == 0 or box.applied == sequences[-1]
+
+
+def test_half_a_snapshot_does_not_mix_with_a_whole_history() -> None:
+    """While a snapshot arrives, a change of another stream waits, and the end of another snapshot does not count."""
+    row = ROW_INDEX
+    box = Inbox[Item]("aa", (1001, 6, row + 2), staging=True)
+    assert box.offer(Item((1001, 8, 0), (1001, 5, 0))).verdict is Verdict.PARKED
+    box.clear()
+    assert box.offer(Item((1001, 7, row + 9), (1001, 7, row + 8), END)).verdict is Verdict.PARKED
+    box.clear()
+    assert box.offer(Item((1001, 7, 0), (1001, 6, row + 2))).verdict is Verdict.APPLY
+    assert box.offer(Item((1001, 7, row + 3), (1001, 7, 0), END)).verdict is Verdict.APPLY
+    assert not box.staging
+
+    box = inbox()
+    assert box.offer(Item((1001, 7, row + 9), (1001, 0, 0), END)).verdict is Verdict.PARKED, (
+        "it has no begin here"
+    )
