@@ -547,7 +547,7 @@ class Election:
             last=own.last,
             gone=self._gone,
             begun=begun,
-            peers=self._list() if own.empty or own.witness else (),
+            peers=self._list() if own.empty else (),
         )
         return Ask(to=to, question=question, asked_at=now, number=self._number)
 
