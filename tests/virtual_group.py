@@ -700,13 +700,13 @@ class Group:
         after_s = tracker.configuration.degrade_after_s
         if not after_s or self.now - node.short_since < after_s:
             return
-        proposed = tracker.proposed
-        if proposed is None:
-            old = node.rules[-1]
-            here = {node.store_id, *node.streams}
-            lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
-            self.propose(node, tracker, old.without(lost, node.committed + 1))
-        elif proposed[1].away:
+        proposed, old = tracker.proposed, node.rules[-1]
+        here = {node.store_id, *node.streams}
+        lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
+        if proposed is None or not proposed[1].away or lost:
+            rules = old.without(lost, node.committed + 1).changed(node.store_id, away=False)
+            self.propose(node, tracker, rules)
+        else:
             offset = max(proposed[0], tracker.epoch_start)
             if tracker.proposed_reached() >= offset:
                 self.lower(node, tracker, Position(node.primary_epoch, offset))
@@ -738,7 +738,9 @@ class Group:
                 return
             stored.add(voter.store_id)
             proposed = tracker.proposed
-            if node.tracker is not tracker or proposed is None or not proposed[1].away:
+            if node.tracker is not tracker or proposed is None:
+                return
+            if max(proposed[0], tracker.epoch_start) != position.offset:
                 return
             if 2 * len(stored) > len(voters):
                 self.degraded += 1

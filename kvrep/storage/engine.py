@@ -284,7 +284,8 @@ class Engine:
         """The configuration in effect, and the one (with its offset) that is perhaps not committed yet.
 
         The commit mark lags, so what lies above it is taken for uncommitted. Nobody proposes before the one
-        before is committed: only the last one can be uncommitted, and the one before it is in effect.
+        before is committed: only the last one can be uncommitted, and the one before it is in effect. (One
+        that goes on without voters may stand behind another; then it alone comes into force, or all do.)
         """
         distinct: list[tuple[int, Configuration]] = []
         for offset, configuration in self.configurations:

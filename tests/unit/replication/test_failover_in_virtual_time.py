@@ -175,6 +175,26 @@ def test_who_was_left_out_is_not_elected() -> None:
     assert group.until(lambda: group.leader() is b, 5.0), "it holds all again"
 
 
+def test_a_voter_that_comes_and_goes_stops_nobody() -> None:
+    """b is back, counts again by a proposal, and is gone before that commits: a goes on alone once more."""
+    group = Group(1, "abW", 1, degrade_after_s=0.5)
+    leader = group.form()
+    other = next(n for n in group.followers() if not n.witness)
+    group.kill(other.name)
+    for turn in range(8):
+        lowered = group.degraded
+        value = group.write(leader)
+        assert group.until(lambda value=value: value in group.acknowledged, 5.0), turn
+        assert group.degraded == lowered + 1
+        restored = group.restored
+        group.start(other.name)
+        assert group.until(lambda restored=restored: group.restored > restored, 5.0)
+        group.kill(other.name)
+    group.start(other.name)
+    assert group.until(lambda: len(leader.rules) == 1 and not leader.rules[-1].away, 5.0)
+    assert group.leader() is leader
+
+
 def test_a_minority_does_not_lower_the_rule() -> None:
     """Without the witness and the other data node nobody agrees: writes stay unacknowledged."""
     group = Group(1, "abW", 1, degrade_after_s=0.5)
