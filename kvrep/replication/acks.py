@@ -141,6 +141,12 @@ class CommitTracker:
         self._proposed = (offset, _Rule(configuration, self._self))
 
     @property
+    def may_propose(self) -> bool:
+        """Whether a new configuration may be logged: none is on its way, and this epoch's start, hence every
+        configuration before it, is committed."""
+        return self._proposed is None and self.committed >= self.epoch_start
+
+    @property
     def configuration(self) -> Configuration:
         """The one in effect."""
         return self._effective.configuration
