@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvrep.model.configuration import Configuration
-from kvrep.model.position import EpochTable, Position
+from kvrep.model.position import ZERO, EpochTable, Position
 from kvrep.replication.messages import (
     PROTOCOL,
     PROTOCOL_MIN,
@@ -97,7 +97,7 @@ def plan_join(hello: Hello, view: LogView) -> JoinPlan:
     seen = max(hello.promised_epoch, hello.last.epoch)
     if seen > view.epoch:
         return Superseded(epoch=seen)
-    if hello.lineage and hello.branch not in (view.branch, *view.ancestors):
+    if hello.last != ZERO and hello.branch not in (view.branch, *view.ancestors):
         text = f"{hello.name} holds a history that was forced apart from that of {view.name}"
         return _refused("lineage", text, view)
     return _by_history(hello, view)

@@ -79,10 +79,6 @@ class Electing:
     def connection_lost(self, why: WhyGone) -> None:
         self.event(lambda e: e.connection_lost(why, self.node.now))
 
-    def known_primary(self) -> str:
-        primary = self.election.primary
-        return primary.name if primary is not None and primary.name != self.node.name else ""
-
     @property
     def unconfirmed(self) -> bool:
         """Whether most voters have not confirmed this primary for too long."""

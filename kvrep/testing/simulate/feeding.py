@@ -113,6 +113,7 @@ class Feeding:
         node.append(self._encode(Kind.EPOCH, payload))
         node.world.say(node, "begins epoch %d at %d", self.epoch, self.start)
         node.world.check.begins(node, self.epoch, self.start)
+        node.world.begun.append((node.world.time.now, node.name, self.epoch))
         node.take_lead()
         node.after(node.sync_s(), lambda: self._begun(done))
 

@@ -54,6 +54,8 @@ class Following:
         self.primary_address = ""
         self.stream: Inbound | None = None
         self._next = ""
+        self._sources: list[str] = []
+        """Where we were ever sent, tried in turn with the voters that the configuration names."""
         self._turn = 0
         self._failures = 0
         self._stopped = False
@@ -61,7 +63,7 @@ class Following:
         """The number of the pause that is under way; a newer one makes the older void."""
 
     def start(self, name: str) -> None:
-        self._next = name
+        self._sent_to(name)
         self._connect_in(0.0)
         self._watch()
 
@@ -71,7 +73,7 @@ class Following:
 
     def go_to(self, name: str) -> None:
         """Leave the present source for this one at once."""
-        self._next = name
+        self._sent_to(name)
         if self.stream is None or self.stream.source != name:
             self._end_stream()
             self._failures = 0
@@ -81,7 +83,7 @@ class Following:
         """This node has promised ``epoch``: the stream of an older one is over."""
         stream = self.stream
         if to:
-            self._next = to
+            self._sent_to(to)
         if stream is not None:
             stream.receiver.promised(epoch)
             if stream.receiver.epoch < epoch:
@@ -122,10 +124,11 @@ class Following:
         named, self._next = self._next, ""
         if named:
             return named
-        if self.node.electing is not None:
-            return self.node.electing.known_primary()
-        names = [v.name for v in self.node.rules[0].voters if v.name != self.node.name and not v.witness]
-        return names[self._turn % len(names)] if names else ""
+        known = list(self._sources)
+        for voter in self.node.disk.configurations[-1][1].voters:
+            if voter.name not in known and voter.name != self.node.name and not voter.witness:
+                known.append(voter.name)
+        return known[self._turn % len(known)] if known else ""
 
     def lost(self, stream: Inbound, why: _Over, gone: WhyGone | None = None) -> None:
         """The stream is over."""
@@ -153,7 +156,12 @@ class Following:
         self._connect_in(limit * (0.5 + node.world.chance.random() / 2))
 
     def redirected(self, address: str) -> None:
-        self._next = address.partition(":")[0]
+        self._sent_to(address.partition(":")[0])
+
+    def _sent_to(self, name: str) -> None:
+        self._next = name
+        if name and name not in self._sources:
+            self._sources.append(name)
 
     # -- the clock ---------------------------------------------------------------------------------
 
@@ -210,6 +218,7 @@ class Following:
             node.world.say(node, "cannot store the copy: %s", error.strerror)
             return
         disk.lineage = lineage
+        node.rotten = False
         node.committed = copy.applied.offset
         node.world.check.shows(node, node.committed)
         node.world.say(node, "has a copy through %s", copy.applied)

@@ -202,7 +202,7 @@ class Invariants:
 
     def shows(self, node: Node, through: int) -> None:
         """``node`` shows what is committed, through ``through``, to its readers."""
-        if not self.synchronous or not through:
+        if not self.synchronous or not through or node.rotten:
             return
         kept, running = self.ledger.get(through), node.disk.running_at(through)
         if kept is None or (running is not None and kept.running != running):

@@ -59,6 +59,8 @@ class Node:
         """What waits until a paused process goes on."""
         self.committed = 0
         """All through it is shown to readers."""
+        self.rotten = False
+        """What it holds was changed behind its back, until it gets a new copy."""
         self.failed = False
         """The disk failed: nothing is stored until the process is started again."""
         self.feeding: Feeding | None = None
@@ -111,7 +113,7 @@ class Node:
         self.world.say(self, "starts, log to %s, committed %d, promised %d",
                        self.disk.last, self.committed, self.disk.promised)  # fmt: skip
         self.world.check.shows(self, self.committed)
-        self.follow("")
+        self.follow("" if self.world.elects or self is self.world.first else self.world.first.name)
         if self.world.elects:
             from kvrep.testing.simulate.electing import Electing
 

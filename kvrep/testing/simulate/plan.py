@@ -279,6 +279,7 @@ class Faults:
                 self.world.say(node, "holds something else from now on")
                 node.crash(power=False)
                 node.disk.rot(self.chance)
+                node.rotten = True
                 node.start()
 
     # -- clocks ------------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ class World:
                 self, name, clock, witness=name.isupper(), voter=name in settings.names
             )
 
+    @property
+    def first(self) -> Node:
+        """Who began the group, where people began it; the others were opened to follow it."""
+        return self.nodes[self.settings.names[0]]
+
     def say(self, node: Node, text: str, *values: object) -> None:
         """Something happened; the text is made only if somebody reads it."""
         if self._note is not None:
@@ -148,7 +153,7 @@ class World:
 
     def _found_by_hand(self) -> None:
         """The first node was opened as the primary of a new store, the others with follow=."""
-        first = self.nodes[self.settings.names[0]]
+        first = self.first
         first.disk.lineage = self.new_lineage()
         seed = Configuration(acks=self.settings.acks).with_voter(first.store_id, first.name, first.address)
         assert first.following is not None

@@ -78,6 +78,8 @@ E1, E2, E3 = (1001, 1), (2001, 10), (3001, 21)
         # … whose continuation is trimmed.
         (hello(3, E1), "bootstrap trimmed 5"),
         (hello(0), "bootstrap trimmed 5"),
+        # It had joined, and lost the stream before the first record: a lineage, and no branch yet.
+        (hello(0, branch=b""), "bootstrap trimmed 5"),
         (new_store(), "bootstrap trimmed 5"),
         # A tail that we do not have.
         (hello(12, E1), "cut 1001:9"),
