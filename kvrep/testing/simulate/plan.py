@@ -309,15 +309,15 @@ class Faults:
             node.disk.trim(node.disk.copy.applied.offset)
 
     def _reconfigure(self) -> None:
-        """Another rule, or other voters; at least two stay."""
+        """Another rule, or other voters; enough for every rule stay."""
         leader = self.world.leader()
         if leader is None or leader.feeding is None or not self.world.synchronous:
             return
         now = leader.disk.configurations[-1][1]
         voters = [v.store_id for v in now.voters]
-        gone = self.chance.choice(voters)
-        if len(voters) > 2 and gone != leader.store_id and self.chance.random() < 0.5:
-            voters.remove(gone)
+        gone = self.chance.choice(now.voters)
+        if now.data_voters > 2 and gone.store_id != leader.store_id and self.chance.random() < 0.5:
+            voters.remove(gone.store_id)
         acks: Acks = self.chance.choice((1, "majority", "all"))
         leader.feeding.reconfigure(acks, tuple(voters))
 
