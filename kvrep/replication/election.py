@@ -126,11 +126,14 @@ class Standing:
     """False: it bootstraps, restarted behind what it acknowledged, or its disk failed. It must not become
     primary by itself, and its promise says nothing about what it has stored, so it gives none."""
     witness: bool = False
+    founding: bool = False
+    """It made its lineage itself, to found a group, and stopped before the first record of it was safe: nobody
+    belongs to it."""
 
     @property
     def empty(self) -> bool:
         """Whether it holds nothing and belongs to no group."""
-        return not self.lineage and self.last == ZERO and not self.rules
+        return (not self.lineage or self.founding) and self.last == ZERO and not self.rules
 
     @property
     def voter(self) -> Voter | None:
@@ -792,7 +795,7 @@ class Election:
             store_id=own.store_id,
             name=own.name,
             address=own.address,
-            lineage=own.lineage,
+            lineage=b"" if self._founding else own.lineage,
             peers=self._list() if self._founding else (),
         )
         to = self._others() if len(self._founding) > 1 else () if self._founding else self._voters()
@@ -1009,7 +1012,7 @@ class Election:
 
     def _would(self, question: Question, now: float) -> tuple[bool, str]:
         own = self.own
-        if not own.lineage:
+        if not own.lineage and not self._promised_founding_with(question.name):
             return False, "this node is empty"
         if not own.able and not own.witness:
             return False, "this node's copy is not whole"
@@ -1073,7 +1076,7 @@ class Election:
                 return "this node belongs to a group already"
             if request.peers != self._list():
                 return "this node was given another list of peers"
-        elif request.lineage != own.lineage:
+        elif request.lineage != own.lineage and not self._promised_founding_with(request.name):
             return "this node is empty" if not own.lineage else "this node belongs to another group"
         if not own.able and not own.witness:
             return "this node's copy is not whole"
@@ -1081,6 +1084,15 @@ class Election:
         if alive is not None and alive.store_id != request.store_id and not request.planned:
             return f"{alive.name} is primary, and alive"
         return GivePromise(epoch=request.epoch, to=request.store_id)
+
+    def _promised_founding_with(self, name: str) -> bool:
+        """Whether this empty node helped to found the group of that peer, and heard no more of it.
+
+        It is a voter then, and has never stored anything that its promise could hide: who confirms a record
+        has a lineage. A node that was wiped has promised nothing, and another store id.
+        """
+        own = self.own
+        return own.empty and not own.lineage and own.promised_epoch > 0 and name in self.peers
 
     def gave_promise(self, epoch: int, to: bytes, now: float) -> list[Action]:
         """This node has durably promised ``epoch`` to another store, to which we now leave time."""

@@ -61,6 +61,7 @@ class CoordinatedNode:
             primary_epoch=primary_epoch if primary_epoch >= promised else 0,
             able=self._able(),
             witness=self._witness,
+            founding=tail.offset == 0 and bool(home.lineage) and home.promised_to == home.store_id,
         )
 
     def _able(self) -> bool:
@@ -111,7 +112,8 @@ class CoordinatedNode:
         """Make the lineage and the first configuration of a new group."""
         node = self._node
         options = node.options
-        node.engine.adopt_lineage(os.urandom(16))
+        if not node.engine.home.lineage:  # else it was made by an attempt that came to nothing
+            node.engine.adopt_lineage(os.urandom(16))
         return Configuration(
             acks=options.acks if options.acks is not None else "majority",
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,

@@ -252,8 +252,6 @@ class Feeding:
         """A follower has called; an older stream of the same store ends."""
         session = Session(self, stream, hello)
         refused = refusal(hello, self.view())
-        if refused is None and not self.leading:
-            refused = Refused(reason="starting", message=f"{self.node.name} is not a primary yet")
         if refused is not None:
             session.refuse(refused)
             return

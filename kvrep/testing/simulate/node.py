@@ -194,6 +194,7 @@ class Node:
             primary_epoch=epoch if epoch >= disk.promised else 0,
             able=self.able,
             witness=self.witness,
+            founding=disk.end == 0 and bool(disk.lineage) and disk.promised_to == self.store_id,
         )
 
     def holds_now(self, epoch: int) -> Promise:
@@ -251,8 +252,10 @@ class Node:
         return added
 
     def cut(self, to: int, reason: str) -> None:
-        """Save what is dropped (not modelled) and cut the log."""
+        """Save what is dropped (not modelled) and cut the log; :class:`StorageError` below what LMDB holds."""
         disk = self.disk
+        if to < disk.copy.applied.offset:
+            raise StorageError(f"cannot cut the log at {to}: LMDB holds {disk.copy.applied}", final=False)
         self.world.say(self, "cuts its log from %s to %d: %s", disk.last, to, reason)
         self.world.check.dropped(self, to, disk.entries)
         disk.cut(to)

@@ -46,14 +46,27 @@ def draw_settings(chance: Random) -> Settings:
 
 def live(world: World) -> None:
     """One whole life: form, write, suffer, heal. Raises :class:`Violation`."""
-    world.form()
-    world.writing(WRITE_EVERY_S)
     faults = Faults(world)
+    if world.elects and world.chance.random() < 0.2:
+        _form_in_trouble(world, faults)
+    else:
+        world.form()
+    world.writing(WRITE_EVERY_S)
     for _ in range(world.chance.randint(*FAULTS)):
         faults.strike()
         world.run(world.chance.choice(PAUSES_S))
     faults.heal()
     _get_well(world)
+
+
+def _form_in_trouble(world: World, faults: Faults) -> None:
+    """Nodes come up one after the other, and things go wrong while they form their group."""
+    for name in world.nodes:
+        world.start(name)
+        world.run(world.chance.random() * 0.01)
+    for _ in range(6):
+        world.run(world.chance.random() * 0.006)
+        faults.strike()
 
 
 def _get_well(world: World) -> None:

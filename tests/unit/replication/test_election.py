@@ -844,6 +844,35 @@ def test_empty_nodes_promise_only_for_their_own_list() -> None:
     assert isinstance(One().promise_to("a", 2001, lineage=b"", peers=EMPTY["peers"]), str)
 
 
+def test_who_promised_the_founding_promises_to_its_group_though_still_empty() -> None:
+    """The founder stopped before anybody had a record of it: the empty ones must let the group go on."""
+    one = empty("b")
+    one.is_now(promised_epoch=1001)
+    assert one.asked("a").would
+    assert isinstance(one.promise_to("a", 2001), GivePromise)
+    assert not one.asked("x").would, "not in its list"
+    assert isinstance(one.promise_to("x", 2009), str)
+    stranger = empty("b")
+    assert not stranger.asked("a").would, "it promised no founding: perhaps it was wiped"
+    assert isinstance(stranger.promise_to("a", 2001), str)
+
+
+def test_a_founder_that_stopped_before_its_first_record_founds_again() -> None:
+    """It has a lineage, which nobody else can have got from it, and nothing in it."""
+    one = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS, founding=True)
+    one.tick()
+    one.answer("b", **{**EMPTY, "promised_epoch": 1001})
+    one.answer("c", **{**EMPTY, "promised_epoch": 1001})
+    epoch = one.wanted()
+    assert epoch == 2001
+    assert only(one.actions, RequestPromises)[0].request.lineage == b""
+    waiting = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+    waiting.tick()
+    waiting.answer("b", **EMPTY)
+    waiting.answer("c", **EMPTY)
+    assert not only(waiting.actions, GivePromise), "it joined a lineage, and founds no other"
+
+
 # -- settings and wire ---------------------------------------------------------------------------
 
 
