@@ -313,7 +313,6 @@ class Inbound:
         primary = node.world.nodes[self.source]
         self._following.primary_address = primary.address
         node.world.say(node, "joins %s at %s", self.source, self.receiver.last)
-        node.world.check.obeys(node, self.receiver.epoch)
         node.world.check.joined(node, primary, self.receiver.last.offset)
         self._heard()
 

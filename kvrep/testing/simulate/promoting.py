@@ -212,20 +212,29 @@ class ByHand:
             return
         node = self._node
         epoch = next_epoch(node, told.highest_seen)
+        if node.following is not None:  # nothing is received from now on
+            node.following.stop()
+            node.following = None
         try:
             if node.promise(epoch, node.store_id) is None:
-                self._ended("a higher epoch was promised")
+                self._fail("a higher epoch was promised")
                 return
         except StorageError as error:
-            self._ended(str(error))
+            self._fail(str(error))
             return
         if node.feeding is not None:
             node.feeding.promised_away(epoch)
         self._ask("promise", epoch, self._promised)
 
+    def _fail(self, problem: str) -> None:
+        """Go on as before."""
+        if self._node.feeding is None:
+            self._node.follow("")
+        self._ended(problem)
+
     def _promised(self, promotion: Promotion) -> None:
         if promotion.superseded or not promotion.enough:
-            self._ended("too few voters promised")
+            self._fail("too few voters promised")
             return
         TakingOver(self._node, promotion, fenced=True, ended=self._ended).begin()
 
