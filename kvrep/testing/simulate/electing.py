@@ -176,7 +176,7 @@ class Electing:
         def done(reply: PromiseReply) -> None:
             self.event(lambda e: e.on_reply(request, peer.name, reply, node.now))
 
-        def failed(why: WhyGone) -> None:
+        def failed(_: WhyGone) -> None:
             self.event(lambda e: e.on_no_reply(request, peer.name, node.now))
 
         world.network.call(node, target, serve, done, failed, world.settings.election.answer_timeout_s)
@@ -250,5 +250,3 @@ class Electing:
             voters=action.founding,
             next_member=max(v.member for v in action.founding) + 1,
         )
-
-

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrep.model.configuration import Configuration
-from kvrep.model.position import EPOCH_MEMBERS, Position
+from kvrep.model.position import Position, epoch_after
 from kvrep.replication import acks, election
 from kvrep.replication.acks import CommitTracker
 from kvrep.replication.join import Continue, plan_join
@@ -123,7 +123,7 @@ def _stale_epoch_accepted() -> list[Change]:
         self._node.world.check.obeys(self._node, self.receiver.epoch)
         self._node.append(action.data)
 
-    def deaf(self: Any, *_: Any) -> None:
+    def deaf(*_: Any) -> None:
         return None
 
     return [
@@ -143,8 +143,8 @@ def _promise_to_two() -> list[Change]:
 
 
 def _shared_epochs() -> list[Change]:
-    def after(epoch: int, member: int) -> int:
-        return (epoch // EPOCH_MEMBERS + 1) * EPOCH_MEMBERS + 1
+    def after(epoch: int, _: int) -> int:
+        return epoch_after(epoch, 1)
 
     return [(election, "epoch_after", after), (promoting, "epoch_after", after)]
 
@@ -203,7 +203,8 @@ def _acks_of_non_voters() -> list[Change]:
 def _acks_counted_twice() -> list[Change]:
     def reached(self: Any, synced: dict[bytes, int]) -> int:
         held = sorted((synced.get(i, 0) for i in self.voters for _ in range(2)), reverse=True)
-        return held[self.configuration.copies - 1]
+        copies: int = self.configuration.copies
+        return held[copies - 1]
 
     return [(acks._Rule, "reached", reached)]
 

@@ -335,7 +335,7 @@ class Session:
         self._stream.end_by_primary(broken=broken)
         self._feeding.left(self)
 
-    def on_end(self, why: WhyGone) -> None:
+    def on_end(self, _: WhyGone) -> None:
         self.end(broken=True)
 
     # -- joining -----------------------------------------------------------------------------------
@@ -486,5 +486,3 @@ class Session:
             found.append(entry.data)
             size += len(entry.data)
         return b"".join(found), first + len(found) - 1
-
-

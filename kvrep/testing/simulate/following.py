@@ -197,7 +197,7 @@ class Following:
                 self._replace(need, *told)
                 self._connect_in(0.0)
 
-        def failed(why: WhyGone) -> None:
+        def failed(_: WhyGone) -> None:
             node.bootstrapping = False
             self._connect_in(BACKOFF_MIN_S)
 

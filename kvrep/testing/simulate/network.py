@@ -38,7 +38,7 @@ class End(Protocol):
 
     def on_message(self, message: Any) -> None: ...
 
-    def on_end(self, why: WhyGone) -> None:
+    def on_end(self, why: WhyGone, /) -> None:
         """The stream is over; not called for an end that has ended it itself."""
 
 
@@ -189,7 +189,7 @@ class Network:
         _Call(self, source, target, serve, done, failed).begin(timeout_s)
 
     def open(self, follower: Node, primary: Node, end: End, hello: Hello) -> Stream:
-        """Open a stream; ``hello`` is its first message. Where it cannot be, ``end`` hears of it: refused, or nothing for ever."""
+        """Open a stream; ``hello`` is its first message. ``end`` hears of a refusal, or nothing for ever."""
         stream = Stream(self, follower, primary, end, hello)
         self.time.after(self.latency(), stream.reach)
         return stream

@@ -175,9 +175,7 @@ class Node:
     @property
     def able(self) -> bool:
         """Whether it may become primary, and its promise says what it has stored."""
-        return not (
-            self.witness or self.bootstrapping or self.failed or self.disk.end < self.disk.vote_floor
-        )
+        return not (self.witness or self.bootstrapping or self.failed or self.disk.end < self.disk.vote_floor)
 
     def standing(self) -> Standing:
         disk = self.disk
@@ -259,8 +257,7 @@ class Node:
         self.world.say(self, "cuts its log from %s to %d: %s", disk.last, to, reason)
         self.world.check.dropped(self, to, disk.entries)
         disk.cut(to)
-        if self.committed > to:
-            self.committed = to
+        self.committed = min(self.committed, to)
         self._rules_of = None
 
     def commit_through(self, offset: int) -> None:
@@ -322,7 +319,9 @@ class Node:
             try:
                 self.store_promise(epoch, to)
             except OSError as error:
-                raise StorageError(f"the promise could not be stored: {error.strerror}", final=False) from error
+                raise StorageError(
+                    f"the promise could not be stored: {error.strerror}", final=False
+                ) from error
         self.world.check.promises(self, epoch, to)
         return True
 

@@ -56,9 +56,10 @@ class TakingOver:
 
     def begin(self) -> None:
         node = self._node
-        for part in (node.following, node.feeding):
-            if part is not None:
-                part.stop() if part is node.following else part.stop(broken=False)  # type: ignore[call-arg]
+        if node.following is not None:
+            node.following.stop()
+        if node.feeding is not None:
+            node.feeding.stop(broken=False)
         node.following = node.feeding = None
         disk = node.disk
         if (disk.promised, disk.promised_to) != (self._promotion.epoch, node.store_id):
@@ -243,9 +244,7 @@ def _serve_standing(target: Node) -> Callable[[Callable[[Promise], None]], None]
     return lambda give: give(target.holds_now(target.disk.promised))
 
 
-def _serve_promise(
-    target: Node, asker: Node, epoch: int
-) -> Callable[[Callable[[Promise], None]], None]:
+def _serve_promise(target: Node, asker: Node, epoch: int) -> Callable[[Callable[[Promise], None]], None]:
     """What ``target`` does when it is asked for a promise by hand."""
 
     def serve(give: Callable[[Promise], None]) -> None:
@@ -266,5 +265,3 @@ def _serve_promise(
         target.after(target.sync_s(), lambda: give(answer))
 
     return serve
-
-

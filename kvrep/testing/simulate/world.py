@@ -56,9 +56,7 @@ class World:
         self._values = 0
         for name in settings.names + settings.observers:
             clock = Clock(self.time, start=self.chance.uniform(10, 1000))
-            self.nodes[name] = Node(
-                self, name, clock, witness=name.isupper(), voter=name in settings.names
-            )
+            self.nodes[name] = Node(self, name, clock, witness=name.isupper(), voter=name in settings.names)
 
     @property
     def first(self) -> Node:
