@@ -214,7 +214,7 @@ class Disk:
         tail = b"".join(entry.data for entry in self.entries[keep:])
         if not tail:
             return
-        torn = bytearray(tail[: chance.randint(0, len(tail))])
+        torn = bytearray(tail if chance.random() < 0.2 else tail[: chance.randint(0, len(tail))])
         if torn and chance.random() < 0.3:
             torn[chance.randrange(len(torn))] ^= 0x40
         del self.entries[keep + self._whole(bytes(torn), keep) :]

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrep.model.configuration import Configuration
-from kvrep.model.position import Position, epoch_after
+from kvrep.model.position import ZERO, Position, epoch_after
 from kvrep.replication import acks, election
 from kvrep.replication.acks import CommitTracker
+from kvrep.replication.election import Election, Standing
 from kvrep.replication.join import Continue, plan_join
-from kvrep.replication.messages import Truncate
+from kvrep.replication.messages import Refused, Truncate
 from kvrep.replication.promises import Verdict, judge
 from kvrep.replication.promotion import Promotion
 from kvrep.replication.receiver import Append, Commit, Receiver
@@ -179,6 +180,29 @@ def _log_not_cut() -> list[Change]:
     return [(feeding, "plan_join", lenient), *_no_checksum_at_join()]
 
 
+# -- mistakes that were really there ---------------------------------------------------------------
+
+
+def _empty_log_refused() -> list[Change]:
+    def strict(hello: Any, view: Any) -> Any:
+        if hello.lineage and hello.branch not in (view.branch, *view.ancestors):
+            return Refused(reason="lineage", message="it holds a history that was forced apart")
+        return plan_join(hello, view)
+
+    return [(feeding, "plan_join", strict)]
+
+
+def _founding_once_only() -> list[Change]:
+    def empty(self: Standing) -> bool:
+        return not self.lineage and self.last == ZERO and not self.rules
+
+    return [(Standing, "empty", property(empty))]
+
+
+def _empty_voter_never_promises() -> list[Change]:
+    return [(Election, "_promised_founding_with", lambda *_: False)]
+
+
 # -- commits ---------------------------------------------------------------------------------------
 
 
@@ -252,5 +276,17 @@ PLANTS: dict[str, Plant] = {
     ),
     "configure-too-early": Plant(
         "a configuration changes before the epoch start is committed", _configure_too_early
+    ),
+    "empty-log-refused": Plant(
+        "a follower that lost its first stream before its first record is refused (once real)",
+        _empty_log_refused,
+    ),
+    "founding-once-only": Plant(
+        "a founder that stopped before its first record was safe founds no more (once real)",
+        _founding_once_only,
+    ),
+    "empty-voter-never-promises": Plant(
+        "voters that have no record yet never promise, so a founder that stopped is stuck (once real)",
+        _empty_voter_never_promises,
     ),
 }

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from kvrep.testing.simulate.clock import Time
     from kvrep.testing.simulate.node import Node
 
-__all__ = ["CALL_TIMEOUT_S", "End", "Network", "Stream"]
+__all__ = ["CALL_TIMEOUT_S", "DELAY_S", "End", "Network", "Stream"]
 
 RESEND_S = 0.2
 """How long TCP waits before it sends again."""
 CALL_TIMEOUT_S = 0.4
+DELAY_S = 0.002
+"""The largest delay of a network that works."""
 
 
 class End(Protocol):
@@ -165,7 +167,7 @@ class Network:
         """Of every message."""
         self.twice = 0.0
         """Of every call: how often it is carried out twice."""
-        self.delay_s = 0.002
+        self.delay_s = DELAY_S
 
     def latency(self) -> float:
         return 0.0002 + self.chance.random() * self.delay_s

@@ -29,10 +29,8 @@ WRITE_EVERY_S = 0.06
 
 def draw_settings(chance: Random) -> Settings:
     """How large, under which rule, with which limits."""
-    names = chance.choice(("abc", "abc", "abc", "abcde", "abcd", "ab", "abW"))
     elects = chance.random() < 0.6
-    if not elects:
-        names = names.replace("W", "c")
+    names = chance.choice(("abc", "abc", "abc", "abcde", "abcd", "ab", *(("abW", "abcdW") if elects else ())))
     sync: tuple[Acks, ...] = ("majority", "majority", 1, "all", 2 if len(names) > 3 else 1)
     return Settings(
         names=names,
@@ -133,7 +131,7 @@ class Faults:
             "cut": _Kind(self._cut),
             "cut one way": _Kind(self._cut_one_way),
             "isolate": _Kind(self._isolate, 2),
-            "mend": _Kind(self._mend, 2),
+            "mend": _Kind(self.world.mend, 2),
             "loss": _Kind(self._loss),
             "delay": _Kind(self._delay),
             "reset": _Kind(self._reset),
@@ -154,19 +152,9 @@ class Faults:
         self.chance.choice(self._chosen).do()
 
     def heal(self) -> None:
-        """Everything works again, and whoever is down is started."""
-        world = self.world
-        self._mend()
-        for node in world.nodes.values():
-            node.disk.full = False
-            node.disk.slow = 1.0
-            if node.paused:
-                node.resume()
-            if node.up and (node.failed or node.disk.eio):
-                node.crash(power=True)
-            if not node.up:
-                node.start()
-        if not world.elects:
+        """Everything works again; where no node elects, somebody looks after the cluster from now on."""
+        self.world.heal()
+        if not self.world.elects:
             self._operate()
 
     # -- choosing ----------------------------------------------------------------------------------
@@ -232,25 +220,18 @@ class Faults:
     def _cut(self) -> None:
         one, other = self._two()
         self.world.say(one, "is cut off from %s", other.name)
-        self.world.network.blocked |= {(one.name, other.name), (other.name, one.name)}
+        self.world.cut(one.name, other.name)
 
     def _cut_one_way(self) -> None:
         one, other = self._two()
         self.world.say(one, "does not reach %s any more", other.name)
-        self.world.network.blocked.add((one.name, other.name))
+        self.world.cut(one.name, other.name, both=False)
 
     def _isolate(self) -> None:
         node = self._primary_or_one()
-        if node is None:
-            return
-        self.world.say(node, "is cut off from all")
-        for other in self.world.nodes:
-            self.world.network.blocked |= {(node.name, other), (other, node.name)}
-
-    def _mend(self) -> None:
-        network = self.world.network
-        network.blocked.clear()
-        network.loss, network.delay_s = 0.0, 0.002
+        if node is not None:
+            self.world.say(node, "is cut off from all")
+            self.world.isolate(node.name)
 
     def _loss(self) -> None:
         self.world.network.loss = self.chance.choice((0.02, 0.1, 0.3))

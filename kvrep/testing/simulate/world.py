@@ -9,9 +9,10 @@ from random import Random
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.replication.election import ElectionSettings
 from kvrep.testing.simulate.clock import Clock, Time
+from kvrep.testing.simulate.disk import Disk
 from kvrep.testing.simulate.feeding import Feeding
 from kvrep.testing.simulate.invariants import Invariants
-from kvrep.testing.simulate.network import Network
+from kvrep.testing.simulate.network import DELAY_S, Network
 from kvrep.testing.simulate.node import Node
 
 __all__ = ["Settings", "World"]
@@ -104,6 +105,50 @@ class World:
 
     def data_nodes(self) -> list[Node]:
         return [n for n in self.nodes.values() if not n.witness]
+
+    def acknowledged_after(self, moment: float, epoch: int) -> float | None:
+        """When the first write of an epoch above ``epoch`` was acknowledged, after ``moment``."""
+        times = [t for t, e in self.check.acknowledged.values() if t > moment and e > epoch]
+        return min(times) if times else None
+
+    # -- faults that concern several nodes ---------------------------------------------------------
+
+    def cut(self, source: str, target: str, *, both: bool = True) -> None:
+        """Nothing that ``source`` sends reaches ``target`` (and the other way round)."""
+        self.network.blocked.add((source, target))
+        if both:
+            self.network.blocked.add((target, source))
+
+    def isolate(self, name: str) -> None:
+        """Cut a node off from all others."""
+        for other in self.nodes:
+            if other != name:
+                self.cut(name, other)
+
+    def mend(self) -> None:
+        """The network works as it should."""
+        self.network.blocked.clear()
+        self.network.loss, self.network.delay_s = 0.0, DELAY_S
+
+    def heal(self) -> None:
+        """Everything works again, and whoever is down, or cannot store any more, is started."""
+        self.mend()
+        for node in self.nodes.values():
+            node.disk.full = False
+            node.disk.slow = 1.0
+            if node.paused:
+                node.resume()
+            if node.up and (node.failed or node.disk.eio):
+                node.crash(power=True)
+            if not node.up:
+                node.start()
+
+    def wipe(self, name: str) -> None:
+        """A node that is down loses its disk: it will start as a new store, with an id of its own."""
+        node = self.nodes[name]
+        assert not node.up
+        node.store_id += b"+"
+        node.disk = Disk()
 
     # -- users -------------------------------------------------------------------------------------
 
