@@ -23,7 +23,8 @@ __all__ = ["HEALS_WITHIN_S", "draw_settings", "live"]
 
 HEALS_WITHIN_S = 20.0
 FAULTS = (10, 28)
-PAUSES_S = (0.002, 0.01, 0.05, 0.2, 0.5)
+PAUSES_S = (0.002, 0.01, 0.03, 0.1, 0.3, 1.2)
+"""Between two faults: within one message, one sync, one round of an election, or longer than its timeout."""
 WRITE_EVERY_S = 0.06
 
 
@@ -327,7 +328,12 @@ class Faults:
     # -- people ------------------------------------------------------------------------------------
 
     def _promote(self) -> None:
-        """Somebody promotes a node by hand, and sends the others to it when it worked."""
+        """Somebody promotes a node by hand, and sometimes somebody else another one at the same time."""
+        for _ in range(self.chance.choice((1, 1, 2))):
+            self._promote_one()
+
+    def _promote_one(self) -> None:
+        """The others are sent to it when it worked."""
         node = self._one()
         if node is None or node.paused or node.witness or self.world.elects or node.promoting:
             return
@@ -352,7 +358,7 @@ class Faults:
         """From now on somebody looks after the cluster: promotes a node where none is primary."""
         leader = self.world.leader()
         if leader is None:
-            self._promote()
+            self._promote_one()
         else:
             self._send_to(leader)
         self.world.time.after(0.5, self._operate)

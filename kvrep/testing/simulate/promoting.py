@@ -45,7 +45,10 @@ class TakingOver:
         fenced: bool,
         founding: Configuration | None = None,
         ended: Callable[[str], None],
+        may: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._may = may
+        """Whether the node still may be promoted, with what it has fetched."""
         self._node = node
         self._promotion = promotion
         self._fenced = fenced
@@ -144,6 +147,9 @@ class TakingOver:
 
     def _begin(self) -> None:
         node, promotion = self._node, self._promotion
+        if not self._may():
+            self._end("it may not be promoted")
+            return
         feeding = node.feeding = Feeding(node, promotion.epoch, fenced=self._fenced)
 
         def begun() -> None:
@@ -169,9 +175,7 @@ class ByHand:
     def begin(self) -> None:
         """First ask, without binding anybody."""
         node = self._node
-        effective, pending = node.rules
-        voter = (pending[-1] if pending else effective).voter(node.store_id)
-        if voter is None or voter.witness or node.disk.end < node.disk.vote_floor or node.failed:
+        if not _may_be_promoted(node):
             self._ended("it may not be promoted")
             return
         self._ask("standing", next_epoch(node, 0), self._answered)
@@ -237,7 +241,17 @@ class ByHand:
         if promotion.superseded or not promotion.enough:
             self._fail("too few voters promised")
             return
-        TakingOver(self._node, promotion, fenced=True, ended=self._ended).begin()
+        TakingOver(
+            self._node, promotion, fenced=True, ended=self._ended, may=lambda: _may_be_promoted(self._node)
+        ).begin()
+
+
+def _may_be_promoted(node: Node) -> bool:
+    """Whether it is a data voter that holds all it ever confirmed."""
+    effective, pending = node.rules
+    voter = (pending[-1] if pending else effective).voter(node.store_id)
+    whole = node.disk.end >= node.disk.vote_floor and not node.failed
+    return voter is not None and not voter.witness and whole
 
 
 def _serve_standing(target: Node) -> Callable[[Callable[[Promise], None]], None]:
@@ -261,7 +275,9 @@ def _serve_promise(target: Node, asker: Node, epoch: int) -> Callable[[Callable[
         if granted:
             target.world.say(target, "promises epoch %d to %s", epoch, asker.name)
             target.promised(epoch, asker.name)
-        answer = target.holds_now(target.disk.promised)
+        promised = target.disk.promised
+        # This very epoch may be another's, as only a member number that was used twice makes it.
+        answer = target.holds_now(promised + 1 if promised == epoch and not granted else promised)
         target.after(target.sync_s(), lambda: give(answer))
 
     return serve
