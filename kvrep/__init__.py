@@ -64,6 +64,7 @@ from kvrep.errors import StorageFailed as StorageFailed
 from kvrep.errors import StorageFull as StorageFull
 from kvrep.errors import StoreInUse as StoreInUse
 from kvrep.errors import TooOld as TooOld
+from kvrep.errors import TransactionConflict as TransactionConflict
 from kvrep.errors import TransactionExpired as TransactionExpired
 from kvrep.errors import UnknownOutcome as UnknownOutcome
 from kvrep.errors import UnsafePromotion as UnsafePromotion
@@ -77,6 +78,7 @@ from kvrep.keyspace import WriteFuture as WriteFuture
 from kvrep.model.configuration import Configuration as Configuration
 from kvrep.model.configuration import Voter as Voter
 from kvrep.model.position import Position as Position
+from kvrep.model.sessions import RequestId as RequestId
 from kvrep.options import Options as Options
 from kvrep.status import Event as Event
 from kvrep.status import EventKind as EventKind
@@ -134,6 +136,7 @@ __all__ = [
     "ReadError",
     "RefusedError",
     "ReplicationError",
+    "RequestId",
     "Role",
     "RolledBack",
     "Snapshot",
@@ -147,6 +150,7 @@ __all__ = [
     "StoreInUse",
     "TooOld",
     "Transaction",
+    "TransactionConflict",
     "TransactionExpired",
     "UnknownOutcome",
     "UnsafePromotion",

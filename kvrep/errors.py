@@ -18,13 +18,14 @@
     │   ├── Overloaded               a bound on unfinished work is reached
     │   ├── UnsafePromotion          too few voters answered to promote without risk
     │   ├── TransactionExpired       the transaction outlived its maximum age
+    │   ├── TransactionConflict      what a forwarded transaction has read is not so any more at the primary
     │   └── InvalidInput (ValueError)
     │       ├── InvalidKey           empty key
     │       ├── KeyTooLong           key above 511 bytes
     │       ├── ValueTooLarge        value or transaction above its limit
     │       └── InvalidKeyspace      keyspace name out of its alphabet, or too many keyspaces
     ├── UnknownOutcome               the write may or may not survive; ask Store.resolve()
-    │   └── AckTimeout               logged here, not confirmed in time
+    │   └── AckTimeout               logged or forwarded, not confirmed in time
     ├── StorageFailed                the disk failed (EIO, fdatasync); read-only until reopened
     ├── CorruptionError
     │   ├── LogCorrupt               damage inside the proven part of the log
@@ -86,6 +87,7 @@ __all__ = [
     "StorageFull",
     "StoreInUse",
     "TooOld",
+    "TransactionConflict",
     "TransactionExpired",
     "UnknownOutcome",
     "UnsafePromotion",
@@ -241,6 +243,14 @@ class TransactionExpired(RefusedError):
     hint = "keep transactions short; nothing of it was written"
 
 
+class TransactionConflict(RefusedError):
+    """What a transaction on a follower has read is not so any more at the primary."""
+
+    hint = "nothing of it was written; run it again"
+    _names: ClassVar[tuple[str, ...]] = ("position",)
+    position: Any
+
+
 class InvalidInput(RefusedError, ValueError):
     """A key, value or name is outside its limits."""
 
@@ -270,11 +280,13 @@ class UnknownOutcome(Error):
 
 
 class AckTimeout(UnknownOutcome):
-    """The write is logged here, and was not confirmed by enough followers in time."""
+    """The write was logged or forwarded, and was not confirmed in time."""
 
-    _names: ClassVar[tuple[str, ...]] = ("position", "reached", "needed")
+    _names: ClassVar[tuple[str, ...]] = ("position", "reached", "needed", "request")
     reached: int
     needed: int
+    request: Any
+    """Of a forwarded write whose position is not known: its :class:`RequestId`."""
 
 
 class StorageFailed(Error):

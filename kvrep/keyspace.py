@@ -19,11 +19,13 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from kvrep.codecs import BYTES, Codec
-from kvrep.errors import ClosedError, Error, TransactionExpired, again
+from kvrep.errors import ClosedError, Error, TransactionConflict, TransactionExpired, again
 from kvrep.model.position import Position
-from kvrep.model.record import Kind, Op, write_payload
+from kvrep.model.record import Kind, write_payload
 from kvrep.runtime.checks import check_key, check_value, prefix_stop
+from kvrep.runtime.forwarding import Forward, is_elsewhere
 from kvrep.runtime.node import Node
+from kvrep.runtime.reads import ReadSet, fresh_in, merged
 from kvrep.storage.view import Snapshot as PinnedView
 from kvrep.storage.write import Write
 
@@ -31,6 +33,8 @@ __all__ = ["Batch", "Keyspace", "Snapshot", "Transaction", "WriteFuture"]
 
 V = TypeVar("V")
 D = TypeVar("D")
+R = TypeVar("R")
+Consistency = Literal["local", "linearizable"]
 CLEAR_KEYS = 4096
 _MISSING: Any = object()
 
@@ -103,12 +107,14 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
     @overload
     def get(
         self, key: bytes, default: None = None, *, at_least: Position | None = None,
-        max_staleness_s: float | None = None, timeout_s: float | None = None,
+        max_staleness_s: float | None = None, consistency: Consistency = "local",
+        timeout_s: float | None = None,
     ) -> V | None: ...  # fmt: skip
     @overload
     def get(
         self, key: bytes, default: D, *, at_least: Position | None = None,
-        max_staleness_s: float | None = None, timeout_s: float | None = None,
+        max_staleness_s: float | None = None, consistency: Consistency = "local",
+        timeout_s: float | None = None,
     ) -> V | D: ...  # fmt: skip
     def get(
         self,
@@ -117,17 +123,24 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         *,
         at_least: Position | None = None,
         max_staleness_s: float | None = None,
+        consistency: Consistency = "local",
         timeout_s: float | None = None,
     ) -> Any:
         """The committed value of ``key``, or ``default``.
 
         ``at_least`` waits (up to ``timeout_s``, default 5) until this node has that position;
         ``max_staleness_s`` raises :class:`StaleRead` when a follower may be further behind than that.
+
+        ``consistency="linearizable"`` shows every write that had returned anywhere before this call: the
+        primary makes sure, through enough of its voters, that it still is the primary; a follower asks it and
+        waits for its answer's position (``timeout_s``, default the store's ``ack_timeout_s``).
+        :class:`StaleRead` or :class:`NotPrimary` when that cannot be had in time, and always with ``acks=0``
+        where there are followers.
         """
         if type(key) is not bytes:
             key = check_key(key)
-        if at_least is not None or max_staleness_s is not None:
-            self._node.freshen(at_least, max_staleness_s, timeout_s)
+        if at_least is not None or max_staleness_s is not None or consistency != "local":
+            self._node.freshen(at_least, max_staleness_s, timeout_s, consistency)
         value = self._node.engine.view.get(self._keyspace, self._prefix, key)
         if value is None:
             return default
@@ -166,13 +179,16 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         stop: bytes | None = None,
         reverse: bool = False,
         limit: int | None = None,
+        consistency: Consistency = "local",
     ) -> Iterator[tuple[bytes, V]]:
         """Pairs in key order (descending with ``reverse``) as of one position.
 
         ``start`` is included, ``stop`` is not, whatever the direction; both are whole keys and are
         combined with ``prefix``. The scan holds a snapshot until it ends or is dropped; past
-        ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`. ``consistency`` is that of :meth:`get`.
         """
+        if consistency != "local":
+            self._node.freshen(None, None, None, consistency)
         low, high = bounds(prefix, start, stop)
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit must be a number of pairs, not {limit!r}")
@@ -260,8 +276,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     def __delitem__(self, key: bytes) -> None:
         """Remove a key that exists; ``KeyError`` if it does not."""
-        with self.transaction() as txn:
-            del txn[key]
+        self.pop(key)
 
     def compare_and_set(
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
@@ -271,16 +286,18 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
-        txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
-        with txn:
-            now = txn.get(key)
-            if now != expected:
-                return None
+
+        def swap(txn: Transaction[V]) -> bool:
+            if txn.get(key) != expected:
+                return False
             if value is None:
                 txn.delete(key)
             else:
                 txn.put(key, value)
-        return txn.position
+            return True
+
+        swapped, position = self._atomically(swap, timeout_s)
+        return position if swapped else None
 
     def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
@@ -288,31 +305,67 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
-        with self.transaction() as txn:
+
+        def store(txn: Transaction[V]) -> Any:
             value = txn.get(key)
             if value is not None:
                 return value
             txn.put(key, default)
-        return default
+            return default
+
+        return self._atomically(store)[0]
 
     def pop(self, key: bytes, default: Any = _MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
-        with self.transaction() as txn:
+
+        def take(txn: Transaction[V]) -> Any:
             value = txn.get(key)
             if value is not None:
                 txn.delete(key)
-                return value
+            return value
+
+        value = self._atomically(take)[0]
+        if value is not None:
+            return value
         if default is _MISSING:
             raise KeyError(key)
         return default
 
     def popitem(self) -> tuple[bytes, V]:
         """Remove and return the pair with the smallest key. Atomic."""
-        with self.transaction() as txn:
+
+        def take(txn: Transaction[V]) -> tuple[bytes, V] | None:
             for key, value in txn.scan(limit=1):
                 txn.delete(key)
                 return key, value
-        raise KeyError("the keyspace is empty")
+            return None
+
+        pair = self._atomically(take)[0]
+        if pair is None:
+            raise KeyError("the keyspace is empty")
+        return pair
+
+    def _atomically(
+        self, body: Callable[[Transaction[V]], R], timeout_s: float | None = None
+    ) -> tuple[R, Position | None]:
+        """What ``body`` returns in a transaction, and the position if it wrote something.
+
+        On a follower with ``forward_writes`` it is repeated while what it reads here is behind the primary;
+        what it read is compared there even if it writes nothing.
+        """
+        deadline_s = self._node.deadline(timeout_s)
+        while True:
+            txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
+            txn._compares = True
+            try:
+                with txn:
+                    result = body(txn)
+            except TransactionConflict as conflict:
+                assert self._node.forwarder is not None
+                self._node.forwarder.catch_up(conflict, deadline_s)
+                timeout_s = max(0.0, deadline_s - time.monotonic())
+            else:
+                return result, txn.position
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """Store many pairs in one atomic batch."""
@@ -342,6 +395,11 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
         An exception inside rolls it back. Other writers wait from its first read on, so keep it short;
         past ``transaction_age_max_s`` it raises :class:`TransactionExpired`.
+
+        On a follower with ``forward_writes`` nobody waits for it: it reads a snapshot here, and its end asks
+        the primary to commit it if everything that it has read is still so there, scanned ranges included.
+        If not, it raises :class:`TransactionConflict`, and the block is to be run again. One that writes
+        nothing has read a snapshot of the past, and is not compared.
         """
         return Transaction(self, timeout_s)
 
@@ -452,6 +510,11 @@ class Transaction(Generic[V]):
         self._size = 0
         self._open = True
         self._placed = False
+        self._reads: ReadSet | None = None
+        """What it has read, where another node may have to compare that; with a snapshot if it reads here and
+        commits there."""
+        self._compares = False
+        """Whether that is compared even if nothing is written."""
 
     def __enter__(self) -> Transaction[V]:
         return self
@@ -464,9 +527,40 @@ class Transaction(Generic[V]):
             raise ClosedError("the transaction is over")
         committer = self._node.engine.committer
         if self._placed:
-            if not committer.holds_place(self):
+            if not self._remote and not committer.holds_place(self):
                 raise self._expired()
             return
+        try:
+            self._wait_for_place()
+        except Error as error:
+            if not self._may_go_remote(error):
+                raise
+            self._go_remote()
+            return
+        self.placed()
+
+    def _may_go_remote(self, error: Error) -> bool:
+        """Whether it can be committed by another node, after ``error`` kept it from the place here."""
+        return self._node.forwarder is not None and is_elsewhere(error)
+
+    def _go_remote(self, pinned: PinnedView | None = None) -> None:
+        """Read a snapshot from here on; the primary compares it at the end."""
+        self._reads = ReadSet(self._node.engine.snapshot() if pinned is None else pinned)
+        self._placed = True
+
+    @property
+    def _remote(self) -> bool:
+        """Whether it reads a snapshot here, and commits at the primary."""
+        return self._reads is not None and self._reads.pinned is not None
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a step of a scan is under way, for which the next read would wait."""
+        reads = self._reads
+        return reads is not None and reads.pinned is not None and reads.pinned.busy
+
+    def _wait_for_place(self) -> None:
+        committer = self._node.engine.committer
         self._node.engine.writable()
         granted = threading.Lock()
         granted.acquire()
@@ -483,12 +577,13 @@ class Transaction(Generic[V]):
             except BaseException:
                 committer.leave_place(self, None)
                 raise
-        self.placed()
 
     def placed(self) -> None:
         """The place is ours: note what is ahead of us and not visible yet."""
         committer = self._node.engine.committer
         self._placed = True
+        if self._node.forwarder is not None:
+            self._reads = ReadSet()
         ahead = committer.unpublished()
         for record in ahead:
             if record.kind == Kind.WRITE:
@@ -522,9 +617,16 @@ class Transaction(Generic[V]):
         at = (space._keyspace, key)
         if at in self._writes:
             return self._writes[at]
+        reads = self._reads
+        if reads is not None and reads.pinned is not None:
+            return reads.get(*at)
         if at in self._tail:
-            return self._tail[at]
-        return self._node.engine.view.get(space._keyspace, space._prefix, key)
+            value = self._tail[at]
+        else:
+            value = self._node.engine.view.get(space._keyspace, space._prefix, key)
+        if reads is not None:
+            reads.note(*at, value)
+        return value
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Set ``key`` when the transaction commits."""
@@ -578,18 +680,18 @@ class Transaction(Generic[V]):
         low, high = bounds(prefix, start, stop)
         if high is not None and low >= high:
             return iter(())
-        pairs = _merge(
-            space._scan_bytes(low, high, reverse), self._fresh(space._keyspace, low, high), reverse
-        )
+        name, reads = space._keyspace, self._reads
+        if reads is not None and reads.pinned is not None:
+            pairs: Iterator[tuple[bytes, bytes]] = reads.pinned.scan(name, low, high, reverse=reverse)
+        else:
+            pairs = space._scan_bytes(low, high, reverse)
+            if tail := fresh_in(self._tail, name, low, high):
+                pairs = merged(pairs, tail, reverse)
+        if reads is not None:
+            pairs = reads.watch(name, low, high, reverse, pairs)
+        if own := fresh_in(self._writes, name, low, high):
+            pairs = merged(pairs, own, reverse)
         return decoded(islice(pairs, limit), space._decode)
-
-    def _fresh(self, name: str, low: bytes, high: bytes | None) -> dict[bytes, bytes | None]:
-        both = {**self._tail, **self._writes}
-        return {
-            key: value
-            for (space, key), value in both.items()
-            if space == name and key >= low and (high is None or key < high)
-        }
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -600,7 +702,15 @@ class Transaction(Generic[V]):
         if kind is not None:
             return
         if write is not None:
-            self.position = self._node.finish(write, self._timeout_s)
+            try:
+                position = self._node.finish(write, self._timeout_s)
+            except Error:
+                forward = self._redirected(write)
+                if forward is None:
+                    raise
+                assert self._node.forwarder is not None
+                position = self._node.forwarder.commit(forward)
+            self.position = position if self._writes else None
         elif self._barrier is not None:
             self._node.await_record(self._barrier, self._timeout_s)
 
@@ -612,6 +722,8 @@ class Transaction(Generic[V]):
         if not self._open:
             return None
         self._open = False
+        if self._remote:
+            return self._end_remote(commit=commit)
         committer = self._node.engine.committer
         if not commit or not self._writes:
             if self._placed:
@@ -620,39 +732,53 @@ class Transaction(Generic[V]):
                 if lost and commit:
                     raise self._expired()
             return None
-        ops: list[Op] = [(name, key, value) for (name, key), value in self._writes.items()]
-        write = Write(Kind.WRITE, write_payload(ops), self._size)
+        write = Write(Kind.WRITE, self._payload(), self._size)
         if not self._placed:
-            if order is not None:
-                order(write)
-            else:
-                self._node.engine.order(write, self._node.deadline(self._timeout_s))
+            try:
+                if order is not None:
+                    order(write)
+                else:
+                    self._node.engine.order(write, self._node.deadline(self._timeout_s))
+            except Error as error:
+                if not self._may_go_remote(error):
+                    raise
+                return self._forward(None)
             return write
         if not committer.leave_place(self, write):
-            raise self._expired()
+            why = self._expired()
+            if not self._may_go_remote(why):
+                raise why
+            return self._forward(self._reads)
         return write
 
+    def _payload(self) -> list[Any]:
+        return write_payload([(name, key, value) for (name, key), value in self._writes.items()])
 
-def _merge(
-    pairs: Iterator[tuple[bytes, bytes]], fresh: dict[bytes, bytes | None], reverse: bool
-) -> Iterator[tuple[bytes, bytes]]:
-    """``pairs`` with ``fresh`` laid over them, in order."""
-    waiting = sorted(fresh, reverse=not reverse)  # the next one last
-    for key, value in pairs:
-        while waiting and (waiting[-1] > key if reverse else waiting[-1] < key):
-            new = waiting.pop()
-            if (found := fresh[new]) is not None:
-                yield new, found
-        if waiting and waiting[-1] == key:
-            waiting.pop()
-            if (found := fresh[key]) is not None:
-                yield key, found
-        else:
-            yield key, value
-    while waiting:
-        new = waiting.pop()
-        if (found := fresh[new]) is not None:
-            yield new, found
+    def _end_remote(self, *, commit: bool) -> Write | None:
+        """Have the primary compare what was read, and commit."""
+        reads = self._reads
+        assert reads is not None
+        reads.release()
+        if not commit or not (self._writes or (self._compares and reads)):
+            return None
+        return self._forward(reads)
+
+    def _forward(self, reads: ReadSet | None) -> Write:
+        forwarder = self._node.forwarder
+        assert forwarder is not None
+        deadline_s = self._node.deadline(self._timeout_s)
+        item = forwarder.make(self._payload(), self._size, deadline_s, reads=reads)
+        forwarder.order(item)
+        return item
+
+    def _redirected(self, write: Write) -> Forward | None:
+        """What to order in place of a write that was refused here because another node is, or will be,
+        primary; ``None`` when it was not. The other node compares what was read."""
+        forwarder = self._node.forwarder
+        if forwarder is None or type(write) is Forward or not is_elsewhere(write.error):
+            return None
+        deadline_s = self._node.deadline(self._timeout_s)
+        return forwarder.make(write.payload, write.size, deadline_s, reads=self._reads)
 
 
 class Snapshot:

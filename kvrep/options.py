@@ -36,6 +36,7 @@ class OpenOptions(TypedDict, total=False):
     voter: bool
     acks: Acks | None
     ack_timeout_s: float | None
+    degrade_after_s: float | None
     durability: Literal["sync", "os"]
     sync_interval_s: float
     create: bool
@@ -61,6 +62,7 @@ class OpenOptions(TypedDict, total=False):
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
     reconnect_backoff_max_s: float
+    forward_writes: bool
     compression: Literal["zstd"] | None
     tls: Any
     token: str | None
@@ -86,6 +88,10 @@ class Options:
     """Seeds the configuration of a new store (default 0); must agree with that of an old one."""
     ack_timeout_s: float | None = None
     """Seeds the configuration of a new store (default 5): how long a write waits for its acks."""
+    degrade_after_s: float | None = None
+    """Seeds the configuration of a new store (default 0, never): once too few voters have been there for so
+    long, writes are acknowledged without the copies that are missing, if most voters (a witness or etcd counts)
+    agree and remember it; loudly, see ``docs/failover.md``."""
     durability: Literal["sync", "os"] = "sync"
     """``"sync"``: a write that returned is flushed to the disk. ``"os"``: it is with the operating system."""
     sync_interval_s: float = 1.0
@@ -104,7 +110,7 @@ class Options:
     """Payload that starts a flush into LMDB."""
     memtable_bytes_max: int = 192 * MIB
     """Memory of unflushed writes (160 bytes an entry counted in) at which writers wait for the flush."""
-    flush_interval_s: float = 5.0
+    flush_interval_s: float = 30.0
     """The age of unflushed writes that starts a flush."""
     uncommitted_bytes_max: int = 64 * MIB
     """Log that may wait for acks; above it writes are refused (:class:`kvrep.Overloaded`)."""
@@ -126,6 +132,8 @@ class Options:
     heartbeat_timeout_s: float = 4.0
     """Silence after which a connection counts as dead."""
     reconnect_backoff_max_s: float = 2.0
+    forward_writes: bool = False
+    """While this node is a follower, its writes go to the primary, and return when reads here show them."""
     compression: Literal["zstd"] | None = None
     """Compress segments towards followers that can (needs ``kvrep[zstd]``)."""
     tls: Any = None
@@ -152,10 +160,17 @@ class Options:
         for low, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
-                if value is None and name == "ack_timeout_s":
+                if value is None and name in ("ack_timeout_s", "degrade_after_s"):
                     continue
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
                     _reject(name, value, f"a number of at least {low}")
+        if self.degrade_after_s:
+            if self.degrade_after_s > 86_400:
+                _reject("degrade_after_s", self.degrade_after_s, "at most 86400 (a day)")
+            if self.acks == 0:
+                _reject(
+                    "degrade_after_s", self.degrade_after_s, "together with acks= that waits for followers"
+                )
         if not 1 <= self.keyspaces_max <= 1024:
             _reject("keyspaces_max", self.keyspaces_max, "1 to 1024")
         if self.coordinator is not None:
@@ -173,7 +188,7 @@ class Options:
         for name in ("name", "listen", "advertise", "token"):
             if not isinstance(getattr(self, name), (str, NoneType)):
                 _reject(name, getattr(self, name), "text")
-        for name in ("create", "voter"):
+        for name in ("create", "voter", "forward_writes"):
             if not isinstance(getattr(self, name), bool):
                 _reject(name, getattr(self, name), "True or False")
         for name, given in ((f.name, getattr(self, f.name)) for f in fields(self)):
@@ -220,7 +235,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
         "transaction_age_max_s", "close_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s",
         "reconnect_backoff_max_s",
     ),
-    0: ("retention_age_s", "retention_bytes"),
+    0: ("retention_age_s", "retention_bytes", "degrade_after_s"),
     1: ("value_bytes_max", "record_bytes_max", "followers_max", "readers_max"),
     64 * KIB: (
         "log_file_bytes", "memtable_bytes", "memtable_bytes_max", "uncommitted_bytes_max",

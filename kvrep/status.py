@@ -35,6 +35,12 @@ class EventKind(StrEnum):
     FOLLOWER_JOINED = "follower joined"
     FOLLOWER_LOST = "follower lost"
     """The stream of the follower ``name`` ended."""
+    DEGRADED = "degraded"
+    """From record ``first`` on writes are acknowledged without copies at ``name``, as ``degrade_after_s`` says."""
+    NOT_DEGRADED = "not degraded"
+    """They would be, but too few voters agreed: ``reason``. Writes stay refused."""
+    RESTORED = "restored"
+    """All copies count again; what was acknowledged with fewer are records ``first`` to ``last``."""
     DIVERGED = "diverged"
     """The state digest at ``first`` differs from the primary's."""
 
@@ -131,6 +137,13 @@ class Status:
     voters: tuple[str, ...]
     copies: int
     """W: copies that a commit needs, the primary's included."""
+    away: tuple[str, ...]
+    """Voters without whose copies writes are acknowledged now; empty while the ack rule holds in full."""
+    unprotected: tuple[tuple[int, int], ...]
+    """(from, to): records acknowledged with fewer copies than ``acks`` asks for; ``to`` is 0 while it goes on.
+    The newest 16 spans, the oldest first."""
+    degrade_after_s: float
+    """See :func:`kvrep.open`; 0: never."""
     not_writable: str
     """Why a write would be refused now; empty when it would not."""
     primary_address: str

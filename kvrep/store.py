@@ -10,10 +10,11 @@ from typing import Any, TypeVar, Unpack, overload
 
 from kvrep.codecs import BYTES, Codec
 from kvrep.coordination import make_coordinator
-from kvrep.keyspace import Keyspace, Snapshot
+from kvrep.keyspace import Consistency, Keyspace, Snapshot
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE
+from kvrep.model.sessions import RequestId
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
@@ -75,11 +76,14 @@ class Store(Keyspace[bytes]):
         self._node.engine.need_unforked()
         return sorted({DEFAULT_KEYSPACE, *self._node.engine.view.keyspaces})
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, consistency: Consistency = "local", timeout_s: float | None = None) -> Snapshot:
         """The whole store at one position; close it, or use it in a ``with`` block.
 
         It keeps old pages of LMDB alive; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        ``consistency`` is that of :meth:`get`.
         """
+        if consistency != "local":
+            self._node.freshen(None, None, timeout_s, consistency)
         return Snapshot(self._node, BYTES, DEFAULT_KEYSPACE, self._node.engine.snapshot())
 
     # -- positions ---------------------------------------------------------------------------------
@@ -99,10 +103,22 @@ class Store(Keyspace[bytes]):
         self._node.engine.need_unforked()
         self._node.wait_for(position, timeout_s)
 
-    def resolve(self, position: Position) -> Outcome:
-        """What became of a write whose outcome was unknown: committed, pending or rolled back."""
+    def resolve(self, position: Position | RequestId) -> Outcome:
+        """What became of a write whose outcome was unknown: committed, pending or rolled back.
+
+        Says what this node knows, at once. Of a :class:`RequestId` that is committed or pending.
+        """
         self._node.engine.need_unforked()
         return self._node.resolve(position)
+
+    def settle(self, request: RequestId, *, timeout_s: float = 5.0) -> Outcome:
+        """What became of a forwarded write (``AckTimeout.request``), asked of the primary.
+
+        The primary sees to it that a write that it answers as rolled back never takes effect. ``PENDING``
+        when no such answer can be had in ``timeout_s``; :class:`TooOld` when nobody can tell any more.
+        """
+        self._node.engine.need_alive()
+        return self._node.settle(request, timeout_s)
 
     # -- the life of the store ---------------------------------------------------------------------
 
@@ -200,15 +216,17 @@ class Store(Keyspace[bytes]):
         *,
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
+        degrade_after_s: float | None = None,
         priorities: Mapping[str, int] | None = None,
         addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
     ) -> Position:
         """Change the configuration, on the primary: a record that holds once committed under both rules.
 
-        ``acks`` and ``ack_timeout_s`` are the commit rule. ``priorities`` and ``addresses`` are those of
-        voters, by name; a voter that joins from another address is noted without being asked. One change at
-        a time, never before this epoch's first record is committed: until then it waits.
+        ``acks``, ``ack_timeout_s`` and ``degrade_after_s`` are the commit rule. ``priorities`` and
+        ``addresses`` are those of voters, by name; a voter that joins from another address is noted without
+        being asked. One change at a time, never before this epoch's first record is committed: until then it
+        waits.
 
         Returns its position. ``ValueError`` for a rule that does not exist, or a name that is no voter's;
         refusals as of ``put``.
@@ -220,23 +238,32 @@ class Store(Keyspace[bytes]):
         def change(now: Configuration) -> Configuration:
             new = now if acks is None else replace(now, acks=acks)
             new = new if ack_timeout_s is None else replace(new, ack_timeout_s=ack_timeout_s)
+            new = new if degrade_after_s is None else replace(new, degrade_after_s=degrade_after_s)
             for name, priority in (priorities or {}).items():
                 new = new.changed(new.need(name).store_id, priority=int(priority))
             for name, address in (addresses or {}).items():
                 new = new.changed(new.need(name).store_id, address=address)
             return new
 
-        # Raises for what no configuration can say.
-        replace(Configuration(), acks=0 if acks is None else acks,
-                ack_timeout_s=5.0 if ack_timeout_s is None else ack_timeout_s)  # fmt: skip
+        change(self._node.engine.configuration)  # raises for what no configuration can say
         return self._node.reconfigure(change, timeout_s)
 
-    def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+    def add_voter(
+        self, name: str, *, witness: bool = False, address: str | None = None, timeout_s: float = 10.0
+    ) -> Position:
         """Make a named follower a voter again, on the primary, after :meth:`remove_voter`.
 
         Others become voters by themselves. ``ValueError`` when no such follower is known, or it declines.
+
+        A witness follows nobody, so it is added with ``witness=True`` and the ``address`` at which it listens;
+        it was opened with ``coordinator=kvrep.Quorum(…, witness=True)``.
         """
         self._node.engine.need_alive()
+        if witness != (address is not None):
+            raise ValueError("a witness has an address, and only a witness is given one")
+        if address is not None:
+            check_address(address)
+            return self._node.add_witness(name, address, timeout_s)
         return self._node.add_voter(name, timeout_s)
 
     def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:

@@ -84,16 +84,18 @@ class Hello(_message.Message):
     def __init__(self, store_id: _Optional[bytes] = ..., name: _Optional[str] = ..., lineage: _Optional[bytes] = ..., branch: _Optional[bytes] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., voter: bool = ..., address: _Optional[str] = ..., promised_epoch: _Optional[int] = ..., last: _Optional[_Union[Position, _Mapping]] = ..., running: _Optional[int] = ..., applied: _Optional[int] = ..., committed: _Optional[int] = ..., epochs: _Optional[_Union[EpochTable, _Mapping]] = ..., credit_bytes: _Optional[int] = ...) -> None: ...
 
 class Promise(_message.Message):
-    __slots__ = ("epoch", "last", "committed", "epochs")
+    __slots__ = ("epoch", "last", "committed", "epochs", "lowered")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    LOWERED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     last: Position
     committed: int
     epochs: EpochTable
-    def __init__(self, epoch: _Optional[int] = ..., last: _Optional[_Union[Position, _Mapping]] = ..., committed: _Optional[int] = ..., epochs: _Optional[_Union[EpochTable, _Mapping]] = ...) -> None: ...
+    lowered: Position
+    def __init__(self, epoch: _Optional[int] = ..., last: _Optional[_Union[Position, _Mapping]] = ..., committed: _Optional[int] = ..., epochs: _Optional[_Union[EpochTable, _Mapping]] = ..., lowered: _Optional[_Union[Position, _Mapping]] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("bytes_granted",)

@@ -14,6 +14,7 @@ from kvrep.aio.waiting import LOOK_UP_S, LoopWaits
 from kvrep.errors import ClosedError, Error, Overloaded, StaleRead, again
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
+from kvrep.runtime.forwarding import GRACE_S, Forward, is_elsewhere
 from kvrep.runtime.node import Node
 from kvrep.storage.write import Write, complete_all
 
@@ -41,6 +42,14 @@ class Threads:
             pool.shutdown(wait=wait)
 
 
+class _Questions:
+    """Of one loop: whether its reads are confirmed just now, and who waits for the next time."""
+
+    def __init__(self) -> None:
+        self.asking = False
+        self.waiting: list[tuple[asyncio.Future[None], float]] = []
+
+
 class Core:
     """One per open store. Its coroutines may run on any loop of any thread."""
 
@@ -57,6 +66,8 @@ class Core:
         self._closing: Future[None] | None = None
         self._closer: threading.Thread | None = None
         self._crowd = 0
+        self._questions: dict[asyncio.AbstractEventLoop, _Questions] = {}
+        """Each belongs to its loop."""
         node.on_moved = self._on_moved
 
     def here(self) -> LoopWaits:
@@ -71,6 +82,7 @@ class Core:
         with self._lock:
             for old in [known for known in self._loops if known.is_closed()]:
                 del self._loops[old]
+                self._questions.pop(old, None)
             self._loops[loop] = waits
         return waits
 
@@ -87,26 +99,84 @@ class Core:
         node = self.node
         deadline_s = time.monotonic() + (node.ack_timeout_s if timeout_s is None else timeout_s)
         more = acks is not None or level is not None
-        if more:
-            node._check_more(acks, level)
+        if node.forwards_now():
+            if more:
+                node.check_asked(acks, level)
+            return await self._forward(write, deadline_s, acks, level)
+        try:
+            await self._order_and_wait(write, deadline_s, acks, level)
+        except Error as error:
+            if node.forwarder is None or not is_elsewhere(error):
+                raise
+            return await self._forward(write, deadline_s, acks, level)
+        if write.error is not None or not write.done:
+            if node.forwarder is not None and is_elsewhere(write.error):
+                return await self._forward(write, deadline_s, acks, level)
+            self._raise_outcome(write)
+        if more and node.shipping is not None:
+            await self.call(node.await_more, write.position, acks, level, deadline_s)
+        return Position(write.epoch, write.offset)
+
+    async def _order_and_wait(
+        self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
+    ) -> None:
+        node = self.node
+        if acks is not None or level is not None:
+            node.check_more(acks, level)
         if node.engine.flusher.behind >= 0.5:
             await self.slow_down(deadline_s)
         waits = self._loops.get(asyncio.get_running_loop()) or self.here()
         write.inbox = waits
         self.order(write)
         await waits.wait(write, deadline_s)
-        if write.error is not None or not write.done:
-            self._raise_outcome(write)
-        if more and node.shipping is not None:
-            await self.call(node._await_more, write, acks, level, deadline_s)
-        return Position(write.epoch, write.offset)
 
-    def submit(self, write: Write) -> None:
-        """Order a write whose outcome somebody may ask for later. Raises refusals; waits for nothing."""
+    async def _forward(
+        self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
+    ) -> Position:
+        """A write that this node did not log, because another one is, or will be, primary."""
+        forwarder = self.node.forwarder
+        assert forwarder is not None
+        return await self.forward(forwarder.make(write.payload, write.size, deadline_s, acks, level))
+
+    async def forward(self, item: Forward) -> Position:
+        """Have the primary execute it, and wait until reads here show it."""
+        forwarder = self.node.forwarder
+        assert forwarder is not None
+        waits = self.here()
+        item.inbox = waits
+        forwarder.order(item)
+        await waits.wait(item, item.deadline_s + GRACE_S)
+        return forwarder.outcome(item)
+
+    def submit(self, write: Write) -> Write:
+        """Order a write whose outcome somebody may ask for later; returns what to ask.
+
+        Raises refusals; waits for nothing.
+        """
+        forwarder = self.node.forwarder
+        if forwarder is None:
+            self._check_room()
+            write.inbox = self.here()
+            self.order(write)
+            return write
+        item = forwarder.make(write.payload, write.size, self.node.deadline(None))
+        item.inbox = self.here()
+        if not self.node.forwards_now():
+            try:
+                self._check_room()
+                self.order(write)
+            except Error as error:
+                if not is_elsewhere(error):
+                    raise
+            else:
+                forwarder.follow(item, write)
+                return item
+        forwarder.order(item)
+        return item
+
+    def _check_room(self) -> None:
         if self.node.engine.flusher.behind >= 1.0:
             raise self._no_room()
-        write.inbox = self.here()
-        self.order(write)
 
     def order(self, write: Write) -> None:
         """Put a write in order and have it written. Never blocks; raises what refuses it."""
@@ -163,6 +233,8 @@ class Core:
         """Wait for a write that is in order already."""
         if not write.done:
             await self._until_done(write, deadline_s)
+        if type(write) is Forward and self.node.forwarder is not None:
+            return self.node.forwarder.outcome(write)
         if write.error is not None or not write.done:
             self._raise_outcome(write)
         return Position(write.epoch, write.offset)
@@ -262,6 +334,55 @@ class Core:
                     position=self.node.engine.committed_position,
                 )
             await asyncio.sleep(min(left, PROBED_S))
+
+    async def linearize(self, timeout_s: float | None) -> None:
+        """As :meth:`Node.linearize`: those who ask while a question is under way share the next one."""
+        waits = self.here()
+        seconds = self.node.ack_timeout_s if timeout_s is None else timeout_s
+        question = self._questions.get(waits.loop)
+        if question is None:
+            question = self._questions[waits.loop] = _Questions()
+        future: asyncio.Future[None] = waits.loop.create_future()
+        question.waiting.append((future, seconds))
+        if not question.asking:
+            self._ask(waits, question)
+        try:
+            await asyncio.wait_for(future, seconds + GRACE_S)
+        except TimeoutError:
+            raise StaleRead(
+                "the primary did not confirm in time what is committed",
+                position=self.node.engine.committed_position,
+            ) from None
+
+    def _ask(self, waits: LoopWaits, question: _Questions) -> None:
+        """Ask once for all who wait now. On the loop."""
+        asked, question.waiting = question.waiting, []
+        question.asking = True
+        longest = max(seconds for _, seconds in asked)
+
+        def ended(error: BaseException | None) -> None:
+            question.asking = False
+            for future, _ in asked:
+                if not future.done():
+                    if error is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(again(error) if isinstance(error, Error) else error)
+            if question.waiting:
+                self._ask(waits, question)
+
+        def work() -> None:
+            error: BaseException | None = None
+            try:
+                self.node.linearize(longest)
+            except BaseException as failed:
+                error = failed
+            waits.call(ended, error)
+
+        try:
+            self._start(self.threads.calls, work)
+        except Error as error:
+            ended(error)
 
     async def _until_moved(self, offset: int, timeout_s: float) -> None:
         waits = self.here()

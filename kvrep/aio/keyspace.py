@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
 
@@ -10,12 +12,14 @@ from kvrep import keyspace as sync
 from kvrep.aio.core import Core
 from kvrep.aio.reading import paced
 from kvrep.aio.writing import Batch, Transaction, WriteFuture
+from kvrep.errors import RolledBack, StaleRead, TransactionConflict
 from kvrep.model.position import Position
 
 __all__ = ["Keyspace"]
 
 V = TypeVar("V")
 D = TypeVar("D")
+R = TypeVar("R")
 _MISSING: Any = object()
 
 
@@ -39,12 +43,14 @@ class Keyspace(Generic[V]):
     @overload
     async def get(
         self, key: bytes, default: None = None, *, at_least: Position | None = None,
-        max_staleness_s: float | None = None, timeout_s: float | None = None,
+        max_staleness_s: float | None = None, consistency: sync.Consistency = "local",
+        timeout_s: float | None = None,
     ) -> V | None: ...  # fmt: skip
     @overload
     async def get(
         self, key: bytes, default: D, *, at_least: Position | None = None,
-        max_staleness_s: float | None = None, timeout_s: float | None = None,
+        max_staleness_s: float | None = None, consistency: sync.Consistency = "local",
+        timeout_s: float | None = None,
     ) -> V | D: ...  # fmt: skip
     async def get(
         self,
@@ -53,18 +59,27 @@ class Keyspace(Generic[V]):
         *,
         at_least: Position | None = None,
         max_staleness_s: float | None = None,
+        consistency: sync.Consistency = "local",
         timeout_s: float | None = None,
     ) -> Any:
         """The committed value of ``key``, or ``default``. Read on the loop: it takes microseconds.
 
         ``at_least`` waits (up to ``timeout_s``, default 5) until this node has that position;
-        ``max_staleness_s`` raises :class:`StaleRead` when a follower may be further behind than that.
+        ``max_staleness_s`` raises :class:`StaleRead` when a follower may be further behind than that;
+        ``consistency="linearizable"`` shows every write that had returned anywhere before this call, as
+        :meth:`kvrep.Keyspace.get` describes.
         """
+        if consistency != "local":
+            await self._linearize(consistency, timeout_s)
         if at_least is not None:
             await self._core.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
         if max_staleness_s is not None:
             await self._core.freshen(max_staleness_s, 1.0 if timeout_s is None else timeout_s)
         return self._plain.get(key, default)
+
+    async def _linearize(self, consistency: sync.Consistency, timeout_s: float | None = None) -> None:
+        if self._core.node.is_linearizable(consistency):
+            await self._core.linearize(timeout_s)
 
     def __getitem__(self, key: bytes) -> Awaitable[V]:
         """``await keyspace[key]``; ``KeyError`` if it is missing."""
@@ -93,17 +108,27 @@ class Keyspace(Generic[V]):
         stop: bytes | None = None,
         reverse: bool = False,
         limit: int | None = None,
+        consistency: sync.Consistency = "local",
     ) -> AsyncIterator[tuple[bytes, V]]:
         """Pairs in key order (descending with ``reverse``) as of one position: ``async for key, value in …``.
 
         ``start`` is included, ``stop`` is not, whatever the direction; both are whole keys and are
         combined with ``prefix``. The position is taken at the first step and held until the scan ends or is
-        dropped; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
+        dropped; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`. ``consistency`` is that of
+        :meth:`get`.
         """
-        return paced(
+        pairs = paced(
             self._core,
             lambda: self._plain.scan(prefix=prefix, start=start, stop=stop, reverse=reverse, limit=limit),
         )
+        return pairs if consistency == "local" else self._confirmed(consistency, pairs)
+
+    async def _confirmed(
+        self, consistency: sync.Consistency, pairs: AsyncIterator[tuple[bytes, V]]
+    ) -> AsyncIterator[tuple[bytes, V]]:
+        await self._linearize(consistency)
+        async for pair in pairs:
+            yield pair
 
     def keys(self) -> AsyncIterator[bytes]:
         """All keys in order."""
@@ -162,8 +187,7 @@ class Keyspace(Generic[V]):
         return self._submit(self._plain._delete(key))
 
     def _submit(self, write: Any) -> WriteFuture:
-        self._core.submit(write)
-        return WriteFuture(self._core, write)
+        return WriteFuture(self._core, self._core.submit(write))
 
     async def compare_and_set(
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
@@ -172,16 +196,18 @@ class Keyspace(Generic[V]):
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
-        txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
-        async with txn:
-            now = await txn.get(key)
-            if now != expected:
-                return None
+
+        async def swap(txn: Transaction[V]) -> bool:
+            if await txn.get(key) != expected:
+                return False
             if value is None:
                 txn.delete(key)
             else:
                 txn.put(key, value)
-        return txn.position
+            return True
+
+        swapped, position = await self._atomically(swap, timeout_s)
+        return position if swapped else None
 
     async def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
@@ -189,31 +215,66 @@ class Keyspace(Generic[V]):
 
     async def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
-        async with self.transaction() as txn:
+
+        async def store(txn: Transaction[V]) -> Any:
             value = await txn.get(key)
             if value is not None:
                 return value
             txn.put(key, default)
-        return default
+            return default
+
+        return (await self._atomically(store))[0]
 
     async def pop(self, key: bytes, default: Any = _MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
-        async with self.transaction() as txn:
+
+        async def take(txn: Transaction[V]) -> Any:
             value = await txn.get(key)
             if value is not None:
                 txn.delete(key)
-                return value
+            return value
+
+        value = (await self._atomically(take))[0]
+        if value is not None:
+            return value
         if default is _MISSING:
             raise KeyError(key)
         return default
 
     async def popitem(self) -> tuple[bytes, V]:
         """Remove and return the pair with the smallest key. Atomic."""
-        async with self.transaction() as txn:
+
+        async def take(txn: Transaction[V]) -> tuple[bytes, V] | None:
             async for key, value in txn.scan(limit=1):
                 txn.delete(key)
                 return key, value
-        raise KeyError("the keyspace is empty")
+            return None
+
+        pair = (await self._atomically(take))[0]
+        if pair is None:
+            raise KeyError("the keyspace is empty")
+        return pair
+
+    async def _atomically(
+        self, body: Callable[[Transaction[V]], Awaitable[R]], timeout_s: float | None = None
+    ) -> tuple[R, Position | None]:
+        """As in :class:`kvrep.Keyspace`: what ``body`` returns in a transaction, and its position."""
+        node = self._core.node
+        deadline_s = node.deadline(timeout_s)
+        while True:
+            txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
+            txn._plain._compares = True
+            try:
+                async with txn:
+                    result = await body(txn)
+            except TransactionConflict as conflict:
+                timeout_s = deadline_s - time.monotonic()
+                if timeout_s <= 0:
+                    raise
+                with suppress(StaleRead, RolledBack):
+                    await self._core.wait_for(conflict.position, timeout_s)
+            else:
+                return result, txn.position
 
     async def update(self, other: Any = (), /, **more: Any) -> None:
         """Store many pairs in one atomic batch."""
@@ -242,6 +303,8 @@ class Keyspace(Generic[V]):
         """``async with keyspace.transaction() as txn:`` reads and writes serializably, one at a time.
 
         An exception inside, cancellation included, rolls it back. Other writers wait from its first read on,
-        so keep it short; past ``transaction_age_max_s`` it raises :class:`TransactionExpired`.
+        so keep it short; past ``transaction_age_max_s`` it raises :class:`TransactionExpired`. On a follower
+        with ``forward_writes`` it reads a snapshot here and may end with :class:`TransactionConflict`, as
+        :meth:`kvrep.Keyspace.transaction` describes.
         """
         return Transaction(self, timeout_s)

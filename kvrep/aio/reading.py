@@ -88,9 +88,13 @@ class Snapshot:
 
     __iter__: ClassVar[None] = None
 
-    def __init__(self, core: Core, take: Callable[[], sync.Snapshot]) -> None:
+    def __init__(
+        self, core: Core, take: Callable[[], sync.Snapshot], linearizable: tuple[float | None] | None = None
+    ) -> None:
+        """``linearizable``: the time that the primary has to confirm the position."""
         self._core = core
         self._take = take
+        self._linearizable = linearizable
         self._held: sync.Snapshot | None = None
 
     @property
@@ -162,6 +166,8 @@ class Snapshot:
 
     async def _open(self) -> Snapshot:
         if self._held is None:
+            if self._linearizable is not None:
+                await self._core.linearize(*self._linearizable)
             self._held = await self._core.acquire(self._take, sync.Snapshot.close)
         return self
 

@@ -15,8 +15,10 @@ from kvrep.aio.keyspace import Keyspace
 from kvrep.aio.reading import Snapshot
 from kvrep.codecs import BYTES, Codec
 from kvrep.coordination import make_coordinator
+from kvrep.keyspace import Consistency
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
+from kvrep.model.sessions import RequestId
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.node import Node
 from kvrep.status import Event, EventKind, Outcome, Status
@@ -113,12 +115,13 @@ class Store(Keyspace[bytes]):
         """The names of the keyspaces that hold or held data, sorted."""
         return self._sync.keyspaces()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, consistency: Consistency = "local", timeout_s: float | None = None) -> Snapshot:
         """The whole store at one position: ``async with db.snapshot() as view:``, or await it and close it.
 
         It keeps old pages of LMDB alive; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
         """
-        return Snapshot(self._core, self._sync.snapshot)
+        linearizable = self._core.node.is_linearizable(consistency)
+        return Snapshot(self._core, self._sync.snapshot, (timeout_s,) if linearizable else None)
 
     # -- positions ---------------------------------------------------------------------------------
 
@@ -135,9 +138,13 @@ class Store(Keyspace[bytes]):
         """
         await self._core.wait_for(position, timeout_s)
 
-    def resolve(self, position: Position) -> Outcome:
-        """What became of a write whose outcome was unknown: committed, pending or rolled back."""
+    def resolve(self, position: Position | RequestId) -> Outcome:
+        """What became of a write whose outcome was unknown, as far as this node knows."""
         return self._sync.resolve(position)
+
+    async def settle(self, request: RequestId, *, timeout_s: float = 5.0) -> Outcome:
+        """What became of a forwarded write, asked of the primary; see :meth:`kvrep.Store.settle`."""
+        return await self._core.call(lambda: self._sync.settle(request, timeout_s=timeout_s))
 
     # -- the life of the store ---------------------------------------------------------------------
 
@@ -194,6 +201,7 @@ class Store(Keyspace[bytes]):
         *,
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
+        degrade_after_s: float | None = None,
         priorities: Mapping[str, int] | None = None,
         addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
@@ -203,15 +211,20 @@ class Store(Keyspace[bytes]):
             lambda: self._sync.reconfigure(
                 acks=acks,
                 ack_timeout_s=ack_timeout_s,
+                degrade_after_s=degrade_after_s,
                 priorities=priorities,
                 addresses=addresses,
                 timeout_s=timeout_s,
             )
         )
 
-    async def add_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
+    async def add_voter(
+        self, name: str, *, witness: bool = False, address: str | None = None, timeout_s: float = 10.0
+    ) -> Position:
         """As :meth:`kvrep.Store.add_voter`."""
-        return await self._core.call(lambda: self._sync.add_voter(name, timeout_s=timeout_s))
+        return await self._core.call(
+            lambda: self._sync.add_voter(name, witness=witness, address=address, timeout_s=timeout_s)
+        )
 
     async def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it."""

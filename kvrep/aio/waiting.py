@@ -59,17 +59,18 @@ class LoopWaits:
         self._mail.extend(writes)
         if not self._expected:  # set back before the mail is opened, so nothing is left lying
             self._expected = True
-            self._call(self._open_mail)
+            self.call(self._open_mail)
 
     def tell(self, future: asyncio.Future[None]) -> None:
         """End ``future``. Any thread."""
-        self._call(_end, future)
+        self.call(_end, future)
 
     def settle(self, future: asyncio.Future[R], result: R | None, error: BaseException | None) -> None:
         """End ``future`` with a result or an error. Any thread."""
-        self._call(_settle, future, result, error)
+        self.call(_settle, future, result, error)
 
-    def _call(self, callback: Callable[..., object], *args: object) -> None:
+    def call(self, callback: Callable[..., object], *args: object) -> None:
+        """Call ``callback`` on the loop. Any thread."""
         try:
             self.loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
@@ -115,7 +116,7 @@ class LoopWaits:
 
     def stop(self) -> None:
         """The store is closed: end every wait and the timer. Any thread."""
-        self._call(self._stop)
+        self.call(self._stop)
 
     def _stop(self) -> None:
         if self._timer is not None:

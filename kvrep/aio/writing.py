@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from kvrep import keyspace as sync
 from kvrep.aio.core import Core
 from kvrep.aio.reading import _plain, paced
-from kvrep.errors import TransactionExpired, again
+from kvrep.errors import Error, TransactionExpired, again
 from kvrep.model.position import Position
+from kvrep.storage.view import Snapshot as PinnedView
 from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
@@ -161,6 +162,21 @@ class Transaction(Generic[V]):
 
     async def _take_place(self) -> None:
         core, plain = self._core, self._plain
+        if not core.node.forwards_now():
+            try:
+                await self._wait_for_place()
+                return
+            except Error as error:
+                if not plain._may_go_remote(error):
+                    raise
+        pinned = await core.acquire(core.node.engine.snapshot, PinnedView.release)
+        if plain._open:
+            plain._go_remote(pinned)
+        else:
+            pinned.release()
+
+    async def _wait_for_place(self) -> None:
+        core, plain = self._core, self._plain
         engine = core.node.engine
         if engine.committer.epoch == 0:
             await core.call(engine.writable)
@@ -191,7 +207,10 @@ class Transaction(Generic[V]):
     async def get(self, key: bytes, default: Any = None, *, keyspace: Keyspace[Any] | None = None) -> Any:
         """The value of ``key`` as of this transaction, its own writes included."""
         await self._place()
-        return self._plain.get(key, default, keyspace=_plain(keyspace))
+        plain = self._plain
+        if plain._busy:
+            return await self._core.read(lambda: plain.get(key, default, keyspace=_plain(keyspace)))
+        return plain.get(key, default, keyspace=_plain(keyspace))
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> Awaitable[None]:
         """Set ``key`` when the transaction commits."""
@@ -257,6 +276,13 @@ class Transaction(Generic[V]):
         write = plain.end(commit=True, order=core.order)
         if write is not None:
             core.node.engine.committer.kick()
-            self.position = await core.finish(write, deadline_s)
+            try:
+                position = await core.finish(write, deadline_s)
+            except Error:
+                forward = plain._redirected(write)
+                if forward is None:
+                    raise
+                position = await core.forward(forward)
+            self.position = position if plain._writes else None
         elif plain._barrier is not None:
             await core.await_record(plain._barrier, deadline_s)

@@ -157,6 +157,7 @@ OPTION_FLAGS: dict[str, tuple[Flag, ...]] = {
     "commit rule (seeds a new store; later changes are made on the primary)": (
         Flag("acks", acks, 'copies on followers that a write waits for: 0, a number, "majority" or "all"'),
         Flag("ack_timeout_s", seconds, "how long a write waits for them"),
+        Flag("degrade_after_s", seconds, "without enough voters for so long, fewer copies do (0: never)"),
     ),
     "durability": (
         Flag("durability", ("sync", "os"), "sync: on the disk before a write returns; os: with the system"),

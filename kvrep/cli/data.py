@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "run", "write"]
 
+HOPS_MAX = 3
+"""How often a write goes on to the primary that was named."""
+
 _EPILOGS = {
     "get": """\
 The value is printed as it is, byte for byte (on a terminal followed by a line end).
@@ -25,6 +28,7 @@ The value is printed as it is, byte for byte (on a terminal followed by a line e
 examples:
   kvrep get 127.0.0.1:7400 greeting
   kvrep get 127.0.0.1:7401 greeting --at-least 1001:42    wait until this follower has that write
+  kvrep get 127.0.0.1:7401 greeting --linearizable        no older than any write that had returned
   kvrep get ./orders 6b6579 --hex                         a binary key, of a store on disk
   kvrep get 127.0.0.1:7400 photo > photo.jpg""",
     "put": """\
@@ -74,6 +78,8 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     else:
         parser.add_argument("--at-least", metavar="EPOCH:OFFSET", type=position,
                             help="wait until this node has that position")  # fmt: skip
+        parser.add_argument("--linearizable", action="store_true",
+                            help="show all that was acknowledged before, anywhere in the group")  # fmt: skip
     add_timeout(parser, 10.0, "how long to wait for the answer")
     add_security(parser)
     parser.set_defaults(command=name)
@@ -147,24 +153,25 @@ def _value(args: argparse.Namespace) -> bytes:
 
 
 def write(args: argparse.Namespace, ops: list[Op]) -> Position:
-    """Write to TARGET; where that is a follower, once more to the primary that it names."""
+    """Write to TARGET; where that is a follower, to the primary that it names, which may name a newer one."""
     from kvrep.cli.target import connect, open_writer
 
     target = open_writer(args)
-    try:
-        return target.write(ops)
-    except NotPrimary as error:
-        if not (args.follow_primary and error.primary_address):
-            raise
-        address = error.primary_address
-    finally:
-        target.close()
-    print(
-        f"kvrep {args.command}: {args.target} is a follower; writing to the primary at {address}",
-        file=sys.stderr,
-    )
-    with connect(args, address) as primary:
-        return primary.write(ops)
+    for hop in range(HOPS_MAX + 1):
+        try:
+            return target.write(ops)
+        except NotPrimary as error:
+            if not (args.follow_primary and error.primary_address) or hop == HOPS_MAX:
+                raise
+            address = error.primary_address
+        finally:
+            target.close()
+        print(
+            f"kvrep {args.command}: {args.target} is a follower; writing to the primary at {address}",
+            file=sys.stderr,
+        )
+        target = connect(args, address)
+    raise AssertionError("the last hop returns or raises")
 
 
 def _scan(args: argparse.Namespace) -> int:

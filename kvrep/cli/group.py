@@ -80,7 +80,7 @@ def _members(args: argparse.Namespace, node: Any) -> int:
     rows = [
         (
             m["name"],
-            style(m["role"], "green" if m["role"] == "primary" else "yellow" if not m["answered"] else ""),
+            style(_role(m), "green" if m["role"] == "primary" else "yellow" if not m["answered"] else ""),
             m["address"] or "-",
             str(m["member"]),
             str(m["priority"]),
@@ -96,6 +96,10 @@ def _members(args: argparse.Namespace, node: Any) -> int:
         f"acks={answer['acks']}: commits need {answer['copies']} copies, promotions {answer['fence']} promises"
     )
     return Exit.OK
+
+
+def _role(member: dict[str, Any]) -> str:
+    return f"{member['role']}, not counted" if member.get("away") else str(member["role"])
 
 
 def _promote(args: argparse.Namespace, node: Any) -> int:

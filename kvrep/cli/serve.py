@@ -63,6 +63,9 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     group.add_argument("--priority", type=int, default=0, help="of equals the highest becomes primary (0)")
     group.add_argument("--witness", action="store_true", help="with --peer: vote, but keep no data")
     parser.add_argument("--no-vote", action="store_true", help="never count for commits and promotions")
+    parser.add_argument(
+        "--forward-writes", action="store_true", help="while a follower, pass writes on to the primary"
+    )
     parser.add_argument("--no-create", action="store_true", help="fail if there is no store at PATH")
     parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
     parser.add_argument(
@@ -119,6 +122,7 @@ def _options(args: argparse.Namespace) -> Any:
         "follow": tuple(args.follow) if args.follow else None,
         "voter": not args.no_vote,
         "create": not args.no_create,
+        "forward_writes": args.forward_writes,
         "tls": tls_of(args),
         "token": token_of(args),
         "coordinator": _coordinator(args),

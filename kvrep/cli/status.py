@@ -110,6 +110,8 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("digests", _digests(status)),
         ("writable", _writable(status)),
     ]
+    if status["away"] or status["unprotected"]:
+        facts.append(("protection", _protection(status)))
     if status["rescued"]:
         facts.append(("rescued", style(", ".join(status["rescued"]), "yellow")))
     return facts
@@ -119,6 +121,14 @@ def _rule(status: dict[str, Any]) -> str:
     voters = ", ".join(status["voters"]) or "none yet"
     timeout = f"within {status['ack_timeout_s']:g} s"
     return f"acks={status['acks']}: {status['copies']} copies {timeout}; voters: {voters}"
+
+
+def _protection(status: dict[str, Any]) -> str:
+    spans = ", ".join(f"{number(f)} to {number(t) if t else 'now'}" for f, t in status["unprotected"])
+    said = f"acknowledged with fewer copies: records {spans}"
+    if not status["away"]:
+        return style(said, "yellow")
+    return style(f"WITHOUT COPIES AT {', '.join(status['away'])}; {said}", "red", "bold")
 
 
 def _digests(status: dict[str, Any]) -> str:

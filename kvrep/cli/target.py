@@ -81,6 +81,8 @@ class RemoteTarget:
         transport = GrpcTransport(security=security, message_bytes_max=CLIENT_MESSAGE_BYTES_MAX)
         self.address = address
         self.timeout_s = timeout_s
+        self.consistency = "local"
+        """How fresh what is read must be, as of ``Store.get``."""
         self._security = security
         try:
             self._connection = transport.connect(address, name="cli")
@@ -103,7 +105,12 @@ class RemoteTarget:
         return self._connection.call(method, {"timeout_s": limit, **request}, limit + GRACE_S)
 
     def get(self, keyspace: str, key: bytes, at_least: Position | None = None) -> bytes | None:
-        request = {"keyspace": keyspace, "key": key, "at_least": _text(at_least)}
+        request = {
+            "keyspace": keyspace,
+            "key": key,
+            "at_least": _text(at_least),
+            "consistency": self.consistency,
+        }
         value: bytes | None = self.call("get", request)["value"]
         return value
 
@@ -120,7 +127,12 @@ class RemoteTarget:
         return Position.parse(answer["position"])
 
     def scan(self, wanted: Range, at_least: Position | None = None) -> Iterator[list[tuple[bytes, bytes]]]:
-        request = {**wanted._asdict(), "at_least": _text(at_least)}
+        request = {
+            **wanted._asdict(),
+            "at_least": _text(at_least),
+            "consistency": self.consistency,
+            "timeout_s": self.timeout_s,
+        }
         chunks = self._connection.scan(request, max(self.timeout_s, 3600.0))
         try:
             yield from chunks
@@ -291,9 +303,14 @@ def chunked(pairs: Iterable[tuple[bytes, bytes]], limit: int | None) -> Iterator
 
 def open_reader(args: argparse.Namespace) -> Reader:
     """The TARGET argument, opened for reading."""
+    linearizable = getattr(args, "linearizable", False)
     if is_address(args.target):
-        return connect(args, args.target)
+        target = connect(args, args.target)
+        target.consistency = "linearizable" if linearizable else "local"
+        return target
     _check_path_flags(args)
+    if linearizable:
+        raise UsageError(f"{args.target} is a path: --linearizable asks a running node")
     return LocalReader(args.target)
 
 

@@ -5,11 +5,14 @@
     /kvrep/CLUSTER/members/NAME   {"address": …}   of every node that was ever started; where to ask
     /kvrep/CLUSTER/group          the store id of the node that began the group; created once, kept for ever
     /kvrep/CLUSTER/primary        who tries, with a lease that it keeps alive
+    /kvrep/CLUSTER/promise        {"epoch": …, "lowered": …}: what a voter keeps in its IDENTITY; only where
+                                  the ack rule may go on with fewer copies (degrade_after_s)
 
 Taking ``primary`` is a permit: the election below it then asks, collects promises and begins an epoch as in
 :mod:`kvrep.coordination.quorum`, where the permit counts as one vote more. That is the third vote of two
 data nodes. A primary that loses etcd goes on while most voters confirm it; one that loses both steps down.
-Whoever holds the key and cannot become primary with it for one lease gives it back.
+Where something depends on what etcd remembers (``promise``), it is changed by compare-and-swap only, so that no
+lease and no clock is trusted. Whoever holds the key and cannot become primary with it for one lease gives it back.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from kvrep.coordination.driver import Driver
 from kvrep.coordination.interface import NodeView
 from kvrep.coordinators import Etcd
-from kvrep.errors import ClosedError, Error
+from kvrep.errors import ClosedError, Error, Fenced, ProtocolError
+from kvrep.model.position import ZERO, Position
 from kvrep.replication.election import Action as ElectionAction
-from kvrep.replication.election import Election, ElectionSettings, StepDown
+from kvrep.replication.election import BecomePrimary, Election, ElectionSettings, StepDown
 from kvrep.transport.etcd import EtcdClient, KeyValue, Lease, LeaseExpired
 
 __all__ = ["EtcdCoordinator"]
@@ -35,6 +40,7 @@ log = logging.getLogger("kvrep.coordination")
 POLL_S = 0.1
 """How often a node that wants the key, or waits for its group, looks."""
 SOON_S = 0.02
+SWAPS_MAX = 5
 MEMBERS_S = 2.0
 """How often a node reads who else is there."""
 
@@ -43,6 +49,7 @@ class EtcdCoordinator(Driver):
     """See :class:`kvrep.coordination.interface.Coordinator`. One thread more: ``kvrep-etcd-NAME``."""
 
     kind = "etcd"
+    outside_votes = True
 
     def __init__(self, choice: Etcd, *, chance: Callable[[], float] | None = None) -> None:
         settings = ElectionSettings(
@@ -261,6 +268,47 @@ class EtcdCoordinator(Driver):
     def _permit(self, until: float) -> None:
         self._event(lambda e, now: e.permit(until, now), quietly=True)
 
+    # -- what etcd remembers as a voter would ------------------------------------------------------
+
+    def remember(self, epoch: int, lowered: Position = ZERO) -> Position | None:
+        client = self._client
+        if client is None:
+            return None
+        key = self._prefix + "promise"
+        try:
+            for _ in range(SWAPS_MAX):
+                there, _revision = client.get(key)
+                promised, known = _promised(there)
+                if promised > epoch:
+                    self._event(partial(_note_outside, promised), quietly=True)
+                    raise Fenced(f"etcd knows of epoch {promised}", epoch=promised)
+                known = max(known, lowered)
+                value = json.dumps({"epoch": epoch, "lowered": list(known)}).encode()
+                if there is not None and there.value == value:
+                    return known
+                if client.create(key, value)[0] if there is None else client.replace(key, value, there):
+                    return known
+        except (Fenced, ClosedError):
+            raise
+        except Error as error:
+            log.warning("%s: etcd does not remember: %s", self._label(), error)
+        return None
+
+    def _become(self, node: NodeView, action: BecomePrimary) -> None:
+        promotion = action.promotion
+        if not action.founding and promotion.needs_majority and not promotion.majority:
+            try:
+                noted = self.remember(action.epoch)
+            except ClosedError:
+                return
+            except Error as error:
+                problem = str(error)
+                self._event(lambda e, now: e.on_started(action.epoch, problem, now), quietly=True)
+                return
+            if noted is not None:
+                promotion.on_outside(noted)
+        super()._become(node, action)
+
     # -- news for the keeper -----------------------------------------------------------------------
 
     def _act(self, node: NodeView, actions: list[ElectionAction]) -> None:
@@ -274,6 +322,24 @@ class EtcdCoordinator(Driver):
         if election.wants_permit and not self._wanted:
             self._look.set()
         self._wanted = election.wants_permit
+
+
+def _note_outside(promised: int, election: Election, now: float) -> list[ElectionAction]:
+    del now
+    election.outside_epoch = max(election.outside_epoch, promised)
+    return []
+
+
+def _promised(there: KeyValue | None) -> tuple[int, Position]:
+    """What is stored under ``promise``; ``ProtocolError`` when it is something else."""
+    if there is None:
+        return 0, ZERO
+    try:
+        stored = json.loads(there.value)
+        epoch, offset = stored["lowered"]
+        return int(stored["epoch"]), Position(int(epoch), int(offset))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"etcd holds no promise under {there.key}: {error}") from error
 
 
 def _text(data: bytes, name: str) -> str:

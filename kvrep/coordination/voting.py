@@ -14,6 +14,7 @@ from typing import Any
 
 from kvrep.coordination.interface import CoordinatorStatus, NodeView
 from kvrep.errors import ClosedError, ProtocolError, StorageFailed
+from kvrep.model.position import ZERO, Position
 from kvrep.replication.ballots import Answer, PrimarySeen, PromiseReply, PromiseRequest, Question
 from kvrep.replication.election import Action, Election, ElectionSettings, StepDown, WhyGone
 
@@ -25,6 +26,7 @@ class Voting:
 
     kind = "manual"
     witness = False
+    outside_votes = False
 
     def __init__(
         self,
@@ -104,6 +106,10 @@ class Voting:
         with self._lock:
             refused = "" if promise is not None else "another promise was given meanwhile"
             return election.reply(promise, refused, self._clock())
+
+    def remember(self, epoch: int, lowered: Position = ZERO) -> Position | None:
+        del epoch, lowered
+        return None
 
     # -- the node ----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ can read a log region, and a segment is decoded by one C call::
     0xce  running   u32 big-endian   CRC-32 of the body, seeded with the running checksum before it
     0xce  length    u32 big-endian   bytes in the body
     body  msgpack   [offset, epoch, time_us, kind, payload]
+                    or, of a forwarded write, [offset, epoch, time_us, kind, payload, origin]
 
 The running checksum (as in etcd's write-ahead log) does two jobs in one pass: it proves the body whole,
 and it proves that the record follows the one before, because that one's checksum seeds it. The first
@@ -24,6 +25,7 @@ import msgpack
 from kvrep.errors import ProtocolError
 from kvrep.model.position import EPOCH_MAX, OFFSET_MAX
 from kvrep.model.record import Record
+from kvrep.model.sessions import Origin
 
 __all__ = ["CHECKSUM_CRC32", "FRAME_BYTES", "ChainBroken", "RecordEncoder", "decode", "walk"]
 
@@ -54,10 +56,20 @@ class RecordEncoder:
         self._pack = _packer()
 
     def encode(
-        self, offset: int, epoch: int, time_us: int, kind: int, payload: Any, running: int
+        self,
+        offset: int,
+        epoch: int,
+        time_us: int,
+        kind: int,
+        payload: Any,
+        running: int,
+        origin: Origin | None = None,
     ) -> tuple[bytes, int]:
         """The frame and body of one record, and the running checksum through it."""
-        body = self._pack((offset, epoch, time_us, kind, payload))
+        if origin is None:
+            body = self._pack((offset, epoch, time_us, kind, payload))
+        else:
+            body = self._pack((offset, epoch, time_us, kind, payload, origin))
         if len(body) > PACKER_BYTES_MAX:
             self._pack = _packer()
         running = crc32(body, running)
@@ -109,15 +121,18 @@ def decode(data: bytes | memoryview, first: int, running: int) -> tuple[list[Rec
     records: list[Record] = []
     epoch_before = 0
     for offset, body in enumerate(bodies, first):
+        origin = None
         try:
+            if type(body) is list and len(body) == 6:
+                origin = Origin.of(body.pop())
             found, epoch, time_us, kind, payload = body
             ok = type(body) is list and found == offset and epoch_before <= epoch <= EPOCH_MAX
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ProtocolError):
             ok = False
         if not (ok and type(found) is type(epoch) is type(kind) is int) or offset > OFFSET_MAX:
             raise ChainBroken(f"expected record {offset}, found {str(body)[:80]}", at=0, offset=offset)
         epoch_before = epoch
-        records.append(Record(offset, epoch, time_us, kind, payload))
+        records.append(Record(offset, epoch, time_us, kind, payload, origin))
     return records, running_after
 
 

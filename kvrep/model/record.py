@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from kvrep.errors import ProtocolError
 from kvrep.model.position import Position
+from kvrep.model.sessions import Origin
 
 __all__ = ["DEFAULT_KEYSPACE", "Kind", "Op", "Record", "write_payload"]
 
@@ -37,6 +38,8 @@ class Record(NamedTuple):
     time_us: int
     kind: int
     payload: Any
+    origin: Origin | None = None
+    """Who forwarded it; ``None`` when the primary itself wrote it."""
 
     @property
     def position(self) -> Position:

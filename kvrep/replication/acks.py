@@ -28,12 +28,13 @@ class _Rule:
     no data voter: then the copy of one is waited for, because a promotion fences only voters.
     """
 
-    __slots__ = ("configuration", "index", "voters")
+    __slots__ = ("configuration", "index", "voters", "wanted")
 
     def __init__(self, configuration: Configuration, store_id: bytes) -> None:
         self.configuration = configuration
-        self.voters = tuple(v.store_id for v in configuration.voters if not v.witness) or (store_id,)
+        self.voters = tuple(v.store_id for v in configuration.voters if v.counts) or (store_id,)
         """The data voters, the only stores whose copies count; this one where none is listed."""
+        self.wanted = configuration.copies_wanted
         self.index = len(self.voters) - configuration.copies
         """Of d synced offsets in ascending order, the one that W of them have reached."""
 
@@ -46,7 +47,7 @@ class _Rule:
 
     def missing(self, stores: Collection[bytes]) -> int:
         """How many copies a user's write lacks when only these can store one."""
-        return max(0, self.configuration.copies_wanted - self.present(stores))
+        return max(0, self.wanted - self.present(stores))
 
 
 class CommitTracker:
@@ -139,6 +140,20 @@ class CommitTracker:
         if offset <= self.committed:
             raise ValueError(f"offset {offset} is committed already")
         self._proposed = (offset, _Rule(configuration, self._self))
+
+    def proposed_reached(self) -> int:
+        """How far the proposed rule by itself would let us commit; 0 without one."""
+        if self._proposed is None:
+            return 0
+        return min(self._durable, self._proposed[1].reached(self._synced))
+
+    def effect(self) -> int:
+        """The proposed configuration takes effect although the rule before it was not met, because most
+        voters have stored that it may; returns what is committed now."""
+        if self._proposed is not None:
+            self._effective, self._proposed = self._proposed[1], None
+            return self._advance()
+        return self.committed
 
     @property
     def may_propose(self) -> bool:

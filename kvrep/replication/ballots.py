@@ -238,6 +238,7 @@ class PromiseReply:
                 "last": list(promise.last),
                 "committed": promise.committed,
                 "epochs": [list(pair) for pair in promise.epochs],
+                "lowered": list(promise.lowered),
             },
             "refused": self.refused,
             "alive": None if self.alive is None else self.alive.to_wire(),
@@ -268,7 +269,9 @@ def _promise(data: object) -> Promise:
         raise ProtocolError(f"a promise whose epoch table does not end at {last}")
     if committed > last.offset:
         raise ProtocolError(f"a promise with {committed} committed of {last.offset}")
-    return Promise(epoch=m.epoch("epoch"), last=last, committed=committed, epochs=epochs)
+    return Promise(
+        epoch=m.epoch("epoch"), last=last, committed=committed, epochs=epochs, lowered=m.position("lowered")
+    )
 
 
 class _Map:

@@ -32,7 +32,7 @@ from kvrep.model.configuration import Configuration, Voter
 from kvrep.model.position import EPOCH_MEMBERS, ZERO, EpochTable, Position, epoch_after
 from kvrep.replication.ballots import Answer, PrimarySeen, PromiseReply, PromiseRequest, Question
 from kvrep.replication.messages import Promise
-from kvrep.replication.promotion import Promotion
+from kvrep.replication.promotion import Promotion, most
 
 __all__ = [
     "Action",
@@ -120,6 +120,8 @@ class Standing:
     promised_epoch: int = 0
     last: Position = ZERO
     """The last record that is durable here."""
+    lowered: Position = ZERO
+    """See :attr:`kvrep.replication.messages.Promise.lowered`."""
     primary_epoch: int = 0
     """The epoch in which this node is primary: its start is in the log and no higher promise was given."""
     able: bool = True
@@ -222,19 +224,12 @@ Action = Ask | GivePromise | RequestPromises | BecomePrimary | FollowPrimary | S
 
 def enough_votes(rules: Iterable[Configuration], stores: set[bytes], *, permit: bool) -> bool:
     """Whether ``stores`` are most voters under every rule; a permit counts as one voter more."""
-    for rule in rules:
-        votes = sum(v.store_id in stores for v in rule.voters)
-        total = len(rule.voters)
-        if not (2 * votes > total or (permit and 2 * (votes + 1) > total + 1)):
-            return False
-    return True
+    return all(most(rule, stores, outside=permit) for rule in rules)
 
 
 def enough_fenced(rules: Iterable[Configuration], stores: set[bytes]) -> bool:
     """Whether ``stores`` hold F data voters under every rule."""
-    return all(
-        sum(v.store_id in stores for v in rule.voters if not v.witness) >= rule.fence for rule in rules
-    )
+    return all(sum(v.store_id in stores for v in rule.voters if v.counts) >= rule.fence for rule in rules)
 
 
 class Election:
@@ -259,6 +254,8 @@ class Election:
         ``needs_permit``: stand only while :meth:`permit` allows it (an outside service decides who tries).
         """
         self.settings = settings
+        self.outside_epoch = 0
+        """The highest epoch that a service outside is known to have promised."""
         self.own = own
         self.peers = dict(peers)
         self.phase = Phase.FOLLOWING
@@ -517,7 +514,7 @@ class Election:
     def _could(self) -> bool:
         """Whether this node may become primary by itself, at some time."""
         own, voter = self.own, self.own.voter
-        return own.able and not own.witness and voter is not None and voter.priority >= 0
+        return own.able and not own.witness and voter is not None and voter.priority >= 0 and not voter.away
 
     def _barred(self, now: float) -> bool:
         return self._needs_permit and now >= self._permit_until
@@ -672,7 +669,7 @@ class Election:
         if self._gone and self.primary is not None and name == self.primary.name:
             return False
         voter = next((v for rule in self.own.rules for v in rule.voters if v.name == name), None)
-        return voter is not None and not voter.witness and voter.priority >= 0
+        return voter is not None and voter.counts and voter.priority >= 0
 
     def _why_not_enough(self) -> str:
         told = [f"{name}: {a.why}" for name, a in sorted(self._answers.items()) if not a.would and a.why]
@@ -689,6 +686,8 @@ class Election:
             return "this node is not a voter, and knows no primary"
         if not own.able:
             return "this node may not become primary by itself: its copy is not whole"
+        if own.voter.away:
+            return "the ack rule went on without this node, which may lack acknowledged records"
         if self._barred(now):
             return "another node has the key"
         return "this node's priority is below 0"
@@ -771,7 +770,8 @@ class Election:
         own = self.own
         voter = own.voter
         assert voter is not None
-        seen = max([own.promised_epoch, own.last.epoch, *(a.promised_epoch for a in self._answers.values())])
+        told = (a.promised_epoch for a in self._answers.values())
+        seen = max([own.promised_epoch, own.last.epoch, self.outside_epoch, *told])
         return self._collect(now, epoch_after(seen, voter.member), ())
 
     def _collect(self, now: float, epoch: int, founding: tuple[Voter, ...]) -> list[Action]:
@@ -858,7 +858,7 @@ class Election:
             BecomePrimary(
                 epoch=self._wanted,
                 promotion=promotion,
-                fenced=promotion.enough,
+                fenced=promotion.fenced,
                 founding=self._founding,
                 addresses=addresses,
             )
@@ -1023,6 +1023,8 @@ class Election:
             return False, f"{alive.name} is primary, and alive"
         if self._could and own.last > question.last:
             return False, f"this node holds {own.last}, the candidate {question.last}"
+        if own.lowered > question.last:
+            return False, f"records from {own.lowered} on were acknowledged without the candidate"
         return True, ""
 
     def _look_too(self, question: Question, now: float) -> list[Action]:
@@ -1135,6 +1137,6 @@ def _held_by_most(times: list[float]) -> float:
     return sorted(times, reverse=True)[len(times) // 2] if times else INFINITY
 
 
-def without_data(epoch: int) -> Promise:
+def without_data(epoch: int, lowered: Position = ZERO) -> Promise:
     """The promise of a witness: it binds like any other and says nothing of a log."""
-    return Promise(epoch=epoch, last=ZERO, committed=0, epochs=EpochTable())
+    return Promise(epoch=epoch, last=ZERO, committed=0, epochs=EpochTable(), lowered=lowered)

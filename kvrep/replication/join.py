@@ -167,12 +167,14 @@ def check_loss(hello: Hello, view: LogView) -> Refused | None:
 
 
 def voter_change(hello: Hello, configuration: Configuration) -> Configuration | None:
-    """The configuration with this follower as a voter at its present address; ``None`` if it is that already,
-    or may not become one (unnamed, unwilling, removed by hand).
+    """The configuration with this follower, which has caught up, as a voter at its present address whose copy
+    counts; ``None`` if it is that already, or may not become one (unnamed, unwilling, removed by hand).
 
     ``ValueError`` when it wants to and cannot: its name is another voter's, or member numbers are used up.
     """
     voter = configuration.voter(hello.store_id)
+    if voter is not None and voter.away:
+        return configuration.with_copy_of(hello.store_id)
     if voter is None:
         if not (hello.name and hello.voter) or hello.store_id in configuration.removed:
             return None

@@ -14,6 +14,8 @@ A follower calls its primary and opens one stream::
           <─────────────────────────────── Segment …
     Ack … ───────────────────────────────>
           <─────────────────────────────── Heartbeat …
+          <─────────────────────────────── Probe        (a linearizable read: am I still primary?)
+    Confirm ─────────────────────────────>
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from dataclasses import dataclass, field
 from kvrep.model.position import ZERO, EpochTable, Position
 
 __all__ = [
+    "PROBES",
     "PROTOCOL",
     "PROTOCOL_MIN",
     "Ack",
+    "Confirm",
     "Credit",
     "Fence",
     "FromFollower",
@@ -33,6 +37,7 @@ __all__ = [
     "Heartbeat",
     "Hello",
     "NeedBootstrap",
+    "Probe",
     "Promise",
     "Refused",
     "Segment",
@@ -83,6 +88,9 @@ class Promise:
     last: Position
     committed: int
     epochs: EpochTable
+    lowered: Position = ZERO
+    """From that record on fewer copies may have been enough: whoever is promoted must hold it, or go on from
+    a later epoch. ``ZERO`` when this voter never agreed to such a thing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,5 +212,25 @@ class Heartbeat:
     """Bytes of log that this follower has not confirmed yet."""
 
 
-FromFollower = Hello | Promise | Ack | Credit
-FromPrimary = Welcome | Truncate | NeedBootstrap | Refused | Fence | Segment | Heartbeat
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The primary asks whether it still is one, for linearizable reads; where both ends name ``PROBES``."""
+
+    epoch: int
+    round: int
+    """Grows; a read counts the answers to rounds that began after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirm:
+    """When the Probe ``round`` had arrived, this follower had promised nothing above ``promised_epoch``."""
+
+    round: int
+    promised_epoch: int
+
+
+PROBES = "probes"
+"""The feature of Probe and Confirm."""
+
+FromFollower = Hello | Promise | Ack | Credit | Confirm
+FromPrimary = Welcome | Truncate | NeedBootstrap | Refused | Fence | Segment | Heartbeat | Probe

@@ -5,17 +5,22 @@ them, this node included, have promised this epoch, their logs together hold eve
 and nothing more can be committed below this epoch. The most up-to-date of them, compared as Raft does
 (epoch of the last record, then offset), holds all of it: this node takes over what it lacks, and only then
 appends its epoch start.
+
+Where the ack rule may go on without voters that are away, most voters have stored from which record on before
+the first such record is acknowledged. So a promotion needs the promises of most voters there, too, and one of
+them tells; whoever does not hold that record, nor one of a later epoch, is not promoted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvrep.model.configuration import Configuration, Voter
-from kvrep.model.position import Position, epoch_after
+from kvrep.model.position import ZERO, Position, epoch_after
 from kvrep.replication.messages import Promise
 
-__all__ = ["Fetch", "Promotion"]
+__all__ = ["Fetch", "Promotion", "most"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +45,16 @@ class Fetch:
         return ""
 
 
+def most(rule: Configuration, stores: Collection[bytes], *, outside: bool) -> bool:
+    """Whether ``stores`` are most voters, where a service outside may count as one voter more."""
+    votes, total = sum(v.store_id in stores for v in rule.voters), len(rule.voters)
+    return 2 * votes > total or (outside and 2 * (votes + 1) > total + 1)
+
+
 class Promotion:
     """One attempt at one epoch. An answer above that epoch ends it: try again with ``next_epoch``."""
 
-    __slots__ = ("_answers", "_rules", "_self", "epoch", "own")
+    __slots__ = ("_answers", "_outside", "_rules", "_self", "epoch", "outside_votes", "own")
 
     def __init__(
         self,
@@ -53,11 +64,15 @@ class Promotion:
         own: Promise,
         *,
         proposed: tuple[Configuration, ...] = (),
+        outside_votes: bool = False,
     ) -> None:
         """``proposed`` are configurations in our log that are not known to be committed.
 
-        Records may have been committed under each of them, so each must be fenced.
+        Records may have been committed under each of them, so each must be fenced. ``outside_votes``: a
+        service that is no voter, such as etcd, can promise, too, and counts as one voter more.
         """
+        self._outside: Position | None = None
+        self.outside_votes = outside_votes
         self._self = store_id
         self._rules = [configuration]
         self._answers: dict[bytes, Promise] = {store_id: own}
@@ -77,6 +92,10 @@ class Promotion:
         before = self._answers.get(store_id)
         if store_id != self._self and (before is None or before.epoch <= promise.epoch):
             self._answers[store_id] = promise
+
+    def on_outside(self, lowered: Position) -> None:
+        """The service outside has promised this epoch, and tells what it was told before."""
+        self._outside = lowered
 
     def left(self, store_id: bytes) -> None:
         """A node cannot be reached any more. Its promise still binds it, so it still counts."""
@@ -98,7 +117,7 @@ class Promotion:
     @property
     def ready(self) -> bool:
         """Whether the epoch start may be appended."""
-        return self.enough and not self.superseded and not self.ahead
+        return self.enough and not self.superseded and not self.ahead and not self.lacks
 
     @property
     def superseded(self) -> bool:
@@ -107,20 +126,51 @@ class Promotion:
 
     @property
     def enough(self) -> bool:
+        """Whether F data voters promised, under every configuration that may be in force; and most voters,
+        where they may know of records that were acknowledged with fewer copies."""
+        return self.fenced and (
+            not self.needs_majority or self._most(self._promised(), self._outside is not None)
+        )
+
+    @property
+    def fenced(self) -> bool:
         """Whether F data voters promised, under every configuration that may be in force."""
-        return all(self._count(rule, self._promised()) >= rule.fence for rule in self._rules)
+        return self._fence(self._promised())
 
     @property
     def would_be_enough(self) -> bool:
-        """Whether F data voters answered at all; worth asking for promises."""
-        return all(self._count(rule, self._answers) >= rule.fence for rule in self._rules)
+        """Whether enough voters answered at all; worth asking for promises."""
+        return self._fence(self._answers) and (
+            not self.needs_majority or self._most(self._answers, self.outside_votes)
+        )
 
     @property
     def majority(self) -> bool:
         """Whether most voters promised, witnesses included; automatic promotions need this, too."""
-        promised = self._promised()
-        return all(
-            2 * sum(v.store_id in promised for v in rule.voters) > len(rule.voters) for rule in self._rules
+        return self._most(self._promised(), outside=False)
+
+    @property
+    def needs_majority(self) -> bool:
+        """Whether F data voters are not enough."""
+        return any(rule.degrade_after_s for rule in self._rules) or self.lowered > ZERO
+
+    @property
+    def lowered(self) -> Position:
+        """From which record on, by what anybody told, fewer copies may have been enough."""
+        return max(self._outside or ZERO, *(promise.lowered for promise in self._answers.values()))
+
+    @property
+    def lacks(self) -> bool:
+        """Whether our log, as it is now, may lack records that were acknowledged with fewer copies."""
+        return self.own.last < self.lowered
+
+    @property
+    def would_lack(self) -> bool:
+        """The same, after fetching from the best of those that answered."""
+        voters = self._data_voters()
+        return (
+            max([self.own.last, *(p.last for v in voters if (p := self._answers.get(v.store_id)))])
+            < self.lowered
         )
 
     @property
@@ -130,9 +180,12 @@ class Promotion:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The names of the data voters that have not promised."""
+        """The names of the voters that have not promised and whose promises would help."""
         promised = self._promised()
-        return tuple(v.name for v in self._data_voters() if v.store_id not in promised)
+        voters = self._data_voters()
+        if self.needs_majority and not self.majority:
+            voters = tuple({v.store_id: v for rule in self._rules for v in rule.voters}.values())
+        return tuple(v.name for v in voters if v.store_id not in promised)
 
     @property
     def promised(self) -> tuple[bytes, ...]:
@@ -170,6 +223,11 @@ class Promotion:
         )
 
     @property
+    def committed(self) -> int:
+        """Through which offset those that promised know everything to be committed."""
+        return max(promise.committed for promise in self._promised().values())
+
+    @property
     def highest_seen(self) -> int:
         """The highest epoch that anybody promised or wrote in."""
         return max(max(p.epoch, p.last.epoch) for p in self._answers.values())
@@ -187,6 +245,13 @@ class Promotion:
         found = {v.store_id: v for rule in self._rules for v in rule.voters if not v.witness}
         return tuple(found.values())
 
+    def _fence(self, stores: dict[bytes, Promise]) -> bool:
+        return all(self._count(rule, stores) >= rule.fence for rule in self._rules)
+
+    def _most(self, stores: dict[bytes, Promise], outside: bool) -> bool:
+        """Any two such sets share a voter, or both have the word of the service outside."""
+        return all(most(rule, stores, outside=outside) for rule in self._rules)
+
     @staticmethod
     def _count(rule: Configuration, stores: dict[bytes, Promise]) -> int:
-        return sum(v.store_id in stores for v in rule.voters if not v.witness)
+        return sum(v.store_id in stores for v in rule.voters if v.counts)

@@ -8,6 +8,7 @@ Messages in, actions out. The shell does the actions in order, and stops the str
     Commit        show everything through this offset
     Grant         send a Credit
     AckNow        send ack(); several in a row may become one
+    Answer        send a Confirm with what this node has promised now
     Cut           save the tail to a rescue file, cut the log, end this stream, say Hello again
     NeedBootstrap fetch a snapshot
     Stop          the stream is over; says why
@@ -34,13 +35,26 @@ from kvrep.replication.messages import (
     Heartbeat,
     Hello,
     NeedBootstrap,
+    Probe,
     Refused,
     Segment,
     Truncate,
     Welcome,
 )
 
-__all__ = ["AckNow", "Action", "Append", "Commit", "Cut", "Grant", "Join", "MakePromise", "Receiver", "Stop"]
+__all__ = [
+    "AckNow",
+    "Action",
+    "Answer",
+    "Append",
+    "Commit",
+    "Cut",
+    "Grant",
+    "Join",
+    "MakePromise",
+    "Receiver",
+    "Stop",
+]
 
 ECHOES_MAX = 64
 """Heartbeats that wait for their commit offset to become visible here."""
@@ -49,6 +63,13 @@ ECHOES_MAX = 64
 @dataclass(frozen=True, slots=True)
 class Join:
     welcome: Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Tell the primary that this node, at this moment, has promised nothing above its epoch."""
+
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +120,7 @@ class AckNow:
     pass
 
 
-Action = Join | Append | Commit | Cut | NeedBootstrap | Stop | MakePromise | Grant | AckNow
+Action = Answer | Join | Append | Commit | Cut | NeedBootstrap | Stop | MakePromise | Grant | AckNow
 
 _ACK_NOW = AckNow()
 
@@ -195,6 +216,8 @@ class Receiver:
                 return self._stale() or self._on_segment(message)
             case Heartbeat():
                 return self._stale() or self._on_heartbeat(message)
+            case Probe():
+                return self._stale() or self._on_probe(message)
             case Welcome():
                 return self._on_welcome(message)
             case Fence():
@@ -288,6 +311,12 @@ class Receiver:
         if heartbeat.stamp_us:
             self._remember(heartbeat.committed, heartbeat.stamp_us)
         return [*self._commit(), _ACK_NOW]
+
+    def _on_probe(self, probe: Probe) -> list[Action]:
+        self._must_be(_State.JOINED, probe)
+        if probe.epoch != self.epoch:
+            raise self._broken(f"a message of epoch {probe.epoch} in a stream of {self.epoch}")
+        return [Answer(probe.round)]
 
     # What this node did.
 

@@ -40,9 +40,13 @@ class SendHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do before ``until``, unless something moves."""
+    """Nothing to do before ``until``, unless something moves.
+
+    While ``gathering``, the log and the commit may move as they like: what is sent at ``until`` tells it all.
+    """
 
     until: float
+    gathering: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,7 @@ class Sender:
         ``hurry``: somebody waits until this follower shows what is committed.
         """
         progress = self.progress
+        gathering = False
         dead_at = progress.last_heard + self._timeout
         if now >= dead_at:
             return Dead(f"nothing heard from {progress.name} for {self._timeout:g} s")
@@ -176,12 +181,13 @@ class Sender:
                     self._end = last
                     room = min(self._segment_bytes_max, progress.credit_bytes)
                     return SendSegment(progress.sent, room)
+                gathering = not hurry
                 until = min(until, ready_at)
         elif now < self.tell_at and not hurry:
             until = min(until, self.tell_at)
         elif committed > self._told and not progress.in_flight_bytes:
             return _HEARTBEAT
-        return Wait(min(until, dead_at))
+        return Wait(min(until, dead_at), gathering)
 
     def _ready_at(self) -> float:
         behind = self.progress.sent < self._end

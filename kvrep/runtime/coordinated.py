@@ -58,6 +58,7 @@ class CoordinatedNode:
             rules=rules if rules[0].voters else (),
             promised_epoch=promised,
             last=Position(tail.epoch, tail.offset),
+            lowered=home.lowered,
             primary_epoch=primary_epoch if primary_epoch >= promised else 0,
             able=self._able(),
             witness=self._witness,
@@ -88,7 +89,7 @@ class CoordinatedNode:
             if to != home.store_id:
                 # Under the lock: nothing is appended, or acked, in the old epoch after this answer was made.
                 node.roles.promised(epoch, "")
-            return without_data(epoch) if self._witness else promise_of(node, epoch)
+            return without_data(epoch, home.lowered) if self._witness else promise_of(node, epoch)
 
     def become_primary(self, order: BecomePrimary) -> None:
         node, roles = self._node, self._node.roles
@@ -117,6 +118,7 @@ class CoordinatedNode:
         return Configuration(
             acks=options.acks if options.acks is not None else "majority",
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
+            degrade_after_s=options.degrade_after_s or 0.0,
             voters=order.founding,
             next_member=max(v.member for v in order.founding) + 1,
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvrep.model.position import ZERO, Position
 from kvrep.replication.ballots import PrimarySeen
 from kvrep.replication.election import BecomePrimary, Standing, WhyGone
 from kvrep.replication.messages import Promise
@@ -79,6 +80,10 @@ class Coordinator(Protocol):
         """Whether this node is to vote without data."""
 
     @property
+    def outside_votes(self) -> bool:
+        """Whether :meth:`remember` has somebody to ask."""
+
+    @property
     def confirmed_until(self) -> float:
         """A primary in asynchronous mode (``acks=0``) acknowledges nothing later than this moment.
 
@@ -98,6 +103,13 @@ class Coordinator(Protocol):
         """Answer a peer's unary call ``"ask"`` or ``"vote"``; :class:`ProtocolError` for a bad one.
 
         Raises ``StorageFailed`` when a promise could not be stored: then nothing is answered.
+        """
+
+    def remember(self, epoch: int, lowered: Position = ZERO) -> Position | None:
+        """Have a service outside that counts as a voter promise ``epoch``, durably, and note ``lowered``.
+
+        What it has noted so far, which :attr:`Promise.lowered` describes; ``None`` where there is no such
+        service, or it does not answer. :class:`Fenced` when it has promised a higher epoch. Waits for its answer.
         """
 
     def heard_from_primary(self, primary: PrimarySeen) -> None:

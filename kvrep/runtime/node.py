@@ -15,21 +15,28 @@ from kvrep.errors import (
     ClosedError,
     ConfigurationMismatch,
     Error,
+    Fenced,
     NotPrimary,
     OpenError,
     Overloaded,
+    ProtocolError,
     RolledBack,
     StaleRead,
     StorageFailed,
     ValueTooLarge,
     again,
 )
-from kvrep.model.configuration import Acks, Configuration
+from kvrep.model.configuration import Acks, Configuration, check_acks
 from kvrep.model.position import Position, epoch_after
+from kvrep.model.sessions import RequestId
 from kvrep.options import Options
 from kvrep.runtime.compression import need_zstd
 from kvrep.runtime.events import Events
+from kvrep.runtime.executing import Forwarded
+from kvrep.runtime.finding import PrimaryLink
+from kvrep.runtime.forwarding import Forward, Forwarder, is_elsewhere
 from kvrep.runtime.roles import Roles
+from kvrep.runtime.shared import Shared
 from kvrep.status import Event, EventKind, Outcome, Role, Status
 from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
@@ -77,6 +84,13 @@ class Node:
         """Who decides when this node tries to be primary; ``None``: people do."""
         self.events = Events(engine.home.name or engine.home.path.name)
         engine.on_rollback = self._on_rollback
+        self.link = PrimaryLink(self)
+        self.forwarded = Forwarded(self)
+        self.forwarder = Forwarder(self) if options.forward_writes else None
+        """Takes writes to the primary while this node is none; ``None`` without ``forward_writes``."""
+        self._known_epoch, self._known_s = 0, 0.0
+        """The newest epoch in which a primary was heard of, and since when."""
+        self._reads = Shared(self._ask_read_position)
         self._pid = os.getpid()
         # Announces every commit to those who wait for a position; notified only while somebody waits.
         self._moved = threading.Condition()
@@ -120,10 +134,19 @@ class Node:
         """A setting that contradicts the log's configuration stops the start."""
         stored, options = self.engine.configuration, self.options
         if self.engine.tail.offset == 0:
+            told = bool(options.sources) or options.coordinator is not None
+            if options.degrade_after_s and options.acks is None and not told:
+                raise ConfigurationMismatch(
+                    "degrade_after_s lowers an ack rule that waits for followers, and a new store has acks=0",
+                    option="degrade_after_s",
+                    given=options.degrade_after_s,
+                    hint='say acks="majority", too',
+                )
             return
         for name, given, kept in (
             ("acks", options.acks, stored.acks),
             ("ack_timeout_s", options.ack_timeout_s, stored.ack_timeout_s),
+            ("degrade_after_s", options.degrade_after_s, stored.degrade_after_s),
         ):
             if given is not None and given != kept:
                 raise ConfigurationMismatch(
@@ -241,6 +264,7 @@ class Node:
         seed = Configuration(
             acks=options.acks if options.acks is not None else 0,
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
+            degrade_after_s=options.degrade_after_s or 0.0,
         )
         return seed.with_voter(home.store_id, home.name, self.address)
 
@@ -265,6 +289,11 @@ class Node:
 
     def _on_rollback(self, first: int, last: int, path: Path, reason: str) -> None:
         self.tell(EventKind.ROLLED_BACK, first=first, last=last, path=str(path), reason=reason)
+
+    @property
+    def witness(self) -> bool:
+        """Whether this node votes without data."""
+        return self.coordinator is not None and self.coordinator.witness
 
     @property
     def closing(self) -> bool:
@@ -308,6 +337,9 @@ class Node:
             with self._moved:
                 self._moved.notify_all()
             self.on_moved()
+            self.link.stop()
+            if self.forwarder is not None:
+                self.forwarder.stop(max(0.5, deadline - time.monotonic()))
             self.roles.stop(max(0.5, deadline - time.monotonic()))  # no role changes after this
             for part in (self.shipping, self.replaying, self._server):
                 if part is not None:
@@ -334,35 +366,82 @@ class Node:
             timeout_s = self.ack_timeout_s
         if acks is not None or level is not None:
             return self._commit_more(write, timeout_s, acks, level)
-        self.engine.commit(write, timeout_s)
+        try:
+            self.engine.commit(write, timeout_s)
+        except Error as error:
+            if self.forwarder is None or not is_elsewhere(error):
+                raise
+            return self._forward(write, timeout_s)
         if write.error is not None or not write.done:
+            if self.forwarder is not None and is_elsewhere(write.error):
+                return self._forward(write, timeout_s)
             self._raise_outcome(write)
         return _position(Position, (write.epoch, write.offset))
+
+    def _forward(
+        self, write: Write, timeout_s: float, acks: Acks | None = None, level: str | None = None
+    ) -> Position:
+        """A write that this node did not log, because another one is, or will be, primary."""
+        assert self.forwarder is not None
+        deadline_s = time.monotonic() + timeout_s
+        return self.forwarder.commit(self.forwarder.make(write.payload, write.size, deadline_s, acks, level))
+
+    def forwards_now(self) -> bool:
+        """Whether writes go to another node: ``forward_writes`` is set, and this node is not primary."""
+        return self.forwarder is not None and self.replaying is not None
 
     def _commit_more(
         self, write: Write, timeout_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
     ) -> Position:
         deadline = time.monotonic() + timeout_s
-        self._check_more(acks, level)
-        self.engine.commit(write, timeout_s)
+        if self.forwards_now():
+            self.check_asked(acks, level)
+            return self._forward(write, timeout_s, acks, level)
+        try:
+            self.check_more(acks, level)
+            self.engine.commit(write, timeout_s)
+        except Error as error:
+            if self.forwarder is None or not is_elsewhere(error):
+                raise
+            return self._forward(write, deadline - time.monotonic(), acks, level)
         if write.error is not None or not write.done:
+            if self.forwarder is not None and is_elsewhere(write.error):
+                return self._forward(write, deadline - time.monotonic(), acks, level)
             self._raise_outcome(write)
-        self._await_more(write, acks, level, deadline)
+        self.await_more(write.position, acks, level, deadline)
         return write.position
 
     def finish(self, write: Write, timeout_s: float | None) -> Position:
         """Wait for a write that is in order already."""
+        if type(write) is Forward:
+            assert self.forwarder is not None
+            return self.forwarder.finish(write, self.deadline(timeout_s))
         self.engine.committer.finish(write, self.deadline(timeout_s))
         if write.error is not None or not write.done:
             self._raise_outcome(write)
         return Position(write.epoch, write.offset)
 
     def submit(self, write: Write) -> Write:
-        """Order a write for the background leader."""
-        self.engine.submit(write, self.ack_timeout_s)
-        return write
+        """Order a write for the background leader, or for the primary; returns what to wait for."""
+        forwarder = self.forwarder
+        if forwarder is None:
+            self.engine.submit(write, self.ack_timeout_s)
+            return write
+        item = forwarder.make(write.payload, write.size, self.deadline(None))
+        try:
+            self.engine.submit(write, self.ack_timeout_s)
+        except Error as error:
+            if not is_elsewhere(error):
+                raise
+            forwarder.order(item)
+        else:
+            forwarder.follow(item, write)
+        return item
 
     def _raise_outcome(self, write: Write) -> None:
+        if type(write) is Forward and self.forwarder is not None:
+            self.forwarder.outcome(write)
+            return
         if write.error is not None:
             error = write.error
             raise again(error) if isinstance(error, Error) else error
@@ -378,13 +457,17 @@ class Node:
             needed=needed,
         )
 
-    def _check_more(self, acks: Acks | None, level: str | None) -> None:
+    @staticmethod
+    def check_asked(acks: Acks | None, level: str | None) -> None:
+        """``ValueError`` unless a write may ask for these."""
         if level not in (None, "synced", "visible"):
             raise ValueError(f'level must be "synced" or "visible", not {level!r}')
         if acks is not None:
-            from kvrep.model.configuration import check_acks
-
             check_acks(acks)
+
+    def check_more(self, acks: Acks | None, level: str | None) -> None:
+        """Refuse a write that asks for more than can be done now."""
+        self.check_asked(acks, level)
         if self.shipping is None:
             if acks not in (None, 0):
                 raise NotPrimary("this store serves no followers, so none can confirm the write",
@@ -392,9 +475,10 @@ class Node:
             return
         self.shipping.check_more(acks)
 
-    def _await_more(self, write: Write, acks: Acks | None, level: Any, deadline: float) -> None:
+    def await_more(self, position: Position, acks: Acks | None, level: Any, deadline: float) -> None:
+        """Wait until a committed write has what it asked for; :class:`AckTimeout` at the deadline."""
         if self.shipping is not None:
-            self.shipping.await_more(write.position, acks, level or "synced", deadline)
+            self.shipping.await_more(position, acks, level or "synced", deadline)
 
     def await_record(self, record: Any, timeout_s: float | None) -> None:
         """Wait until a record that a transaction has read is committed."""
@@ -434,6 +518,8 @@ class Node:
         self.on_moved()
         if self.shipping is not None:
             self.shipping.on_committed(committed)
+        if self.forwarder is not None:
+            self.forwarder.on_committed()
 
     def wait_for(self, position: Position, timeout_s: float) -> None:
         """Return once reads here show ``position``; :class:`StaleRead` after ``timeout_s``.
@@ -460,6 +546,94 @@ class Node:
                     self._moved.wait(min(left, 0.25))
             finally:
                 self._waiting -= 1
+
+    def until(self, condition: Callable[[], bool], deadline_s: float) -> bool:
+        """Wait until something that comes with commits is so; False when it is not by ``deadline_s``."""
+        if condition():
+            return True
+        with self._moved:
+            self._waiting += 1
+            try:
+                while not condition():
+                    left = deadline_s - time.monotonic()
+                    if left <= 0 or self._closed:
+                        return condition()
+                    self._moved.wait(min(left, 0.02))
+            finally:
+                self._waiting -= 1
+        return True
+
+    def knows_primary(self, epoch: int) -> None:
+        """There is a primary of ``epoch``: this node, one whose stream has joined, or one that said so."""
+        if epoch > self._known_epoch:
+            self._known_epoch, self._known_s = epoch, time.monotonic()
+            self.link.moved(epoch)
+
+    @property
+    def settling(self) -> bool:
+        """Whether the present primary is so new that its followers may not have found it yet."""
+        return time.monotonic() - self._known_s < self.options.heartbeat_timeout_s
+
+    def confirm(self, deadline_s: float) -> None:
+        """As primary, make sure that this node still is one; see :meth:`Shipping.confirm`."""
+        shipping = self.shipping
+        if shipping is None:
+            if self.replaying is not None:
+                self.refuse_follower()
+            return  # alone: there is nobody else
+        shipping.confirm(deadline_s)
+
+    def linearize(self, timeout_s: float | None) -> None:
+        """Return when reads here show everything that was committed anywhere before the call.
+
+        A primary asks its voters whether it still is one; a follower asks its primary for the committed
+        position and waits for it. Calls at the same time share a question. :class:`StaleRead` or
+        :class:`NotPrimary` when that cannot be had in ``timeout_s``.
+        """
+        deadline_s = self.deadline(timeout_s)
+        while True:
+            if self.replaying is None:
+                self.engine.need_alive()
+                try:
+                    self.confirm(deadline_s)
+                    return
+                except NotPrimary:
+                    if self.replaying is None:
+                        raise
+            position: Position = self._reads.run(deadline_s)
+            try:
+                self.wait_for(position, max(0.0, deadline_s - time.monotonic()))
+                return
+            except RolledBack:  # only a forced promotion takes back what was confirmed: ask again
+                if time.monotonic() >= deadline_s:
+                    raise
+
+    def _ask_read_position(self, deadline_s: float) -> Position:
+        """What the primary, confirmed, has committed. One attempt after another until ``deadline_s``."""
+        while True:
+            target = self.link.find(deadline_s)
+            left = deadline_s - time.monotonic()
+            try:
+                if not target.address:
+                    self.confirm(deadline_s)
+                    return self.engine.committed_position
+                answer = self.link.call(target, "read_position", {"timeout_s": left}, left + 0.05)
+                return Position.parse(str(answer.get("position")))
+            except (NotPrimary, Fenced) as error:
+                self.link.over(target.epoch)
+                failed: Error = error
+            except StaleRead:
+                raise
+            except ValueError as error:
+                raise ProtocolError(f"the primary did not answer with a position: {error}") from None
+            except Error as error:
+                failed = error
+            if time.monotonic() >= deadline_s or self._closed:
+                raise StaleRead(
+                    f"the primary did not confirm in time what is committed: {failed}",
+                    position=self.engine.committed_position,
+                ) from failed
+            time.sleep(0.01)
 
     def reached(self, position: Position) -> bool:
         """Whether reads here show ``position``; :class:`RolledBack` when this history cannot contain it.
@@ -489,13 +663,26 @@ class Node:
             raise self.stale(position, 0.0)
 
     def freshen(
-        self, at_least: Position | None, max_staleness_s: float | None, timeout_s: float | None
+        self,
+        at_least: Position | None,
+        max_staleness_s: float | None,
+        timeout_s: float | None,
+        consistency: str | None = None,
     ) -> None:
-        """Before a read: wait for a position, check the staleness."""
+        """Before a read: wait for a position, check the staleness, or make it linearizable."""
+        if consistency is not None and self.is_linearizable(consistency):
+            self.linearize(timeout_s)
         if at_least is not None:
             self.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
         if max_staleness_s is not None and self.replaying is not None:
             self._need_fresh(self.replaying, max_staleness_s, 1.0 if timeout_s is None else timeout_s)
+
+    @staticmethod
+    def is_linearizable(consistency: str) -> bool:
+        """Whether the read waits for the primary's word; ``ValueError`` for what is no consistency."""
+        if consistency not in ("local", "linearizable"):
+            raise ValueError(f'consistency must be "local" or "linearizable", not {consistency!r}')
+        return consistency == "linearizable"
 
     def _need_fresh(self, replaying: Replaying, max_staleness_s: float, timeout_s: float) -> None:
         """Wait for an answer of the primary if this copy may be too old; ``StaleRead`` without one."""
@@ -522,8 +709,18 @@ class Node:
                 position=self.engine.committed_position,
             )
 
-    def resolve(self, position: Position) -> Outcome:
+    def settle(self, request: RequestId, timeout_s: float) -> Outcome:
+        """What became of a forwarded write; see :meth:`Forwarder.settle`."""
+        forwarder = self.forwarder
+        if forwarder is None:
+            raise TypeError("only a store that was opened with forward_writes=True has request ids")
+        return forwarder.settle(request, timeout_s)
+
+    def resolve(self, position: Position | RequestId) -> Outcome:
         """What became of a write; never a guess."""
+        if isinstance(position, RequestId):
+            found = self.engine.view.forwarded(position)[0]
+            return Outcome.COMMITTED if found is not None else Outcome.PENDING
         epoch, offset = position
         engine = self.engine
         shown = engine.view.last
@@ -550,6 +747,25 @@ class Node:
         self.ack_timeout_s = self.engine.configuration.ack_timeout_s
         return write.position
 
+    def add_witness(self, name: str, address: str, timeout_s: float) -> Position:
+        """Make the node at ``address``, which was opened as a witness, a voter without data."""
+        if self.shipping is None:
+            self.engine.writable_as_primary()
+            raise ValueError("this store serves no other nodes; open it with listen=")
+        answer = self.roles.call(address, "standing", {}, timeout_s)
+        store_id, lineage = bytes(answer["store_id"]), bytes(answer["lineage"])
+        if str(answer["name"]) != name or not answer.get("witness"):
+            raise ValueError(f"the node at {address} is not a witness named {name!r}")
+        if lineage and lineage != self.engine.home.lineage:
+            raise ValueError(f"the witness at {address} belongs to another group")
+
+        def change(now: Configuration) -> Configuration:
+            if now.voter(store_id) is not None:
+                return now
+            return now.with_voter(store_id, name, address, witness=True)
+
+        return self.reconfigure(change, timeout_s)
+
     def add_voter(self, name: str, timeout_s: float) -> Position:
         """Make a known follower a voter, even one that was removed before."""
         shipping = self.shipping
@@ -564,7 +780,7 @@ class Node:
         """Where this node stands; cheap enough to ask once a second."""
         engine = self.engine
         home, state, committer = engine.home, engine.tree.state, engine.committer
-        configuration = engine.configuration
+        configuration, effective = engine.configuration, engine.configurations_in_force()[0]
         closed = engine.closed
         return Status(
             role=self.role,
@@ -584,7 +800,10 @@ class Node:
             ack_timeout_s=configuration.ack_timeout_s,
             durability=self.options.durability,
             voters=tuple(v.name or v.store_id.hex()[:8] for v in configuration.voters),
-            copies=configuration.copies_wanted,
+            copies=effective.copies_wanted,
+            away=tuple(v.name or v.store_id.hex()[:8] for v in effective.away),
+            unprotected=effective.unprotected,
+            degrade_after_s=configuration.degrade_after_s,
             not_writable=self._not_writable(),
             primary_address=self.primary_address,
             followers=self.shipping.followers() if self.shipping is not None else (),

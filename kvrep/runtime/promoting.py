@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, ReplicationError, UnsafePromotion
 from kvrep.model.configuration import Acks, Configuration, Voter
-from kvrep.model.position import EpochTable, Position, epoch_after
+from kvrep.model.position import ZERO, EpochTable, Position, epoch_after
 from kvrep.replication.messages import Promise
 from kvrep.replication.promotion import Fetch, Promotion
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Force",
     "Peer",
+    "answer_lower",
     "answer_members",
     "answer_promise",
     "answer_records",
@@ -105,10 +106,16 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
             told = _promotion(node, effective, rules, node.next_epoch(seen), peers)
             if not told.would_be_enough:
                 raise _unsafe(node, told, answered=len(peers) + 1)
+            if told.would_lack:
+                raise _lacking(node, told)
             seen = max(seen, told.highest_seen)
         epoch = node.next_epoch(seen)
         with roles.standing_still():
-            promotion = _collect(roles, effective, rules, epoch, deadline_s)
+            try:
+                promotion = _collect(roles, effective, rules, epoch, deadline_s)
+            except Fenced as error:
+                seen = error.epoch
+                continue
             if promotion is not None and not promotion.superseded:
                 if not promotion.enough:
                     raise _unsafe(node, promotion, answered=len(promotion.promised))
@@ -162,7 +169,7 @@ def _promote_by_force(roles: Roles, force: Force, deadline_s: float) -> int:
         seen = max([node.next_epoch(seen), *(max(p.promise.epoch, p.promise.last.epoch) for p in peers)])
         epoch = epoch_after(seen, me.member)
         with roles.standing_still():
-            promotion = _collect(roles, node.engine.configuration, (), epoch, deadline_s)
+            promotion = _collect(roles, node.engine.configuration, (), epoch, deadline_s, outside=False)
             if promotion is None or promotion.superseded:
                 continue
             _fetch_what_can_be_had(roles, promotion, deadline_s)
@@ -193,14 +200,20 @@ def _forced_configuration(node: Node, effective: Configuration, force: Force) ->
                          f" {', '.join(v.name for v in effective.voters)}")  # fmt: skip
     voters = tuple(v for v in effective.voters if v.name in names)
     acks = force.acks if force.acks is not None else (effective.acks if len(voters) > 1 else 0)
-    return replace(effective, voters=voters, acks=acks)
+    degrade_after_s = effective.degrade_after_s if acks else 0.0
+    return replace(effective, voters=voters, acks=acks, degrade_after_s=degrade_after_s).with_all_copies()
 
 
 def _promotion(
     node: Node, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, peers: list[Peer]
 ) -> Promotion:
     promotion = Promotion(
-        effective, node.engine.home.store_id, epoch, promise_of(node, epoch), proposed=rules
+        effective,
+        node.engine.home.store_id,
+        epoch,
+        promise_of(node, epoch),
+        proposed=rules,
+        outside_votes=node.coordinator is not None and node.coordinator.outside_votes,
     )
     for peer in peers:
         promotion.on_promise(peer.voter.store_id, peer.promise)
@@ -208,7 +221,13 @@ def _promotion(
 
 
 def _collect(
-    roles: Roles, effective: Configuration, rules: tuple[Configuration, ...], epoch: int, deadline_s: float
+    roles: Roles,
+    effective: Configuration,
+    rules: tuple[Configuration, ...],
+    epoch: int,
+    deadline_s: float,
+    *,
+    outside: bool = True,
 ) -> Promotion | None:
     """Promise ``epoch`` ourselves, durably, then ask the others to; ``None`` if a higher one came between."""
     node = roles.node
@@ -230,7 +249,12 @@ def _collect(
         return promotion.enough or promotion.superseded
 
     peers = ask_all(roles, "promise", request, deadline_s, enough)
-    return _promotion(node, effective, rules, epoch, peers)
+    promotion = _promotion(node, effective, rules, epoch, peers)
+    if outside and promotion.needs_majority and not promotion.majority and node.coordinator is not None:
+        noted = node.coordinator.remember(epoch)
+        if noted is not None:
+            promotion.on_outside(noted)
+    return promotion
 
 
 def ask_all(
@@ -292,6 +316,7 @@ def _peer(voter: Voter, answer: Mapping[str, Any]) -> Peer:
             last=Position(*(int(n) for n in answer["last"])),
             committed=int(answer["committed"]),
             epochs=EpochTable((int(e), int(f)) for e, f in answer["epochs"]),
+            lowered=Position(*(int(n) for n in answer.get("lowered", ZERO))),
         )
         return Peer(
             voter,
@@ -312,13 +337,28 @@ def _unsafe(node: Node, promotion: Promotion, *, answered: int) -> UnsafePromoti
         if configuration.synchronous
         else "with acks=0 nobody can know what only the old primary holds"
     )
+    most = " and most voters" if promotion.needs_majority else ""
+    mute = [v.name for v in node.roles.other_voters() if v.name in names and not v.address]
+    if mute:
+        lost += f"; {', '.join(mute)} cannot be asked, being opened without listen="
     return UnsafePromotion(
-        f"{promotion.needed} data voters must promise, {answered} answered; missing: {', '.join(names)};"
+        f"{promotion.needed} data voters{most} must promise, {answered} answered; missing: {', '.join(names)};"
         f" {lost}",
         hint="start or reach the missing voters, or accept the loss with promote(force=True, …)",
         missing=names,
         needed=promotion.needed,
         answered=answered,
+    )
+
+
+def _lacking(node: Node, promotion: Promotion) -> UnsafePromotion:
+    return UnsafePromotion(
+        f"records from {promotion.lowered} on were acknowledged with fewer copies than the rule asks for, and"
+        f" neither {node.label}, which ends at {promotion.own.last}, nor any other that answered holds them",
+        hint="start the node that was primary then, or accept the loss with promote(force=True, …)",
+        missing=promotion.missing,
+        needed=promotion.needed,
+        answered=len(promotion.promised),
     )
 
 
@@ -359,6 +399,14 @@ def fetch_all(
                 promotion.learned(configuration)
         if not forced and not promotion.enough:
             raise _unsafe(node, promotion, answered=len(promotion.promised))
+    if forced:
+        return
+    if not promotion.enough:
+        raise _unsafe(node, promotion, answered=len(promotion.promised))
+    if promotion.lacks:
+        raise _lacking(node, promotion)
+    if engine.configuration.synchronous:  # our log holds all that is committed, and they know more of it
+        engine.committer.commit_through(min(promotion.committed, engine.tail.offset))
 
 
 def _check_fetch(node: Node, promotion: Promotion, fetch: Fetch, *, forced: bool) -> None:
@@ -394,6 +442,7 @@ def promise_of(node: Node, epoch: int) -> Promise:
         last=Position(tail.epoch, tail.offset),
         committed=engine.committer.committed,
         epochs=engine.epochs,
+        lowered=engine.home.lowered,
     )
 
 
@@ -410,9 +459,11 @@ def answer_standing(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         "last": list(promise.last),
         "committed": promise.committed,
         "epochs": [list(entry) for entry in promise.epochs],
+        "lowered": list(promise.lowered),
         "primary_epoch": node.primary_epoch,
         "primary_address": node.primary_address,
         "fenced": node.fenced,
+        "witness": node.witness,
     }
 
 
@@ -438,6 +489,7 @@ def answer_members(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
                 "member": voter.member,
                 "priority": voter.priority,
                 "witness": voter.witness,
+                "away": voter.away,
                 "answered": promise is not None,
                 "role": role if promise is not None else "no answer",
                 "epoch": promise.last.epoch if promise is not None else 0,
@@ -469,10 +521,7 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
         lineage = bytes(request["lineage"])
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a request for a promise: {error}") from error
-    if lineage != home.lineage or not any(c.voter(asker) for _, c in engine.configurations[-8:]):
-        raise NotPrimary(
-            "a promise is given to voters of the same store only", primary_address=None, epoch=None
-        )
+    _need_voter(node, asker, lineage)
     if engine.tail.offset < home.vote_floor:
         raise ProtocolError(f"this node lacks records that it has confirmed (up to {home.vote_floor})")
     with engine.committer.lead:
@@ -487,6 +536,36 @@ def answer_promise(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
             epoch + 1
         )  # this very epoch is another's, as only a copied member number makes it
     return answer
+
+
+def _need_voter(node: Node, asker: bytes, lineage: bytes) -> None:
+    """Refuse strangers. (A witness has no log that tells who votes.)"""
+    known = node.witness or any(c.voter(asker) for _, c in node.engine.configurations[-8:])
+    if lineage != node.engine.home.lineage or not known:
+        raise NotPrimary(
+            "a promise is given to voters of the same store only", primary_address=None, epoch=None
+        )
+
+
+def answer_lower(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Durably note that from a record on fewer copies are enough, for the primary of that record's epoch.
+
+    That is a promise of its epoch, too. Where a higher one was promised nothing is noted, as the answer shows.
+    """
+    home = node.engine.home
+    try:
+        position = Position(int(request["epoch"]), int(request["offset"]))
+        asker, lineage = bytes(request["store_id"]), bytes(request["lineage"])
+        address = str(request["address"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"not a request to go on with fewer copies: {error}") from error
+    _need_voter(node, asker, lineage)
+    with node.engine.committer.lead:
+        if position.epoch > home.promised_epoch:
+            home.promise(position.epoch, asker)
+            node.roles.promised(position.epoch, "" if node.witness else address)
+        home.lower(position)
+    return answer_standing(node, {})
 
 
 def answer_records(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from kvrep.model.position import Position
 from kvrep.replication.ballots import PrimarySeen
 from kvrep.replication.election import WhyGone
 from kvrep.replication.messages import (
+    PROBES,
+    Confirm,
     Credit,
     FromPrimary,
     Heartbeat,
@@ -34,6 +36,7 @@ from kvrep.replication.messages import (
 from kvrep.replication.receiver import (
     AckNow,
     Action,
+    Answer,
     Append,
     Commit,
     Cut,
@@ -299,6 +302,14 @@ class Replaying:
             )
 
     @property
+    def joined(self) -> tuple[str, int]:
+        """(address, epoch) of the primary whose stream has joined; ("", 0) without one."""
+        receiver, connection = self._receiver, self._connection
+        if receiver is None or connection is None or not receiver.epoch:
+            return "", 0
+        return connection.address, receiver.epoch
+
+    @property
     def bootstrapping(self) -> bool:
         return self._state == "bootstrapping"
 
@@ -324,7 +335,7 @@ class Replaying:
             name=home.name,
             lineage=home.lineage,
             branch=engine.branch,
-            features=("zstd",) if have_zstd() else (),
+            features=(PROBES, "zstd") if have_zstd() else (PROBES,),
             voter=self.options.voter,
             address=self.node.address,
             promised_epoch=home.promised_epoch,
@@ -380,6 +391,9 @@ class Replaying:
                     self.engine.committer.commit_through(offset)
                 case AckNow():
                     ack = True
+                case Answer(number):
+                    promised = self.engine.home.promised_epoch
+                    stream.send(Confirm(round=number, promised_epoch=promised))
                 case Grant(granted):
                     stream.send(Credit(bytes_granted=granted))
                 case Join(welcome):
@@ -390,6 +404,7 @@ class Replaying:
                     self._primary_name, self._primary_id = welcome.name, welcome.store_id
                     self._tell_heard()
                     self._say("streaming")
+                    self.node.knows_primary(welcome.epoch)
                 case MakePromise(epoch, reply):
                     self._promise(stream, epoch, reply)
                 case Cut():
@@ -428,6 +443,7 @@ class Replaying:
     ) -> None:
         sync_now = not more and not self._unsynced_bytes
         self.engine.append(action.first, action.data, sync=sync_now, epoch=receiver.epoch)
+        self.node.ack_timeout_s = self.engine.configuration.ack_timeout_s
         if sync_now:
             self._appended(receiver, stream, connection)
             return
@@ -463,6 +479,7 @@ class Replaying:
                 last=Position(tail.epoch, tail.offset),
                 committed=engine.committer.committed,
                 epochs=engine.epochs,
+                lowered=engine.home.lowered,
             )
         if reply:
             stream.send(answer)

@@ -381,6 +381,8 @@ class Roles:
         found: list[str] = []
         if voter.witness:
             found.append(f"{to} is a witness: it keeps no data")
+        if voter.away:
+            found.append(f"the ack rule goes on without {to}, which may lack acknowledged records")
         if not voter.address:
             found.append(f"{to} does not listen, so nobody could follow it")
         status = next((f for f in shipping.followers() if f.store_id == voter.store_id.hex()), None)

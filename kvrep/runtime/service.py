@@ -13,6 +13,7 @@ from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
 from kvrep.runtime.promoting import (
     Force,
+    answer_lower,
     answer_members,
     answer_promise,
     answer_records,
@@ -50,8 +51,12 @@ class NodeService:
             "keyspaces": self._keyspaces,
             "ask": lambda request: self._coordinator("ask", request),
             "vote": lambda request: self._coordinator("vote", request),
+            "forward": node.forwarded.answer,
+            "forwarded": node.forwarded.settle,
+            "read_position": self._read_position,
             "standing": lambda request: answer_standing(self._node, request),
             "promise": lambda request: answer_promise(self._node, request),
+            "lower": lambda request: answer_lower(self._node, request),
             "records": lambda request: answer_records(self._node, request),
             "members": lambda request: answer_members(self._node, request),
             "changes": lambda request: answer_changes(self._node, request),
@@ -109,7 +114,9 @@ class NodeService:
         name, prefix = self._space(request)
         key = check_key(request.get("key"))
         at_least = _position(request.get("at_least"))
-        self._node.freshen(at_least, request.get("max_staleness_s"), _timeout(request))
+        self._node.freshen(
+            at_least, request.get("max_staleness_s"), _timeout(request), request.get("consistency")
+        )
         return {"value": self._node.engine.view.get(name, prefix, key), "position": str(self._position())}
 
     def _write(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,6 +138,15 @@ class NodeService:
         write = Write(Kind.WRITE, write_payload(ops), size)
         position = self._node.commit(write, _timeout(request), request.get("acks"), request.get("level"))
         return {"position": str(position)}
+
+    def _read_position(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What this primary, confirmed by its voters after the question came, has committed."""
+        node = self._node
+        deadline_s = node.deadline(_timeout(request))
+        if node.shipping is None:
+            node.refuse_follower()
+        node.confirm(deadline_s)
+        return {"position": str(node.engine.committed_position)}
 
     def _promote(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         force = None
@@ -219,7 +235,12 @@ class NodeService:
 
     def scan(self, request: Mapping[str, Any]) -> Iterator[list[tuple[bytes, bytes]]]:
         name, _ = self._space(request)
-        self._node.freshen(_position(request.get("at_least")), request.get("max_staleness_s"), 5.0)
+        self._node.freshen(
+            _position(request.get("at_least")),
+            request.get("max_staleness_s"),
+            5.0 if request.get("timeout_s") is None else _timeout(request),
+            request.get("consistency"),
+        )
         prefix = bytes(request.get("prefix") or b"")
         low = max(prefix, bytes(request.get("start") or b""))
         high = prefix_stop(prefix)

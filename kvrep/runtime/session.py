@@ -20,7 +20,9 @@ from kvrep.replication.join import (
     refusal,
 )
 from kvrep.replication.messages import (
+    PROBES,
     Ack,
+    Confirm,
     Credit,
     Fence,
     FromFollower,
@@ -28,6 +30,7 @@ from kvrep.replication.messages import (
     Heartbeat,
     Hello,
     NeedBootstrap,
+    Probe,
     Promise,
     Refused,
     Segment,
@@ -79,7 +82,13 @@ class FollowerSession:
         self._feeding = False
         """Set when the Welcome is in the outbox: records may follow it."""
         self._heeds_commits = True
+        self._gathering = False
+        """Whether the sender sleeps until it sends all that has moved meanwhile."""
         self._hurry = False
+        self._probes = False
+        """Whether this follower answers a Probe."""
+        self._probed = 0
+        """The newest round that it was asked for."""
         self._asked_epoch = 0
         self.settled_in: Configuration | None = None
         """The configuration in which this follower is what it can be."""
@@ -107,12 +116,17 @@ class FollowerSession:
         return self.hello.store_id if self.hello is not None else b""
 
     def wake(self) -> None:
-        """The log, the commit or an ack moved."""
+        """An ack moved, or the role."""
         self._signal.set()
+
+    def wake_for_write(self) -> None:
+        """The log has grown: wake the sender, unless it lets records gather."""
+        if not self._gathering:
+            self._signal.set()
 
     def wake_for_commit(self) -> None:
         """The commit moved: wake the sender, unless it looks by itself soon."""
-        if self._heeds_commits:
+        if self._heeds_commits and not self._gathering:
             self._signal.set()
 
     def hurry(self) -> None:
@@ -160,6 +174,8 @@ class FollowerSession:
             self._on_credit(message)
         elif type(message) is Hello:
             self._on_hello(message)
+        elif type(message) is Confirm:
+            self._on_confirm(message)
         elif type(message) is Promise:
             if self.progress is None:
                 raise ProtocolError("a promise before the Hello")
@@ -182,6 +198,16 @@ class FollowerSession:
             self._shipping.on_ack(self, ack)
         if self._heeds_commits or sender.wants_heartbeat:
             self._signal.set()
+
+    def _on_confirm(self, message: Confirm) -> None:
+        sender, progress = self._sender, self.progress
+        if sender is None or progress is None:
+            raise ProtocolError("an answer before the join")
+        if message.promised_epoch > sender.epoch:
+            self._shipping.superseded(self.store_id, message.promised_epoch, written=0)
+            return
+        progress.last_heard = time.monotonic()
+        self._shipping.on_confirm(self, message.round)
 
     def _on_credit(self, credit: Credit) -> None:
         if self._sender is None:
@@ -262,8 +288,10 @@ class FollowerSession:
         engine, options = self._engine, self._options
         assert self.progress is not None
         features: tuple[str, ...] = ()
+        if PROBES in hello.features:
+            features, self._probes = (PROBES,), True
         if options.compression == "zstd" and "zstd" in hello.features:
-            features, self._compress = ("zstd",), compressor()
+            features, self._compress = (*features, "zstd"), compressor()
         now = time.monotonic()
         epoch = self._shipping.epoch
         self.progress.join(plan.at, hello.credit_bytes, epoch, now)
@@ -314,6 +342,9 @@ class FollowerSession:
                 if not self._await_join():
                     return None
                 continue
+            if self._probes and self._shipping.probes_wanted > self._probed:
+                self._probed = self._shipping.probing()
+                return Probe(epoch=self._sender.epoch, round=self._probed)
             message = self._step(self._sender)
             if message is not None:
                 return message
@@ -356,8 +387,10 @@ class FollowerSession:
                 return self._heartbeat(sender, now, last, committed, stamp)
             case Dead(reason):
                 raise ProtocolError(reason)
-            case Wait(until):
+            case Wait(until, gathering):
+                self._gathering = gathering  # what moved since we looked goes with what is sent at ``until``
                 self._signal.wait(until - now)
+                self._gathering = False
         return None
 
     def _segment(self, sender: Sender, step: SendSegment, committed: int) -> FromPrimary:

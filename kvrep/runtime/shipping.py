@@ -27,6 +27,8 @@ from kvrep.replication.acks import CommitTracker, Level
 from kvrep.replication.join import voter_change
 from kvrep.replication.messages import Ack, Promise, Refused, SlotState
 from kvrep.replication.promotion import Promotion
+from kvrep.replication.rounds import Rounds
+from kvrep.runtime.degrading import Degrading
 from kvrep.runtime.session import FollowerSession
 from kvrep.runtime.slots import Slots
 from kvrep.runtime.spooling import Spools
@@ -43,7 +45,7 @@ log = logging.getLogger("kvrep.replication")
 
 ASK_S_MAX = 3.0
 """How long an asynchronous primary waits at its start for followers that were voters."""
-ASYNC_LINGER_S = 0.003
+ASYNC_LINGER_S = 0.008
 ADMIT_LAG_RECORDS = 1000
 """How far behind a follower may be to count as caught up: it is made a voter then."""
 
@@ -91,12 +93,18 @@ class Shipping:
         self._replaced = False
         """Whether records of another primary of a higher epoch were seen: this node must fetch them before it
         may go on, as only a whole promotion does."""
+        self._told: Configuration | None = None
+        """The configuration in force when protection was last looked at."""
         self._announced = 0
         """The last offset that followers were told to fetch."""
         self._stopped = False
         # Announces acks to writes that wait for more than the commit rule, and the begin of the epoch.
         self._acked = threading.Condition()
         self._more_waiting = 0
+        self._rounds = Rounds(self.engine.home.store_id)
+        # Announces answers to reads that wait for them, and the end of the epoch. Before ``_lock``.
+        self._confirmed = threading.Condition()
+        self.degrading = Degrading(self)
 
     # -- becoming primary --------------------------------------------------------------------------
 
@@ -165,6 +173,7 @@ class Shipping:
             last=Position(tail.epoch, tail.offset),
             committed=engine.committer.committed,
             epochs=engine.epochs,
+            lowered=engine.home.lowered,
         )
 
     @property
@@ -194,6 +203,63 @@ class Shipping:
         me = self.engine.home.store_id
         voters = self.engine.configuration.voters
         return [v.store_id for v in voters if not v.witness and v.store_id != me and v.store_id not in joined]
+
+    def missing_copies(self) -> int:
+        """How many more copies a user's write needs than can be made now; 0 while this node does not lead."""
+        with self._lock:
+            tracker = self._tracker
+            return tracker.missing(self._joined) if tracker is not None and self.leading else 0
+
+    @property
+    def degrade_after_s(self) -> float:
+        """Of the configuration in force; 0 where there is none."""
+        tracker = self._tracker
+        return tracker.configuration.degrade_after_s if tracker is not None else 0.0
+
+    def go_on_without(self) -> bool:
+        """Order a configuration without the voters whose copies are missing; see ``runtime/degrading.py``.
+
+        False when nobody is missing any more; ``Overloaded`` while another change is under way.
+        """
+        with self._lock:
+            tracker = self._tracker
+            if tracker is None or not self.leading or not tracker.missing(self._joined):
+                return False
+            proposed = tracker.proposed
+            if proposed is not None and proposed[1].away:
+                return True  # of an attempt before, or of the primary before
+            if proposed is not None or (self._configuring is not None and not self._configuring.done):
+                raise Overloaded("another configuration change is not committed yet")
+            old = self.engine.configuration
+            here = {self.engine.home.store_id, *self._joined}
+            lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
+            first = self.engine.committer.committed + 1
+            self._configuring = self.engine.configure(old.without(lost, first))
+        self.engine.committer.kick()
+        return True
+
+    def ready_without(self) -> int:
+        """The offset through which every copy that is left holds what was ordered by :meth:`go_on_without`
+        and the start of this epoch; 0 while they do not."""
+        with self._lock:
+            tracker = self._tracker
+            proposed = tracker.proposed if tracker is not None else None
+            if tracker is None or proposed is None or not proposed[1].away:
+                return 0
+            offset = max(proposed[0], tracker.epoch_start)
+            return offset if tracker.proposed_reached() >= offset else 0
+
+    def effect(self, epoch: int) -> None:
+        """Most voters have stored that what :meth:`go_on_without` ordered is enough: it is in force."""
+        with self._lock:
+            tracker = self._tracker
+            if tracker is None or not self.leading or self.epoch != epoch:
+                return
+            if tracker.proposed is None or not tracker.proposed[1].away:
+                return
+            committed = tracker.effect()
+        if committed > self.engine.committer.committed:
+            self.engine.committer.commit_through(committed)
 
     def take_over(
         self,
@@ -247,6 +313,12 @@ class Shipping:
         session = self._joined.get(store_id)
         progress = session.progress if session is not None else None
         return progress.synced if progress is not None else 0
+
+    def hurry(self, store_id: bytes) -> None:
+        """Tell that follower at once what is committed."""
+        session = self._joined.get(store_id)
+        if session is not None:
+            session.hurry()
 
     def await_ack(self, timeout_s: float) -> None:
         """Wait for the next ack of any follower."""
@@ -328,6 +400,9 @@ class Shipping:
                     f"this node was primary before and waits for the promises of {count} of its voters"
                     f" before it may write again (missing: {names})"
                 )
+                return
+            if promotion.lacks:
+                self._problem = f"records from {promotion.lowered} on were acknowledged without this node"
                 return
             problem = self._ahead(promotion)
             if problem:
@@ -443,7 +518,8 @@ class Shipping:
             with self._lock:
                 if self._stopped:
                     raise Fenced(f"this role of {self.node.label} has ended", epoch=epoch)
-                self._tracker = tracker
+                self._tracker, self._told = tracker, tracker.configuration
+                self._rounds = Rounds(engine.home.store_id)
                 self.fenced = not unfenced
                 self.epoch = epoch
                 self._superseded_by, self._superseded_address, self._replaced = 0, "", False
@@ -468,6 +544,7 @@ class Shipping:
             session.proceed()
         log.info("%s: primary in epoch %d", self.node.label, epoch)
         self.node.tell(EventKind.PRIMARY, epoch=epoch)
+        self.node.knows_primary(epoch)
 
     def complain(self, text: str) -> None:
         """Log something that only people can mend; once, however often it is met."""
@@ -593,10 +670,10 @@ class Shipping:
         with self._lock:
             missing = tracker.missing(self._joined)
             proposed = tracker.proposed
+        if missing:
             needed = tracker.configuration.copies_wanted
             if proposed is not None:
                 needed = max(needed, proposed[1].copies_wanted)
-        if missing:
             raise NotEnoughFollowers(
                 f"the ack rule needs {needed} copies, {needed - missing} can be made now",
                 needed=needed,
@@ -626,7 +703,7 @@ class Shipping:
         """The log has grown: ship before it is flushed here."""
         self._announced = self.engine.tail.offset
         for session in list(self._joined.values()):
-            session.wake()
+            session.wake_for_write()
 
     def _await_epoch(self) -> None:
         """A read of a primary that restarted with records above its commit mark.
@@ -657,6 +734,108 @@ class Shipping:
                     self._acked.notify_all()
         for session in list(self._joined.values()):
             session.wake_for_commit()
+        tracker = self._tracker
+        if tracker is not None and tracker.configuration is not self._told:
+            self._tell_protection(tracker.configuration)
+
+    def _tell_protection(self, configuration: Configuration) -> None:
+        """Another configuration is in force: tell if the rule goes on without voters now, or with all again."""
+        before, self._told = self._told, configuration
+        if before is not None and before.away != configuration.away:
+            first, last = configuration.unprotected[-1] if configuration.unprotected else (0, 0)
+            names = ", ".join(v.name for v in configuration.away)
+            kind = EventKind.DEGRADED if names else EventKind.RESTORED
+            log.warning("%s: %s", self.node.label,
+                        f"writes from {first} on are acknowledged without copies at {names}" if names
+                        else f"all copies count again; {first} to {last} were acknowledged with fewer")  # fmt: skip
+            self.node.tell(kind, name=names, first=first, last=last, epoch=self.epoch)
+
+    @property
+    def started(self) -> bool:
+        """Whether the start of this epoch is committed, and with it all that came before."""
+        tracker = self._tracker
+        return tracker is not None and tracker.committed >= tracker.epoch_start
+
+    # -- linearizable reads ------------------------------------------------------------------------
+
+    def confirm(self, deadline_s: float) -> None:
+        """Return once it is certain that this node was the primary at some moment after the call began, and
+        that all that was committed before is visible here.
+
+        :class:`StaleRead` when that is not known by ``deadline_s``, or never with ``acks=0``;
+        :class:`NotPrimary` when another node is, or may be.
+        """
+        tracker = self._tracker
+        if tracker is None or not self._open:
+            raise self._no_more_primary()
+        if not self.engine.configuration.synchronous or not tracker.configuration.synchronous:
+            raise StaleRead(
+                "linearizable reads need a commit rule that waits for followers, and this store has acks=0",
+                position=self.engine.committed_position,
+                hint='reconfigure(acks="majority"), or read without consistency="linearizable"',
+            )
+        if not self.node.until(
+            lambda: self._stopped or self._tracker is not tracker or self.started, deadline_s
+        ):
+            raise self._unconfirmed("the start of its epoch is not committed yet")
+        with self._lock:
+            rounds = self._rounds
+            number = rounds.ask()
+            sessions = list(self._joined.values())
+        for session in sessions:
+            session.wake()
+        with self._confirmed:
+            while True:
+                with self._lock:
+                    if self._tracker is not tracker or self._stopped:
+                        break
+                    proposed = tracker.proposed
+                    rules = [tracker.configuration, *([proposed[1]] if proposed is not None else [])]
+                    if rounds.confirmed(number, rules):
+                        return
+                left = deadline_s - time.monotonic()
+                if left <= 0:
+                    raise self._unconfirmed("too few voters have confirmed in time that it still is")
+                self._confirmed.wait(min(left, 0.05))
+        raise self._no_more_primary()
+
+    def _unconfirmed(self, why: str) -> StaleRead:
+        return StaleRead(
+            f"this node was the primary, and {why}",
+            position=self.engine.committed_position,
+            hint="allow more time, or see whether another node is primary",
+        )
+
+    def _no_more_primary(self) -> NotPrimary:
+        address = self.primary_address if self._superseded_by else ""
+        return NotPrimary(
+            self._problem or "this node is the primary no more",
+            primary_address=address or None,
+            epoch=self._superseded_by or self.epoch,
+        )
+
+    @property
+    def probes_wanted(self) -> int:
+        """The newest round of questions that somebody waits for."""
+        return self._rounds.wanted
+
+    def probing(self) -> int:
+        """That round; a follower is about to be asked for it."""
+        with self._lock:
+            return self._rounds.sending()
+
+    def on_confirm(self, session: FollowerSession, number: int) -> None:
+        """A follower that has joined has promised no higher epoch, as of a moment after that round began."""
+        with self._lock:
+            if self._joined.get(session.store_id) is not session:
+                return
+            try:
+                fresh = self._rounds.answer(session.store_id, number)
+            except ValueError as error:
+                raise ProtocolError(str(error)) from None
+        if fresh:
+            with self._confirmed:
+                self._confirmed.notify_all()
 
     def shippable(self) -> int:
         return self.engine.tail.offset
@@ -736,8 +915,19 @@ class Shipping:
             except Error as error:
                 log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
                 return
-        what = "becomes a voter" if configuration.voter(hello.store_id) is None else "has moved"
+        voter = configuration.voter(hello.store_id)
+        what = "becomes a voter" if voter is None else "counts again" if voter.away else "has moved"
         log.info("%s: %s %s", self.node.label, hello.name, what)
+        self.engine.committer.kick()
+
+    def _count_myself(self) -> None:
+        """A primary without whose copies the rule went on before, or was about to, has fetched all since."""
+        store_id = self.engine.home.store_id
+        with self._lock:
+            me = self.engine.configuration.voter(store_id)
+            if me is None or not me.away or not self._open or not self._may_configure():
+                return
+            self._configuring = self.engine.configure(self.engine.configuration.with_copy_of(store_id))
         self.engine.committer.kick()
 
     # -- followers ---------------------------------------------------------------------------------
@@ -890,6 +1080,8 @@ class Shipping:
                 session.end()
                 self.left(session, ProtocolError(f"nothing heard from it for {silent_s:.1f} s"))
         self.renew(now)
+        self.degrading.tick(now)
+        self._count_myself()
         if now >= self._unfenced_at and self._promotion is not None:
             self._begin_unfenced()
         self.slots.expire(connected)
@@ -1027,6 +1219,7 @@ class Shipping:
         for session in sessions:
             session.end(Refused(reason="closing", message=f"{self.node.label} is closing"))
         self.engine.committer.on_written = None
+        self.degrading.stop(timeout_s)
         self.spools.close(timeout_s)
         self.slots.save(now=True)
 

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvrep.errors import ClosedError, Error, Overloaded, StorageFailed, StorageFull, again
+from kvrep.errors import ClosedError, Error, NotPrimary, Overloaded, StorageFailed, StorageFull, again
 from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
@@ -46,6 +46,11 @@ def _wall_us() -> int:
 def _as_durable(durable: int) -> int:
     """The rule of a node without followers: what is durable here is committed."""
     return durable
+
+
+def _other_epoch(write: Write) -> NotPrimary:
+    """A forwarded write is for one epoch: in another one, a repeat of it may have been answered already."""
+    return NotPrimary(f"epoch {write.epoch} is over", epoch=write.epoch, primary_address=None)
 
 
 class _Group:
@@ -139,6 +144,8 @@ class Committer:
                 raise again(self.closed)
             if self.no_epoch is not None and write.kind != Kind.EPOCH:
                 raise again(self.no_epoch)
+            if write.origin is not None and write.epoch != self.epoch:
+                raise _other_epoch(write)
             count = len(self._ordered) + len(self._behind) + len(self.pending)
             size = self._queued_bytes + self.pending_bytes + write.size + count * WRITE_OVERHEAD_BYTES
             if size > self.uncommitted_bytes_max and count:
@@ -179,6 +186,8 @@ class Committer:
                 self._queue = deque(entry for entry in self._queue if entry[0] is not owner)
                 return False
             refused = self.closed or self.no_epoch
+            if write is not None and write.origin is not None and write.epoch != self.epoch:
+                refused = refused or _other_epoch(write)
             grant = self._pass_place([write] if write is not None and refused is None else [])
             waiting = bool(self._ordered)
         if write is not None and refused is not None:
@@ -325,6 +334,7 @@ class Committer:
                 or self.rule is not _as_durable
                 or self.on_written is not None
                 or write.kind
+                or write.origin is not None
                 or not epoch
                 or self.closed is not None
             ):
@@ -429,7 +439,7 @@ class Committer:
         frames = []
         for write in group.writes:
             offset += 1
-            frame, running = encode(offset, epoch, now, write.kind, write.payload, running)
+            frame, running = encode(offset, epoch, now, write.kind, write.payload, running, write.origin)
             write.epoch = epoch
             if write.kind:
                 group.special = True

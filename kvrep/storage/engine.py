@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from kvrep.errors import (
     RolledBack,
     StorageFull,
     UnknownOutcome,
+    UpgradeRequired,
     again,
 )
 from kvrep.model.codec import FRAME_BYTES, decode
@@ -254,12 +255,14 @@ class Engine:
             self._note_branch(record.offset, payload["branch"])
             payload = payload["configuration"]
         elif record.kind != Kind.CONFIGURATION:
-            raise ProtocolError(
+            raise UpgradeRequired(
                 f"record {record.offset} is of kind {record.kind}, which this version does not know",
                 hint="upgrade this node first",
+                found=int(record.kind),
+                supported=int(max(Kind)),
             )
         if record.offset > self.configurations[-1][0]:
-            self.configurations.append((record.offset, Configuration.from_wire(payload)))
+            self.configurations.append((record.offset, Configuration.from_wire(payload).at(record.offset)))
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -346,7 +349,7 @@ class Engine:
             self.branches = [b for b in self.branches if b[0] <= last]
             self._note_branch(offset, payload["branch"])
             self.configurations = [c for c in self.configurations if c[0] <= last] or self.configurations[:1]
-            self.configurations.append((offset, Configuration.from_wire(payload["configuration"])))
+            self.configurations.append((offset, Configuration.from_wire(payload["configuration"]).at(offset)))
             committer.write_group()
         if write.error is not None:
             raise again(write.error) if isinstance(write.error, Error) else write.error
@@ -363,7 +366,7 @@ class Engine:
     def _on_special(self, write: Write, offset: int) -> None:
         """A configuration is in the log: it is in force from here on, if not yet committed."""
         if write.kind == Kind.CONFIGURATION and offset > self.configurations[-1][0]:
-            configuration = Configuration.from_wire(write.payload)
+            configuration = Configuration.from_wire(write.payload).at(offset)
             self.configurations.append((offset, configuration))
             self.on_configuration(offset, configuration)
 
@@ -627,8 +630,9 @@ class Engine:
                 return True
         return False
 
-    def _update_state(self, state: State, newest: Table) -> None:
-        """Fill in what LMDB shall say after a flush through ``newest``."""
+    def _update_state(self, state: State, tables: Sequence[Table]) -> None:
+        """Fill in what LMDB shall say after a flush of ``tables``, newest first."""
+        newest = tables[0]
         last = newest.last
         if self.committer.log.synced < last:
             self.sync()
@@ -637,6 +641,8 @@ class Engine:
         state.epochs = self.epochs.cut(last)
         state.configured_at, state.configuration = self.configuration_at(last)
         state.branches = [b for b in self.branches if b[0] <= last]
+        for table in reversed(tables):
+            state.sessions.note_all(table.origins)
         if newest.mark is not None:
             self._compare(state, newest)
 

@@ -35,7 +35,7 @@ class Flusher:
         memtable_bytes: int,
         memtable_bytes_max: int,
         interval_s: float,
-        update: Callable[[State, Table], None],
+        update: Callable[[State, Sequence[Table]], None],
         before: Callable[[], None],
         after: Callable[[], None],
         tick: Callable[[], None],
@@ -211,8 +211,7 @@ class Flusher:
         if not tables:
             return False
         began = self._clock()
-        newest = tables[0]
-        self.tree.flush(self._changes(tables), lambda state: self._update(state, newest), self._breathe)
+        self.tree.flush(self._changes(tables), lambda state: self._update(state, tables), self._breathe)
         self.view.retire(tables)
         self.flushes += 1
         self.flushed_bytes += sum(t.payload_bytes for t in tables)

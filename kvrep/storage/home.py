@@ -37,6 +37,7 @@ from kvrep.errors import (
     StoreInUse,
     UpgradeRequired,
 )
+from kvrep.model.position import ZERO, Position
 from kvrep.replication.promises import Verdict, judge
 from kvrep.storage.log_file import fsync_directory
 
@@ -303,6 +304,23 @@ class Home:
             if verdict is Verdict.NEW:
                 self._identity.store({**self._identity.data, "promised": epoch, "promised_to": store_id})
             return verdict is not Verdict.REFUSED
+
+    @property
+    def lowered(self) -> Position:
+        """See :attr:`kvrep.replication.messages.Promise.lowered`."""
+        return Position(*self._identity.data.get("lowered", ZERO))
+
+    def lower(self, position: Position) -> bool:
+        """Durably note that from ``position`` on fewer copies are enough.
+
+        False when an epoch above the position's has been promised. ``OSError`` when it could not be stored.
+        """
+        with self._promising:
+            if position.epoch < self.promised_epoch:
+                return False
+            if position > self.lowered:
+                self._identity.store({**self._identity.data, "lowered": list(position)})
+            return True
 
     @property
     def lineage(self) -> bytes:

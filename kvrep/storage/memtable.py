@@ -11,6 +11,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from kvrep.model.position import Position
+from kvrep.model.sessions import Origin
+
 __all__ = [
     "ENTRY_OVERHEAD_BYTES",
     "TABLE_BYTES_MAX",
@@ -35,7 +38,7 @@ Entries = dict[bytes, bytes | None]
 class Table:
     """One memtable. While it is active only the publisher writes to it; frozen, it never changes again."""
 
-    __slots__ = ("_sorted", "born_s", "entries", "last", "mark", "payload_bytes", "writes")
+    __slots__ = ("_sorted", "born_s", "entries", "last", "mark", "origins", "payload_bytes", "writes")
 
     def __init__(self, born_s: float) -> None:
         self.entries: Entries = {}
@@ -45,6 +48,8 @@ class Table:
         self.born_s = born_s
         self.writes = 0
         """Write records in it."""
+        self.origins: list[tuple[Origin, Position]] = []
+        """Of the forwarded ones: by whom, and where they are."""
         self.mark: list[Any] | None = None
         """The payload of the digest mark that it ends at, if any: every node cuts a flush there."""
         self._sorted: list[bytes] | None = None
@@ -79,6 +84,7 @@ class Table:
         table.payload_bytes = older.payload_bytes + newer.payload_bytes
         table.last = newer.last
         table.writes = older.writes + newer.writes
+        table.origins = older.origins + newer.origins
         table.mark = newer.mark
         return table
 

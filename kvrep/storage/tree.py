@@ -32,6 +32,7 @@ from kvrep.errors import (
 )
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import EpochTable
+from kvrep.model.sessions import Sessions
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
 from kvrep.storage.log import START, Tail
 
@@ -69,6 +70,8 @@ class State:
     """The last mark at which our digests were compared with the primary's, and equal."""
     diverged: int = 0
     """The first mark at which they were not."""
+    sessions: Sessions = field(default_factory=Sessions)
+    """The forwarded writes among what is contained."""
     logged_in: str = ""
     """The copy (store id and generation) whose own log holds record ``applied``: it must be found there."""
 
@@ -87,6 +90,7 @@ class State:
                 "verified": self.verified,
                 "diverged": self.diverged,
                 "logged_in": self.logged_in,
+                "sessions": self.sessions.to_wire(),
             }
         )
         return data
@@ -107,6 +111,7 @@ class State:
             verified=raw["verified"],
             diverged=raw["diverged"],
             logged_in=raw.get("logged_in", ""),
+            sessions=Sessions.from_wire(raw.get("sessions")),
         )
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 from kvrep.errors import ClosedError, Error, InvalidKeyspace, SnapshotExpired, again
 from kvrep.model.position import Position
 from kvrep.model.record import Kind
+from kvrep.model.sessions import RequestId, Sessions
 from kvrep.storage.memtable import ENTRY_OVERHEAD_BYTES, TABLE_BYTES_MAX, TABLE_ENTRIES_MAX, Table, overlay
 from kvrep.storage.tree import Tree
 
@@ -52,6 +53,8 @@ class View:
         """Newest first; the first one is active, the others never change."""
         self.table_bytes_max: int = TABLE_BYTES_MAX if before is None else before.table_bytes_max
         """Payload at which a table freezes."""
+        self.sessions: Sessions = tree.state.sessions.copy()
+        """The forwarded writes among what is published. Changed under the lock; see :meth:`forwarded`."""
         self.frozen_bytes = 0
         """Memory of the frozen tables, entry overhead counted in."""
         self.on_rotate: Callable[[], None] = lambda: None
@@ -122,6 +125,10 @@ class View:
             for record in records:
                 if record.kind == kind_write:
                     writes += 1
+                    if record.origin is not None:
+                        noted = record.origin, Position(record.epoch, record.offset)
+                        table.origins.append(noted)
+                        self.sessions.note(*noted)
                     payload = record.payload
                     for i in range(0, len(payload), 2):
                         prefix = prefixes.get(payload[i]) or self.prefix(payload[i])
@@ -140,7 +147,8 @@ class View:
                     self._rotate()
                     table, fresh, size, writes = self.tables[0], {}, 0, 0
             self._add(table, fresh, size, writes, records[-1].offset)
-            if len(table) >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
+            entries = max(len(table), len(table.origins))
+            if entries >= TABLE_ENTRIES_MAX or table.payload_bytes >= self.table_bytes_max:
                 self._rotate()
 
     def publish_write(self, write: Any) -> None:
@@ -220,6 +228,7 @@ class View:
             fresh.publish(records)
         with self._lock:
             self.tables, self.last, self.frozen_bytes = fresh.tables, fresh.last, fresh.frozen_bytes
+            self.sessions = fresh.sessions
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -264,6 +273,13 @@ class View:
                 self._snapshots.add(snapshot)
                 return snapshot
         return successor.capture(position, age_max_s)
+
+    def forwarded(self, request: RequestId) -> tuple[Position | None, bool]:
+        """(where that forwarded write is committed, whether it would be known here if it were)."""
+        store_id, session, sequence, since = request
+        with self._lock:
+            found = self.sessions.find(store_id, session, sequence)
+            return found, found is not None or self.sessions.knows(store_id, session, sequence, since)
 
     def _rotate_for_capture(self) -> None:
         """Freeze what is active; small neighbours are joined so that frequent scans keep the list short."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from kvrep.model.position import Position
+from kvrep.model.sessions import Origin
 
 __all__ = ["Inbox", "Write", "complete_all", "tell_again"]
 
@@ -30,7 +31,7 @@ class Write:
 
     __slots__ = (
         "_callbacks", "_waiter", "awaited", "done", "epoch", "error", "inbox", "kind", "lead", "offset",
-        "payload", "size",
+        "origin", "payload", "size",
     )  # fmt: skip
 
     def __init__(self, kind: int, payload: Any, size: int) -> None:
@@ -40,6 +41,9 @@ class Write:
         """Bytes of keys and values, for the bounds on unfinished work."""
         self.offset = 0
         self.epoch = 0
+        """Of a forwarded write that is not logged yet: the only epoch in which it may be."""
+        self.origin: Origin | None = None
+        """Who forwarded it. To be set before the write is put in order."""
         self.error: BaseException | None = None
         self.done = False
         self.lead = False

@@ -1,6 +1,7 @@
 """Makes the golden files of the present formats: ``python tests/golden/make_golden.py``. Old ones are never changed.
 
 ``log-1.log``     one log file, with every kind of record, a transaction over keyspaces and a mark
+``log-1-forwarded.log``  the same with forwarded writes, and a rule that went on with fewer copies
 ``store-1.tar.gz``  the directory of a closed store: data in LMDB, in the log alone, and in several keyspaces
 """
 
@@ -18,6 +19,7 @@ from kvrep.codecs import MSGPACK
 from kvrep.model.codec import RecordEncoder
 from kvrep.model.configuration import Configuration
 from kvrep.model.record import Kind, write_payload
+from kvrep.model.sessions import Origin
 from kvrep.storage.log_file import FileHeader, LogFile
 
 HERE = Path(__file__).parent
@@ -48,8 +50,30 @@ GROUPS = [[1, 2], [3], [4, 5], []]
 """Which records were written together; the last group is a mark."""
 
 
-def write_log(path: Path) -> None:
+DEGRADED = (
+    Configuration(acks=1, ack_timeout_s=2.5, degrade_after_s=1.5)
+    .with_voter(b"s" * 16, "a", "host-a:7400")
+    .with_voter(b"t" * 16, "b", "host-b:7400")
+    .with_voter(b"w" * 16, "w", "host-w:7400", witness=True)
+)
+FORWARDED: list[tuple[int, Any]] = [
+    (Kind.EPOCH, {**RECORDS[0][1], "configuration": DEGRADED.to_wire()}),
+    (Kind.WRITE, write_payload([("default", b"k", b"v")])),
+    (Kind.WRITE, write_payload([("default", b"k", b"w"), ("users", b"u", None)])),
+    (Kind.CONFIGURATION, DEGRADED.without([b"t" * 16], 4).to_wire()),
+    (Kind.CONFIGURATION, DEGRADED.without([b"t" * 16], 4).with_copy_of(b"t" * 16).to_wire()),
+]
+ORIGINS = {2: Origin(b"t" * 16, 0x0123456789ABCD, 7, 5), 3: Origin(b"t" * 16, 0x0123456789ABCD, 8, 8)}
+"""Who forwarded records 2 and 3 of ``log-1-forwarded.log``."""
+LOGS: dict[str, tuple[list[tuple[int, Any]], dict[int, Origin]]] = {
+    "log-1": (RECORDS, {}),
+    "log-1-forwarded": (FORWARDED, ORIGINS),
+}
+
+
+def write_log(path: Path, name: str) -> None:
     """The log file that the present code makes of the above: the same bytes every time."""
+    records, origins = LOGS[name]
     path.write_bytes(b"")
     file = LogFile.start(path, FileHeader(LINEAGE, SALT, 1, 1, 0, 0))
     encode, running, synced = RecordEncoder().encode, 0, 0
@@ -57,8 +81,10 @@ def write_log(path: Path) -> None:
         for group in GROUPS:
             frames = []
             for offset in group:
-                kind, payload = RECORDS[offset - 1]
-                frame, running = encode(offset, EPOCH, 1_700_000_000_000_000 + offset, kind, payload, running)
+                kind, payload = records[offset - 1]
+                frame, running = encode(
+                    offset, EPOCH, 1_700_000_000_000_000 + offset, kind, payload, running, origins.get(offset)
+                )
                 frames.append(frame)
             file.end = file.write_group(
                 frames, sum(map(len, frames)), synced + 1, synced, max(0, synced - 1), sync=False
@@ -84,9 +110,10 @@ def make_store(path: Path) -> None:
 
 
 def main() -> None:
-    log, store = HERE / "log-1.log", HERE / "store-1.tar.gz"
-    if not log.exists():
-        write_log(log)
+    store = HERE / "store-1.tar.gz"
+    for name in LOGS:
+        if not (HERE / f"{name}.log").exists():
+            write_log(HERE / f"{name}.log", name)
     if not store.exists():
         with tempfile.TemporaryDirectory() as folder:
             make_store(Path(folder) / "store")

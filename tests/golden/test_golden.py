@@ -6,20 +6,23 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from make_golden import EPOCH, HERE, LINEAGE, RECORDS, write_log
+from make_golden import EPOCH, FORWARDED, HERE, LINEAGE, LOGS, write_log
 
 import kvrep
 from kvrep.codecs import MSGPACK
 from kvrep.model.codec import decode
+from kvrep.model.configuration import Configuration
 from kvrep.storage.log import START, Run
 from kvrep.storage.recovery import recover
 
 
-def test_the_log_file_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LOGS)
+def test_the_log_file_is_read(tmp_path: Path, name: str) -> None:
     """Every record of the stored log file is recovered as it was written, and nothing has to be cut."""
     directory = tmp_path / "log"
     directory.mkdir()
-    golden = (HERE / "log-1.log").read_bytes()
+    golden = (HERE / f"{name}.log").read_bytes()
+    wanted, origins = LOGS[name]
     (directory / f"{1:016d}.log").write_bytes(golden)
     runs: list[Run] = []
     found = recover(
@@ -29,8 +32,9 @@ def test_the_log_file_is_read(tmp_path: Path) -> None:
     try:
         records, running = decode(b"".join(run.data for run in runs), 1, 0)
         assert [(r.kind, r.payload) for r in records] == [
-            (kind, list(payload) if isinstance(payload, tuple) else payload) for kind, payload in RECORDS
+            (kind, list(payload) if isinstance(payload, tuple) else payload) for kind, payload in wanted
         ]
+        assert {r.offset: r.origin for r in records if r.origin is not None} == origins
         assert [(r.offset, r.epoch, r.time_us) for r in records] == [
             (n, EPOCH, 1_700_000_000_000_000 + n) for n in range(1, 6)
         ]
@@ -42,10 +46,21 @@ def test_the_log_file_is_read(tmp_path: Path) -> None:
         found.log.close()
 
 
-def test_the_log_file_is_still_written_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LOGS)
+def test_the_log_file_is_still_written_so(tmp_path: Path, name: str) -> None:
     """The present code makes the stored bytes of the same records: the format has not changed unnoticed."""
-    write_log(tmp_path / "log")
-    assert (tmp_path / "log").read_bytes() == (HERE / "log-1.log").read_bytes()
+    write_log(tmp_path / "log", name)
+    assert (tmp_path / "log").read_bytes() == (HERE / f"{name}.log").read_bytes()
+
+
+def test_a_lowered_rule_is_read() -> None:
+    """Who was away, from where on, and through which record: as the log says it."""
+    configurations = [
+        Configuration.from_wire(payload).at(n) for n, (_, payload) in enumerate(FORWARDED, 1) if n > 3
+    ]
+    assert [(c.copies, c.unprotected) for c in configurations] == [(1, ((4, 0),)), (2, ((4, 4),))]
+    assert [[v.name for v in c.away] for c in configurations] == [["b"], []]
+    assert configurations[0].degrade_after_s == 1.5
 
 
 @pytest.mark.parametrize("name", ["store-1"])

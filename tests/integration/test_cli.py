@@ -125,6 +125,7 @@ def test_values_that_are_none(parse: Callable[[str], object], text: str) -> None
 def test_every_option_is_a_flag() -> None:
     """``serve`` offers every field of Options, under its name, which ends with its unit."""
     elsewhere = {"name", "listen", "advertise", "follow", "voter", "create", "tls", "token", "coordinator"}
+    elsewhere.add("forward_writes")
     flags = {flag.field: flag for group in OPTION_FLAGS.values() for flag in group}
     assert flags.keys() | elsewhere == {f.name for f in fields(Options)}
     for name, flag in flags.items():

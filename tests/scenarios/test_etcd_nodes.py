@@ -5,7 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import kvrep
 from tests.etcd_kit import EtcdServer, etcd_server, shared_etcd
@@ -21,9 +25,11 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(folder: Path, name: str, address: str, etcd: EtcdServer, cluster: str) -> kvrep.Store:
+def start(
+    folder: Path, name: str, address: str, etcd: EtcdServer, cluster: str, **options: Any
+) -> kvrep.Store:
     choice = kvrep.Etcd(endpoints=[etcd.endpoint], cluster=cluster)
-    return kvrep.open(folder / name, name=name, listen=address, acks=1, coordinator=choice)
+    return kvrep.open(folder / name, name=name, listen=address, acks=1, coordinator=choice, **options)
 
 
 def write(nodes: dict[str, kvrep.Store], key: bytes) -> tuple[str, kvrep.Position]:
@@ -80,6 +86,74 @@ def test_a_primary_goes_on_without_etcd(tmp_path: Path, etcd_server: EtcdServer)
             nodes[name].put(b"n", b"%d" % count)
             count += 1
         assert nodes[name].status().role is kvrep.Role.PRIMARY
+    finally:
+        for store in nodes.values():
+            store.close()
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        pause.wait(0.01)
+
+
+def test_etcd_remembers_that_the_rule_went_on_with_fewer_copies(
+    tmp_path: Path, etcd_server: EtcdServer
+) -> None:
+    """One of two nodes goes on alone with etcd's word, and dies; the other is not promoted, by no way."""
+    addresses = {"a": free_address(), "b": free_address()}
+
+    def begin(name: str) -> kvrep.Store:
+        return start(tmp_path, name, addresses[name], etcd_server, "alone", degrade_after_s=0.5)
+
+    nodes = {name: begin(name) for name in addresses}
+    try:
+        name, position = write(nodes, b"k")
+        other = "b" if name == "a" else "a"
+        nodes[other].wait_for(position, timeout_s=DEADLINE_S)
+        nodes.pop(other).close()
+        until(lambda: nodes[name].status().away, "the rule to go on without the other")
+        nodes[name].put(b"alone", b"v")
+        nodes.pop(name).close()
+
+        nodes[other] = begin(other)
+        coordinator = nodes[other]._node.coordinator
+        until(lambda: "fewer copies" in coordinator.status().problem, "etcd's word")  # type: ignore[union-attr]
+        with pytest.raises(kvrep.UnsafePromotion, match="fewer copies"):
+            nodes[other].promote(timeout_s=10.0)
+        assert nodes[other].status().role is kvrep.Role.FOLLOWER
+
+        nodes[name] = begin(name)
+        who, position = write(nodes, b"again")
+        assert who == name
+        nodes[other].wait_for(position, timeout_s=DEADLINE_S)
+        assert nodes[other][b"alone"] == b"v"
+        until(lambda: not nodes[name].status().away, "protection")
+    finally:
+        for store in nodes.values():
+            store.close()
+
+
+def test_without_etcd_the_rule_stays(tmp_path: Path, etcd_server: EtcdServer) -> None:
+    """etcd is gone, then the other node: nobody agrees to fewer copies, and writes stay refused."""
+    addresses = {"a": free_address(), "b": free_address()}
+    nodes = {
+        name: start(tmp_path, name, address, etcd_server, "none", degrade_after_s=0.3)
+        for name, address in addresses.items()
+    }
+    try:
+        name, _ = write(nodes, b"k")
+        primary = nodes[name]
+        refused = threading.Event()
+        primary.on_event(lambda event: event.kind is kvrep.EventKind.NOT_DEGRADED and refused.set())
+        etcd_server.stop()
+        nodes.pop("b" if name == "a" else "a").close()
+        until(lambda: refused.is_set() or primary.status().role is not kvrep.Role.PRIMARY, "an end")
+        with pytest.raises(kvrep.RefusedError):
+            primary.put(b"l", b"v", timeout_s=0.5)
+        assert primary.status().unprotected == ()
     finally:
         for store in nodes.values():
             store.close()

@@ -9,6 +9,8 @@ import pytest
 from replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 import kvrep
+from kvrep.errors import UpgradeRequired
+from kvrep.model.record import Kind
 from kvrep.storage.write import Write
 
 
@@ -73,8 +75,12 @@ def test_an_unknown_kind_of_record_stops_a_follower(tmp_path: Path) -> None:
             committer.kick()
             p.put(b"k", b"2")
             until(lambda: "upgrade" in b.status().source.problem)
+            assert b.status().source.state == "refused"
             assert b.get(b"k") == b"1"
             assert p.get(b"k") == b"2"
+    with pytest.raises(UpgradeRequired, match="kind 9") as caught:
+        kvrep.open(tmp_path / "a", name="a")
+    assert (caught.value.found, caught.value.supported) == (9, max(Kind))
 
 
 def test_the_epoch_table_and_promise_survive_on_every_node(tmp_path: Path) -> None:

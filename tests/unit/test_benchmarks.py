@@ -22,7 +22,7 @@ def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=300,
     )
     assert done.returncode == code, done.stderr[-4000:]
     return done

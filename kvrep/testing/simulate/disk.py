@@ -62,6 +62,7 @@ class Disk:
         "epochs",
         "full",
         "lineage",
+        "lowered",
         "promised",
         "promised_to",
         "slow",
@@ -74,6 +75,8 @@ class Disk:
         self.promised = 0
         self.promised_to = b""
         self.vote_floor = 0
+        self.lowered = ZERO
+        """From which record on fewer copies may have been enough, as this node was told."""
         self.copy = Copy()
         self.entries: list[Entry] = []
         self.synced = 0
@@ -164,7 +167,7 @@ class Disk:
                 payload = record.payload
             else:
                 continue
-            self.configurations.append((record.offset, Configuration.from_wire(payload)))
+            self.configurations.append((record.offset, Configuration.from_wire(payload).at(record.offset)))
 
     def _renew(self) -> None:
         """What the log says about itself, after its end has moved back."""
@@ -179,6 +182,12 @@ class Disk:
         if self.eio:
             raise OSError(errno.EIO, "input/output error")
         self.promised, self.promised_to = epoch, to
+
+    def lower(self, position: Position) -> None:
+        """Note durably that from there on fewer copies may be enough."""
+        if self.eio:
+            raise OSError(errno.EIO, "input/output error")
+        self.lowered = max(self.lowered, position)
 
     # -- LMDB --------------------------------------------------------------------------------------
 

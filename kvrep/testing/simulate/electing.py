@@ -247,6 +247,7 @@ class Electing:
             node.disk.lineage = node.world.new_lineage()
         return Configuration(
             acks=node.world.settings.acks,
+            degrade_after_s=node.world.settings.degrade_after_s,
             voters=action.founding,
             next_member=max(v.member for v in action.founding) + 1,
         )

@@ -35,6 +35,7 @@ from kvrep.replication.messages import (
 )
 from kvrep.replication.progress import Progress, State
 from kvrep.replication.sender import Dead, Sender, SendHeartbeat, SendSegment, Wait
+from kvrep.testing.simulate.degrading import Degrading
 from kvrep.testing.simulate.node import StorageError
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ class Feeding:
         self._open = False
         self._syncing = False
         self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether this role is over."""
+        return self._stopped
 
     @property
     def leading(self) -> bool:
@@ -126,6 +132,8 @@ class Feeding:
             done()
             return
         self._open = True
+        if node.world.settings.degrade_after_s:
+            Degrading(self).tick()
         self._durable(node.disk.end)
         done()
         node.leave_lead()
@@ -168,11 +176,17 @@ class Feeding:
             new = change(node.disk.configurations[-1][1])
         except ValueError:
             return False
-        if new is None or not self._log(Kind.CONFIGURATION, new.to_wire()):
+        return new is not None and self.log_configuration(new)
+
+    def log_configuration(self, new: Configuration) -> bool:
+        """Whether it was logged; the caller has seen that it may be."""
+        node = self.node
+        if not self._log(Kind.CONFIGURATION, new.to_wire()):
             return False
         node.world.check.configures(node, node.disk.end)
+        names = " ".join(f"({v.name})" if v.away else v.name for v in new.voters)
         node.world.say(node, "changes the configuration at %d: acks=%s, voters %s",
-                       node.disk.end, new.acks, " ".join(v.name for v in new.voters))  # fmt: skip
+                       node.disk.end, new.acks, names)  # fmt: skip
         return True
 
     def reconfigure(self, acks: Acks, voters: tuple[bytes, ...]) -> bool:
@@ -236,6 +250,11 @@ class Feeding:
             return  # cut off from most voters, another node may be primary: acknowledge nothing more
         self._commit(tracker.local_durable(end))
 
+    def effect(self) -> None:
+        """Most voters know that what was proposed is enough: it is in force."""
+        if self.tracker is not None:
+            self._commit(self.tracker.effect())
+
     def _commit(self, committed: int) -> None:
         node, tracker = self.node, self.tracker
         if tracker is None or committed <= node.committed:
@@ -290,8 +309,12 @@ class Feeding:
             self._settle(session, newest)
 
     def _settle(self, session: Session, newest: Configuration) -> None:
-        """Make a follower that has caught up a voter, if it wants to be one."""
-        if newest.voter(session.hello.store_id) is not None or not session.hello.voter:
+        """Make a follower that has caught up a voter, if it wants to be one; or count its copy again."""
+        try:
+            change = voter_change(session.hello, newest)
+        except ValueError:  # its name is another voter's
+            change = None
+        if change is None:
             session.settled_in = newest
         elif self.configure(lambda now: voter_change(session.hello, now)):
             session.settled_in = self.node.disk.configurations[-1][1]

@@ -185,7 +185,7 @@ class Invariants:
     @staticmethod
     def _copies(node: Node, rule: Configuration, through: int) -> None:
         running = node.disk.running_at(through)
-        voters = {v.store_id for v in rule.voters if not v.witness}
+        voters = {v.store_id for v in rule.voters if v.counts}
         holders = [
             n.name
             for n in node.world.nodes.values()
@@ -214,8 +214,10 @@ class Invariants:
         """``node`` has logged a changed configuration at ``offset``: the one before must be committed."""
         if not self.synchronous:
             return
-        for before, _ in node.disk.configurations:
-            if 0 < before < offset and before >= node.disk.first and before not in self.ledger:
+        old: Configuration | None = None
+        for before, rule in node.disk.configurations:
+            new, old = rule != old, rule
+            if new and max(1, node.disk.first) <= before < offset and before not in self.ledger:
                 raise Violation(
                     "one configuration change at a time",
                     f"{node.name} logs one at {offset}; that at {before} is not committed",

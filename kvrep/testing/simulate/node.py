@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrep.model.configuration import Configuration, in_force
+from kvrep.model.position import Position
 from kvrep.replication.election import Standing, without_data
 from kvrep.replication.messages import Hello, Promise, Refused
 from kvrep.replication.promises import Verdict, judge
@@ -189,6 +190,7 @@ class Node:
             rules=(effective, *proposed) if effective.voters else (),
             promised_epoch=disk.promised,
             last=disk.last,
+            lowered=disk.lowered,
             primary_epoch=epoch if epoch >= disk.promised else 0,
             able=self.able,
             witness=self.witness,
@@ -197,10 +199,16 @@ class Node:
 
     def holds_now(self, epoch: int) -> Promise:
         """What the log holds, under a promise of ``epoch``."""
-        if self.witness:
-            return without_data(epoch)
         disk = self.disk
-        return Promise(epoch=epoch, last=disk.last, committed=self.committed, epochs=disk.epochs)
+        if self.witness:
+            return without_data(epoch, disk.lowered)
+        return Promise(
+            epoch=epoch,
+            last=disk.last,
+            committed=self.committed,
+            epochs=disk.epochs,
+            lowered=disk.lowered,
+        )
 
     def hello(self) -> Hello:
         """What it is and holds, all of it synced first: a join counts as an ack of it."""
@@ -337,6 +345,21 @@ class Node:
         if to != self.store_id:
             self.promised(epoch)
         return self.holds_now(epoch)
+
+    def lower(self, position: Position, asker: Node) -> bool:
+        """Agree that from ``position`` on fewer copies are enough: a promise of its epoch, too."""
+        disk = self.disk
+        try:
+            if position.epoch > disk.promised:
+                self.give(position.epoch, asker.store_id)
+                self.promised(position.epoch, asker.name)
+            if position.epoch < disk.promised:
+                return False
+            disk.lower(position)
+        except (OSError, StorageError):
+            return False
+        self.world.say(self, "agrees that from %s on fewer copies are enough", position)
+        return True
 
     def promised(self, epoch: int, to: str = "") -> None:
         """We have promised ``epoch`` to another node: what we do below it is over."""

@@ -33,10 +33,12 @@ def draw_settings(chance: Random) -> Settings:
     elects = chance.random() < 0.6
     names = chance.choice(("abc", "abc", "abc", "abcde", "abcd", "ab", *(("abW", "abcdW") if elects else ())))
     sync: tuple[Acks, ...] = ("majority", "majority", 1, "all", 2 if len(names) > 3 else 1)
+    acks = chance.choice(sync) if chance.random() < 0.92 or not elects else 0
     return Settings(
         names=names,
         observers="x" if chance.random() < 0.3 else "",
-        acks=chance.choice(sync) if chance.random() < 0.92 or not elects else 0,
+        acks=acks,
+        degrade_after_s=chance.choice((0.1, 0.5)) if acks != 0 and chance.random() < 0.25 else 0.0,
         elects=elects,
         segment_bytes_max=chance.choice((120, 300, 1 << 20)),
         credit_bytes=chance.choice((400, 8 << 20)),

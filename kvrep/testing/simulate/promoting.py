@@ -85,7 +85,7 @@ class TakingOver:
         node = self._node
         fetch = None if self._founding is not None else self._promotion.fetch
         if fetch is None:
-            self._begin()
+            self._found_all()
             return
         problem = fetch.problem(
             node.disk.copy.applied.offset, may_drop=not self._fenced or not node.world.synchronous
@@ -142,6 +142,20 @@ class TakingOver:
             self._end("too few have promised under the configuration that was fetched")
         else:
             self._fetch()
+
+    def _found_all(self) -> None:
+        """Nobody that promised is ahead of us: our log holds all that is committed, or we are told otherwise."""
+        node, promotion = self._node, self._promotion
+        if self._fenced and self._founding is None:
+            if not promotion.enough:
+                self._end("too few have promised")
+                return
+            if promotion.lacks:
+                self._end(f"records from {promotion.lowered} on were acknowledged without it")
+                return
+            if node.world.synchronous:
+                node.commit_through(promotion.committed)
+        self._begin()
 
     # -- beginning ---------------------------------------------------------------------------------
 
@@ -212,8 +226,8 @@ class ByHand:
             then(promotion)
 
     def _answered(self, told: Promotion) -> None:
-        if not told.would_be_enough:
-            self._ended("too few voters answer")
+        if not told.would_be_enough or told.would_lack:
+            self._ended("too few voters answer, or they lack acknowledged records")
             return
         node = self._node
         epoch = next_epoch(node, told.highest_seen)

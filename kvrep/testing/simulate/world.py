@@ -27,6 +27,8 @@ class Settings:
     observers: str = ""
     """Nodes beside them that only follow (``voter=False``)."""
     acks: Acks = "majority"
+    degrade_after_s: float = 0.0
+    """How long copies may be missing before the rule goes on without them; 0: for ever."""
     elects: bool = True
     """The quorum coordinator decides who is primary; else people do, by ``promote()``."""
     segment_bytes_max: int = 1 << 20
@@ -53,6 +55,8 @@ class World:
         self.begun: list[tuple[float, str, int]] = []
         """(when, who, epoch) of every epoch start."""
         self.lineages = 0
+        self.degraded = 0
+        """How often a rule went on with fewer copies."""
         self._note = note
         self._values = 0
         for name in settings.names + settings.observers:
@@ -198,7 +202,9 @@ class World:
         """The first node was opened as the primary of a new store, the others with follow=."""
         first = self.first
         first.disk.lineage = self.new_lineage()
-        seed = Configuration(acks=self.settings.acks).with_voter(first.store_id, first.name, first.address)
+        seed = Configuration(
+            acks=self.settings.acks, degrade_after_s=self.settings.degrade_after_s
+        ).with_voter(first.store_id, first.name, first.address)
         assert first.following is not None
         first.following.stop()
         first.following = None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvrep.model.codec import FRAME, FRAME_BYTES, ChainBroken, RecordEncoder, decode, walk
 from kvrep.model.record import Kind, Record, write_payload
+from kvrep.model.sessions import Origin
 
 keyspaces = st.sampled_from(["default", "users", "ä"])
 ops = st.lists(st.tuples(keyspaces, st.binary(max_size=20), st.none() | st.binary(max_size=40)), max_size=5)
@@ -25,14 +26,19 @@ def runs(draw: st.DrawFn) -> list[Record]:
     records = []
     for offset, (step, payload) in enumerate(draw(st.lists(st.tuples(st.integers(0, 3), ops), max_size=5))):
         epoch += step
-        records.append(Record(first + offset, epoch, 1_700_000_000, Kind.WRITE, write_payload(payload)))
+        origin = draw(
+            st.none() | st.builds(Origin, st.just(b"s" * 16), st.integers(0, 2**56), st.just(9), st.just(3))
+        )
+        records.append(
+            Record(first + offset, epoch, 1_700_000_000, Kind.WRITE, write_payload(payload), origin)
+        )
     return records
 
 
 def encode(records: list[Record], running: int = 0) -> tuple[bytes, int]:
     encoder, data = RecordEncoder(), b""
     for record in records:
-        one, running = encoder.encode(*record, running)
+        one, running = encoder.encode(*record[:5], running, record.origin)
         data += one
     return data, running
 
@@ -57,7 +63,26 @@ def test_the_bytes_are_a_msgpack_stream(records: list[Record]) -> None:
     data, _ = encode(records)
     unpacker = msgpack.Unpacker()
     unpacker.feed(data)
-    assert [Record(*body) for body in list(unpacker)[2::3]] == [r._replace(kind=int(r.kind)) for r in records]
+    bodies = [tuple(body) for body in list(unpacker)[2::3]]
+    plain = [tuple(r._replace(kind=int(r.kind))) for r in records]
+    assert bodies == [(*r[:5], list(r[5])) if r[5] is not None else r[:5] for r in plain]
+
+
+def test_a_record_without_an_origin_has_the_bytes_it_always_had() -> None:
+    """Forwarded writes have a sixth element; all other records are as before, and old ones are read."""
+    data, running = RecordEncoder().encode(7, 1001, 5, Kind.WRITE, ["default", [b"k", b"v"]], 99)
+    body = msgpack.packb([7, 1001, 5, 0, ["default", [b"k", b"v"]]])
+    assert data == frame(body, 99)
+    assert decode(data, 7, 99) == ([Record(7, 1001, 5, 0, ["default", [b"k", b"v"]])], running)
+
+
+@pytest.mark.parametrize("origin", [None, 1, [b"s" * 16, 1, 1], [b"s" * 16, 1, 1, 2], [b"s", 1, 1, 1]])
+def test_a_wrong_origin_is_damage(origin: Any) -> None:
+    """A sixth element is an origin or the record is refused; a seventh does not exist."""
+    body = [1, 1001, 5, 0, ["default", [b"k", b"v"]], origin]
+    for wrong in (body, [*body[:5], [b"s" * 16, 1, 1, 1], 0]):
+        with pytest.raises(ChainBroken):
+            decode(frame(msgpack.packb(wrong)), 1, 0)
 
 
 @given(runs(), st.data())

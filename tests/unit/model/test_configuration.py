@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrep.errors import ProtocolError
-from kvrep.model.configuration import Acks, Configuration, Voter
+from kvrep.model.configuration import OPEN, Acks, Configuration, Voter
 from kvrep.model.position import EPOCH_MEMBERS
 
 
@@ -165,3 +166,38 @@ def test_anything_else_on_the_wire_is_refused(data: Any) -> None:
     """from_wire() raises ProtocolError and converts nothing."""
     with pytest.raises(ProtocolError):
         Configuration.from_wire(data)
+
+
+def test_a_rule_goes_on_without_those_who_are_away_and_comes_back() -> None:
+    """The numbers follow; the span is kept, ends before the record that ends it, and survives the log."""
+    full = replace(group(2, 1, 1), degrade_after_s=2.5)
+    assert (full.copies, full.fence, full.away) == (2, 1, ())
+    alone = full.without([b"\x02"], 7)
+    assert (alone.copies, alone.copies_wanted, alone.fence, alone.data_voters) == (1, 1, 1, 1)
+    assert [v.name for v in alone.away] == ["n2"]
+    assert alone.unprotected == ((7, OPEN),)
+    assert alone.without([b"\x02"], 9).unprotected == ((7, OPEN),), "one span"
+    assert alone.at(8) == alone
+    for back in (alone.with_copy_of(b"\x02"), alone.with_all_copies()):
+        assert (back.copies, back.away) == (2, ())
+        assert back.at(20).unprotected == ((7, 19),)
+        wire = msgpack.unpackb(msgpack.packb(back.to_wire()))
+        assert Configuration.from_wire(wire).at(20).unprotected == ((7, 19),)
+    assert alone.without_voter(b"\x02").at(20).unprotected == ((7, 19),)
+    assert Configuration.from_wire(alone.to_wire()) == alone
+    for i in range(40):
+        alone = alone.with_copy_of(b"\x02").at(100 + 2 * i).without([b"\x02"], 101 + 2 * i)
+    assert len(alone.unprotected) == 16
+    assert alone.unprotected[-1] == (179, OPEN)
+
+
+def test_what_is_not_used_leaves_no_trace_in_the_log() -> None:
+    """A configuration without degradation has the bytes that it always had."""
+    assert group(3).to_wire().keys() == {"acks", "ack_timeout_ms", "next_member", "voters"}
+    with pytest.raises(ValueError, match="acks=0"):
+        Configuration(acks=0, degrade_after_s=1)
+    with pytest.raises(ValueError, match="degrade_after_s"):
+        Configuration(acks=1, degrade_after_s=-1)
+    for wrong in ({"unprotected": [[1]]}, {"degrade_after_ms": "x"}, {"away": 7}):
+        with pytest.raises(ProtocolError):
+            Configuration.from_wire({**group(3).to_wire(), **wrong})

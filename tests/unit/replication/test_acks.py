@@ -198,3 +198,25 @@ def test_the_rule_against_its_words(size: int, acks: Acks, start: int, script: l
             and sum(synced.get(v.name, 0) >= o for v in configuration.voters) >= configuration.copies
         ]
         assert tracker.committed == max(allowed, default=0)
+
+
+def test_a_proposal_that_most_voters_know_of_takes_effect_alone() -> None:
+    """The rule before it cannot be met; what its own copies hold is committed, from the epoch start on."""
+    old = group("abC", 1)
+    tracker = CommitTracker(old, b"a", epoch_start=5, committed=3)
+    assert tracker.proposed_reached() == 0
+    tracker.propose(7, old.without([b"b"], 4))
+    assert tracker.local_durable(6) == 3
+    assert tracker.proposed_reached() == 6
+    assert tracker.local_durable(9) == 3
+    assert tracker.proposed_reached() == 9
+    assert tracker.effect() == 9
+    assert tracker.configuration.away
+    assert tracker.proposed is None
+    assert tracker.missing([]) == 0
+    assert tracker.local_durable(10) == 10
+    tracker.propose(12, tracker.configuration.with_copy_of(b"b"))
+    assert tracker.local_durable(13) == 11, "from there on both rules"
+    assert tracker.acked(b"b", 13) == 13
+    assert tracker.missing([]) == 1
+    assert tracker.effect() == 13, "nothing is proposed"

@@ -44,6 +44,56 @@ def joined(node: Node) -> bool:
     return following is not None and following.stream is not None and following.stream.receiver.epoch > 0
 
 
+def written(node: Node) -> set[int]:
+    """The users' writes in its log, by value."""
+    return {int(e.record.payload[1][1]) for e in node.disk.entries if e.record.kind == Kind.WRITE}
+
+
+def away(node: Node) -> bool:
+    """Whether the newest rule in its log goes on without somebody."""
+    return bool(node.disk.configurations[-1][1].away)
+
+
+def degrading(seed: int) -> World:
+    """Two data nodes and a witness, which may go on with fewer copies after half a second."""
+    return World(seed, Settings(names="abW", acks=1, degrade_after_s=0.5))
+
+
+def test_who_was_left_out_is_not_elected() -> None:
+    """b is away, a goes on alone with the witness's word, a dies, b returns: it waits for a."""
+    world = degrading(1)
+    a = world.form()
+    b = next(n for n in followers(world) if not n.witness)
+    kill(world, b.name)
+    assert world.until(lambda: world.degraded, 5.0)
+    value = world.write(a)
+    assert world.until(lambda: value in world.check.acknowledged, 1.0)
+    kill(world, a.name)
+    world.start(b.name)
+    world.run(20.0)
+    assert not world.primaries()
+    assert "without the candidate" in problem(b)
+    world.start(a.name)
+    assert world.until(lambda: value in written(b), 5.0)
+    assert world.until(lambda: a.feeding and not away(a) and a.committed == a.disk.end, 5.0)
+    world.run(0.5)
+    kill(world, a.name)
+    assert world.until(lambda: world.leader() is b, 5.0), "it holds all again"
+
+
+def test_a_minority_does_not_lower_the_rule() -> None:
+    """Without the witness and the other data node nobody agrees: writes stay unacknowledged."""
+    world = degrading(1)
+    leader = world.form()
+    for name in world.nodes:
+        world.isolate(name)
+    value = world.write(leader)
+    assert value
+    world.run(10.0)
+    assert not world.degraded
+    assert value not in world.check.acknowledged
+
+
 def measured(how: str, runs: int, names: str = "abc") -> tuple[list[float], list[float]]:
     """Seconds from the fault to the new epoch, and to the first write acknowledged in it."""
     primary: list[float] = []
@@ -218,9 +268,7 @@ def test_nodes_wiped_empty_never_outvote_the_one_with_the_data(names: str) -> No
     world.start(leader.name)
     world.run(10.0)
     assert world.lineages == 1
-    assert {int(e.record.payload[1][1]) for e in leader.disk.entries if e.record.kind == Kind.WRITE} >= set(
-        values
-    )
+    assert written(leader) >= set(values)
     assert not [n for n in world.primaries() if n.name in wiped]
 
 

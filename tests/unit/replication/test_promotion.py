@@ -189,3 +189,50 @@ def test_the_majority_counts_witnesses(names: str, answers: str, majority: bool)
     for name in answers:
         promotion.on_promise(name.encode(), OWN)
     assert promotion.majority == majority
+
+
+def test_where_the_rule_may_be_lowered_most_voters_must_promise() -> None:
+    """F data voters are not enough: one of most voters knows whether records were acknowledged without them."""
+    rule = replace(group("abC", 1), degrade_after_s=1.0)
+    promotion = Promotion(rule, b"a", 3001, OWN)
+    assert not promotion.would_be_enough
+    assert promotion.missing == ("b", "C")
+    promotion.on_promise(b"c", replace(OWN, last=ZERO, epochs=EpochTable()))
+    assert promotion.enough
+    assert promotion.ready
+
+
+def test_records_that_were_acknowledged_without_us_must_be_here() -> None:
+    """A voter tells from where on: our log, or what we can fetch, must reach there, or into a later epoch."""
+    rule = group("abC", 1)
+    for lowered, lacks in (
+        (Position(2002, 12), False),
+        (Position(2002, 13), True),
+        (Position(1001, 500), False),
+        (Position(2999, 1), True),
+    ):
+        promotion = Promotion(rule, b"a", 3001, OWN)
+        witness = replace(OWN, last=ZERO, epochs=EpochTable(), lowered=lowered)
+        promotion.on_promise(b"c", witness)
+        assert promotion.enough
+        assert promotion.needs_majority
+        assert (promotion.lacks, promotion.would_lack, promotion.ready) == (lacks, lacks, not lacks)
+    promotion = Promotion(rule, b"a", 3001, OWN)
+    promotion.on_promise(b"b", replace(promise(20, E1, E2), lowered=Position(2002, 15)))
+    assert promotion.lacks
+    assert not promotion.would_lack
+    assert promotion.fetch is not None
+    promotion.fetched(promise(20, E1, E2))
+    assert promotion.ready
+
+
+def test_a_voter_that_is_away_counts_for_the_majority_only() -> None:
+    """Its copy is not asked for, its promise is."""
+    rule = replace(group("abC", 1), degrade_after_s=1.0).without([b"b"], 5)
+    promotion = Promotion(rule, b"a", 3001, OWN)
+    assert not promotion.enough
+    promotion.on_promise(b"b", promise(3, E1))
+    assert promotion.enough
+    other = Promotion(rule, b"b", 3001, OWN)
+    other.on_promise(b"c", OWN)
+    assert not other.enough, "only a is known to hold what was acknowledged"

@@ -17,6 +17,7 @@ from kvrep.replication.messages import (
     Heartbeat,
     Hello,
     NeedBootstrap,
+    Probe,
     Refused,
     Segment,
     Truncate,
@@ -25,6 +26,7 @@ from kvrep.replication.messages import (
 from kvrep.replication.receiver import (
     ECHOES_MAX,
     AckNow,
+    Answer,
     Append,
     Commit,
     Cut,
@@ -443,3 +445,21 @@ def test_staleness_is_a_true_bound(script: list[tuple[str, int]], skew: int) -> 
         if staleness_us != float("inf"):
             since = true_us - staleness_us
             assert visible >= max(c for moment, c in history if moment <= since + 0.5)
+
+
+def test_a_probe_is_answered_unless_a_higher_epoch_is_promised() -> None:
+    """A confirmation holds for the stream's own epoch, and never after a promise of another one."""
+    stream = joined()
+    assert stream.on_message(Probe(epoch=1001, round=3), 1.0) == [Answer(3)]
+    stream.promised(2002)
+    actions = stream.on_message(Probe(epoch=1001, round=4), 2.0)
+    assert isinstance(actions[0], Stop)
+    assert actions[0].refused.reason == "superseded"
+
+
+def test_a_probe_where_it_cannot_be_ends_the_stream() -> None:
+    """Before the join, and for another epoch."""
+    with pytest.raises(ProtocolError):
+        receiver().on_message(Probe(epoch=1001, round=1), 0.0)
+    with pytest.raises(ProtocolError):
+        joined().on_message(Probe(epoch=2002, round=1), 0.0)

@@ -111,7 +111,8 @@ def test_asynchronous_segments_keep_a_distance() -> None:
     sender = joined(linger_s=0.001)
     assert sender.next(0.1, last=1, committed=1) == SendSegment(0, 100)
     sender.sent_segment(1, 1, 10, 0.1, 1)
-    assert sender.next(0.1004, last=2, committed=2) == Wait(0.101)
+    assert sender.next(0.1004, last=2, committed=2) == Wait(0.101, gathering=True)
+    assert sender.next(0.1005, last=3, committed=3, hurry=True) == Wait(0.101)
     assert sender.next(0.101, last=5, committed=5) == SendSegment(1, 100)
     sender.sent_segment(2, 5, 10, 0.101, 5)
     assert sender.next(0.2, last=6, committed=6) == SendSegment(5, 100)
@@ -124,7 +125,7 @@ def test_a_follower_that_is_behind_is_not_kept_waiting() -> None:
     sender.sent_segment(1, 8, 100, 0.1, 9)
     assert sender.next(0.1, last=9, committed=9) == SendSegment(8, 100)
     sender.sent_segment(9, 9, 10, 0.1, 9)
-    assert sender.next(0.1, last=10, committed=10) == Wait(0.101)
+    assert sender.next(0.1, last=10, committed=10) == Wait(0.101, gathering=True)
 
 
 def test_a_higher_promise_fences() -> None:

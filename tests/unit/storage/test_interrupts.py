@@ -253,14 +253,15 @@ def test_a_storm_of_interrupts(store_path: Path) -> None:
     assert done.stdout.startswith("DONE")
 
 
-def test_an_interrupted_commit_is_told_to_all(memory_store: Path) -> None:
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.prove)])
+def test_an_interrupted_commit_is_told_to_all(memory_store: Path, step: int) -> None:
     """Who waits by callback learns of a commit whose thread was interrupted, wherever that was."""
     with kvrep.open(memory_store, **OPTIONS) as db:
         db.put(b"first", b"1")
         committer = db._node.engine.committer
         at = 0
         while True:
-            at += 1
+            at += step
             held = committer.committed
             committer.rule = lambda durable, held=held: held
             told: list[kvrep.WriteFuture] = []

@@ -16,11 +16,13 @@ from kvrep.errors import ProtocolError
 from kvrep.model.position import OFFSET_MAX, EpochTable, Position
 from kvrep.replication.messages import (
     Ack,
+    Confirm,
     Credit,
     Fence,
     Heartbeat,
     Hello,
     NeedBootstrap,
+    Probe,
     Promise,
     Refused,
     Segment,
@@ -95,6 +97,7 @@ acks = st.builds(
 from_follower = (
     hellos
     | acks
+    | st.builds(Confirm, round=numbers, promised_epoch=numbers)
     | st.builds(Credit, bytes_granted=numbers)
     | st.builds(Promise, epoch=numbers, last=positions, committed=numbers, epochs=epoch_tables())
 )
@@ -128,6 +131,7 @@ from_primary = (
     | st.builds(Truncate, to=positions, epoch=numbers)
     | st.builds(NeedBootstrap, first=numbers, reason=texts)
     | st.builds(Fence, epoch=numbers)
+    | st.builds(Probe, epoch=numbers, round=numbers)
     | st.builds(Refused, reason=tokens, message=texts, primary_address=texts, epoch=numbers)
 )
 chunks = st.builds(
@@ -378,6 +382,8 @@ GOLDEN = {
         "0200000000000003e90000000000000005000000000000000600000000000000040000000101c1fb3f24"
         + b"records".hex(),
     ),
+    "probe": (Probe(epoch=1001, round=7), "0300000000000003e90000000000000007" + "79b3b329"),
+    "confirm": (Confirm(round=7, promised_epoch=1001), "03000000000000000700000000000003e9" + "0cefceef"),
     "fence": (Fence(epoch=1001), "000000052a0308e90730cb91e8"),
 }
 
@@ -386,5 +392,5 @@ GOLDEN = {
 def test_golden(name: str) -> None:
     """The bytes of a message are the same in every release."""
     message, expected = GOLDEN[name]
-    encode = wire.encode_from_follower if name == "ack" else wire.encode_from_primary
+    encode = wire.encode_from_follower if name in ("ack", "confirm") else wire.encode_from_primary
     assert encode(message).hex() == expected  # type: ignore[operator]
