@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvrep.model.configuration import Configuration
@@ -22,6 +22,7 @@ from kvrep.replication.promises import Verdict, judge
 from kvrep.replication.promotion import Promotion
 from kvrep.replication.receiver import Append, Commit, Receiver
 from kvrep.testing.simulate import feeding, node, promoting
+from kvrep.testing.simulate.degrading import Degrading
 from kvrep.testing.simulate.disk import Disk
 from kvrep.testing.simulate.feeding import Feeding
 from kvrep.testing.simulate.following import Following, Inbound
@@ -165,6 +166,18 @@ def _no_fetch() -> list[Change]:
     ]
 
 
+def _lowered_in_silence() -> list[Change]:
+    return [(Degrading, "_ask", lambda self, what, then: then())]
+
+
+def _lowered_forgotten() -> list[Change]:
+    return [(Promotion, "lacks", property(lambda self: False)), (Node, "standing", _unlowered(Node.standing))]
+
+
+def _unlowered(standing: Callable[[Node], Standing]) -> Callable[[Node], Standing]:
+    return lambda self: replace(standing(self), lowered=ZERO)
+
+
 # -- joins -----------------------------------------------------------------------------------------
 
 
@@ -276,6 +289,12 @@ PLANTS: dict[str, Plant] = {
     ),
     "configure-too-early": Plant(
         "a configuration changes before the epoch start is committed", _configure_too_early
+    ),
+    "lowered-in-silence": Plant(
+        "a rule goes on with fewer copies before most voters know", _lowered_in_silence
+    ),
+    "lowered-forgotten": Plant(
+        "a promotion does not ask since when fewer copies may have been enough", _lowered_forgotten
     ),
     "empty-log-refused": Plant(
         "a follower that lost its first stream before its first record is refused (once real)",

@@ -217,7 +217,8 @@ class Invariants:
         old: Configuration | None = None
         for before, rule in node.disk.configurations:
             new, old = rule != old, rule
-            if new and max(1, node.disk.first) <= before < offset and before not in self.ledger:
+            # The first record of all is the founding: no other rule was ever in force before it.
+            if new and max(2, node.disk.first) <= before < offset and before not in self.ledger:
                 raise Violation(
                     "one configuration change at a time",
                     f"{node.name} logs one at {offset}; that at {before} is not committed",

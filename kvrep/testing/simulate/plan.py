@@ -53,9 +53,10 @@ def live(world: World) -> None:
     else:
         world.form()
     world.writing(WRITE_EVERY_S)
+    pauses = PAUSES_S + ((1.2, 1.2) if world.settings.degrade_after_s else ())
     for _ in range(world.chance.randint(*FAULTS)):
         faults.strike()
-        world.run(world.chance.choice(PAUSES_S))
+        world.run(world.chance.choice(pauses))
     faults.heal()
     _get_well(world)
 
@@ -117,6 +118,8 @@ class Faults:
         self.chance = world.chance
         kinds = self._kinds()
         names = self.chance.sample(sorted(kinds), self.chance.randint(4, 9))
+        if world.settings.degrade_after_s:
+            names += ["kill", "isolate"]
         chosen = [*names, "start", "mend", "flush", *([] if world.elects else ["promote", "promote"])]
         self._chosen = [kinds[name] for name in chosen for _ in range(kinds[name].weight)]
         world.network.twice = self.chance.choice((0.0, 0.1))
