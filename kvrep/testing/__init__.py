@@ -12,6 +12,7 @@
     storecheck   one store: do log, LMDB and digests agree?
     crash        what a disk may hold after a power loss, at every point of a workload
                  (trace, disk: what was recorded, and the model it is played back on; crashcheck: the workers)
+    simulate     whole clusters in virtual time, driven by one seed: python -m kvrep.testing.simulate
 
 Nothing in kvrep imports from here. ``pip install kvrep[testing]`` brings what it needs.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import deque
@@ -34,11 +35,26 @@ examples:
   {PROGRAM} --list-plants              faults to plant in the code under test
   {PROGRAM} --plant no-fetch           does the simulation find that one?
 
-exit code: 0 no promise was broken, 1 one was (also with --plant: then that is the aim), 2 wrong usage"""
+exit code: 0 no promise was broken, 1 one was (also with --plant: then that is the aim), 2 wrong usage,
+130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (
+        BrokenPipeError
+    ):  # nobody reads on, such as `head`; nor shall the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.list_plants:

@@ -106,11 +106,6 @@ class Invariants:
                     f"{node.name} cuts its log after {to}, and {entry.record.position} was committed",
                 )
 
-    def never_shipped(self, entries: Iterable[Entry]) -> None:
-        """A primary's own records that a full disk refused were never there."""
-        for entry in entries:
-            self._written.pop(entry.record.position, None)
-
     def joined(self, follower: Node, primary: Node, at: int) -> None:
         """A join was verified at ``at``: there, both hold the same history."""
         theirs, ours = follower.disk.running_at(at), primary.disk.running_at(at)
