@@ -51,6 +51,8 @@ class Invariants:
         """What any primary ever took for committed, by offset."""
         self.acknowledged: dict[int, tuple[float, int]] = {}
         """(when, epoch) of every write that returned, by its value."""
+        self.newest = (0.0, 0)
+        """The last of them."""
         self._end = 0
         self._written: dict[Position, int] = {}
         self._begun: dict[int, _Begun] = {}
@@ -148,7 +150,8 @@ class Invariants:
             entry = node.disk.entry(offset)
             assert entry is not None
             if entry.record.kind == Kind.WRITE and entry.record.epoch == epoch:
-                self.acknowledged[int(entry.record.payload[1][1])] = (node.world.time.now, epoch)
+                self.newest = (node.world.time.now, epoch)
+                self.acknowledged[int(entry.record.payload[1][1])] = self.newest
             if self.synchronous:
                 self._commits(node, epoch, entry)
         if not self.synchronous:

@@ -72,7 +72,7 @@ def _form_in_trouble(world: World, faults: Faults) -> None:
 
 
 def _get_well(world: World) -> None:
-    """One primary, a write of its own acknowledged, all logs equal, nothing acknowledged missing."""
+    """One primary, a write of its own acknowledged, all follow it, nothing acknowledged missing."""
     healed = world.time.now
 
     def well() -> bool:
@@ -81,8 +81,8 @@ def _get_well(world: World) -> None:
             return False
         if len(world.primaries()) != 1:
             return False
-        newest = max(world.check.acknowledged.values(), default=(0.0, 0))
-        if newest[0] <= healed or newest[1] != leader.primary_epoch:
+        moment, epoch = world.check.newest
+        if moment <= healed or epoch != leader.primary_epoch:
             return False
         return all(n.disk.last.epoch == leader.primary_epoch and n.committed for n in world.data_nodes())
 
