@@ -317,6 +317,17 @@ class Core:
             # A position of an epoch that is not here yet may need records at or below its offset.
             await self._until_moved(max(offset, node.engine.view.last + 1), min(left, LOOK_UP_S))
 
+    @property
+    def withheld(self) -> bool:
+        """Whether reads wait, because this primary has restarted and cannot tell yet what is committed."""
+        return self.node.engine.view.withheld is not None
+
+    async def revealed(self) -> None:
+        """Wait for the end of that beside the loop. ``StaleRead`` after ``ack_timeout_s``."""
+        wait = self.node.engine.view.withheld
+        if wait is not None:
+            await self.read(wait)
+
     async def freshen(self, max_staleness_s: float, timeout_s: float) -> None:
         """Before a read on a follower: have it ask its primary if this copy may be too old."""
         replaying = self.node.replaying

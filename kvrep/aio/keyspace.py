@@ -75,6 +75,8 @@ class Keyspace(Generic[V]):
             await self._core.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
         if max_staleness_s is not None:
             await self._core.freshen(max_staleness_s, 1.0 if timeout_s is None else timeout_s)
+        if self._core.withheld:
+            await self._core.revealed()
         return self._plain.get(key, default)
 
     async def _linearize(self, consistency: sync.Consistency, timeout_s: float | None = None) -> None:
@@ -86,10 +88,16 @@ class Keyspace(Generic[V]):
         return self._item(key)
 
     async def _item(self, key: bytes) -> V:
+        if self._core.withheld:
+            await self._core.revealed()
         return self._plain[key]
 
     def __contains__(self, key: object) -> bool:
-        """``key in keyspace``, without await: a point read."""
+        """``key in keyspace``, without await: a point read.
+
+        On a primary that has just restarted it holds the loop until the start of its epoch is committed;
+        ``await get`` does not.
+        """
         return key in self._plain
 
     async def count(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import random
+import shutil
 import threading
 import time
 import weakref
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replication_kit import FAST, voters
 
 import kvrep
 import kvrep.aio
@@ -592,5 +595,43 @@ def test_a_forked_child_is_told(store_path: Path) -> None:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             await db.put(b"k", b"w")
             assert await db.get(b"k") == b"w"
+
+    asyncio.run(main())
+
+
+def test_a_restarted_primary_does_not_hold_the_loop(tmp_path: Path) -> None:
+    """While it cannot tell yet which of its last writes count, a read waits and the loop goes on."""
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p:
+        with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST):
+            voters(p, "a", "b")
+            p.reconfigure(ack_timeout_s=0.5)
+            p.put(b"k", b"v")
+            shutil.copytree(tmp_path / "a", tmp_path / "crashed")  # as kill -9 would have left it
+
+    async def main() -> None:
+        async with kvrep.aio.open(tmp_path / "crashed", name="a", listen="127.0.0.1:0", **FAST) as again:
+            beats = 0
+
+            async def beat() -> None:
+                nonlocal beats
+                while True:
+                    beats += 1
+                    await asyncio.sleep(0.001)
+
+            beating = asyncio.create_task(beat())
+            for read in (again.get(b"k"), again[b"k"]):
+                before = beats
+                with pytest.raises(kvrep.StaleRead, match="cannot tell yet"):
+                    await read
+                assert beats - before > 20
+            reading = asyncio.create_task(again.get(b"k", timeout_s=WAIT_S))
+            beating.cancel()
+            address = again.address
+            opening = asyncio.to_thread(kvrep.open, tmp_path / "b", name="b", follow=address, **FAST)
+            with await opening:
+                with contextlib.suppress(kvrep.StaleRead):
+                    assert await reading == b"v"
+                await until(lambda: not again._core.withheld, "the epoch start is not committed")
+                assert await again.get(b"k") == b"v"
 
     asyncio.run(main())
