@@ -176,7 +176,10 @@ class Feeding:
             new = change(node.disk.configurations[-1][1])
         except ValueError:
             return False
-        return new is not None and self.log_configuration(new)
+        if new is None or not self.log_configuration(new):
+            return False
+        node.world.check.changes_rules(node, self.epoch, self.start)
+        return True
 
     def log_configuration(self, new: Configuration) -> bool:
         """Whether it was logged; the caller has seen that it may be."""

@@ -195,7 +195,7 @@ class Invariants:
             raise Violation(
                 "a commit has its copies",
                 f"{node.name} commits {through}, which needs {rule.copies} copies on the disks of voters;"
-                f" only {', '.join(holders) or 'nobody'} has it",
+                f" it is on those of {', '.join(holders) or 'nobody'}",
             )
 
     def shows(self, node: Node, through: int) -> None:
@@ -221,6 +221,14 @@ class Invariants:
                     "one configuration change at a time",
                     f"{node.name} logs one at {offset}; that at {before} is not committed",
                 )
+
+    def changes_rules(self, node: Node, epoch: int, start: int) -> None:
+        """The primary of ``epoch`` has changed the configuration, in a way that needs no hurry."""
+        if self.synchronous and start not in self.ledger:
+            raise Violation(
+                "an epoch begins before it changes rules",
+                f"{node.name} changes the configuration, and the start of epoch {epoch} is not committed",
+            )
 
     # -- after every step --------------------------------------------------------------------------
 
