@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import kvrep
+from kvrep.errors import StorageFull
+from kvrep.storage.engine import Engine
 
 DEADLINE_S = 20.0
 
@@ -89,6 +91,31 @@ def test_nodes_started_empty_form_one_group(group: Callable[..., Group]) -> None
     assert len({s.lineage for s in statuses}) == 1
     assert [s.name for s in statuses if s.role is kvrep.Role.PRIMARY] == [name]
     assert all(sorted(s.voters) == ["a", "b", "c"] and s.acks == "majority" for s in statuses)
+
+
+def test_a_group_whose_first_record_could_not_be_stored_is_founded_again(
+    group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The founder has made the lineage, and its disk is full just then: it tries again, and all join."""
+    three = group("abc")
+    honest, failures = Engine.start_epoch, [StorageFull("no disk space"), OSError("no promise")]
+
+    def full(self: Engine, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(Engine, "start_epoch", full)
+    for name in "abc":
+        three.start(name)
+
+    _, position = three.write(b"k", b"v")
+
+    assert not failures
+    for store in three.nodes.values():
+        store.wait_for(position, timeout_s=DEADLINE_S)
+        assert store[b"k"] == b"v"
+    assert len({store.status().lineage for store in three.nodes.values()}) == 1
 
 
 def test_a_lone_node_waits_for_its_peers(group: Callable[..., Group]) -> None:
