@@ -12,6 +12,7 @@ from typing import Any
 
 import kvrep
 from kvrep.testing.cluster import Cluster
+from kvrep.testing.embedded import EmbeddedNode
 from kvrep.testing.history import Call
 from kvrep.testing.nodes import ClusterNode, LocalNode, ProcessNode
 
@@ -27,7 +28,8 @@ class Clients:
 
     def __init__(self, cluster: Cluster, *, count: int, keys: int, seed: int) -> None:
         self._cluster = cluster
-        self._keys = [b"k%02d" % i for i in range(keys)]
+        self.keys = [b"k%02d" % i for i in range(keys)]
+        """What is written to; may be replaced by other keys at any time."""
         self._stop = threading.Event()
         self.acknowledged = itertools.count()
         """Advanced by every acknowledged write; ``acked`` is its value."""
@@ -49,9 +51,12 @@ class Clients:
             for number in itertools.count():
                 if self._stop.is_set():
                     return
-                key = chance.choice(self._keys)
+                key = chance.choice(self.keys)
                 value = b"%s-%d" % (name.encode(), number)
-                if isinstance(node, LocalNode) and chance.random() < 0.2:
+                if chance.random() < 0.2:
+                    self._get(name, node, key, known)
+                    continue
+                if isinstance(node, LocalNode | EmbeddedNode) and chance.random() < 0.25:
                     done = self._swap(name, node, key, known.get(key), value)
                 else:
                     done = self._put(name, node, key, value)
@@ -65,25 +70,38 @@ class Clients:
             self.problems.append(error)
             raise
 
+    def _get(self, name: str, node: ClusterNode, key: bytes, known: dict[bytes, bytes]) -> None:
+        """A linearizable read; a read that fails has told nothing."""
+        call = self._cluster.history.begin(name, "get", key, node=node.name)
+        try:
+            value = node.get(key, consistency="linearizable", timeout_s=1.0, **_patience(node))
+        except kvrep.Error:
+            call.refused()
+            return
+        call.done(value=value)
+        if value is not None:
+            known[key] = value
+
     def _put(self, name: str, node: ClusterNode, key: bytes, value: bytes) -> bool:
         call = self._cluster.history.begin(name, "put", key, value, node=node.name)
         try:
-            position = node.put(key, value)
+            position = node.put(key, value, **_patience(node))
         except Exception as error:
             return _failed(call, error)
         call.done(position=position)
         return True
 
-    def _swap(self, name: str, node: LocalNode, key: bytes, expected: bytes | None, value: bytes) -> bool:
+    def _swap(self, name: str, node: Any, key: bytes, expected: bytes | None, value: bytes) -> bool:
         call = self._cluster.history.begin(name, "cas", key, value, expected=expected, node=node.name)
         try:
-            position = node.store.compare_and_set(key, expected=expected, value=value)
+            position = node.compare_and_set(key, expected=expected, value=value, **_patience(node))
         except Exception as error:
             return _failed(call, error)
         if position is None:  # on a primary that was replaced just now this says nothing
             call.refused()
             return True
-        node.acknowledged.append(position)
+        if isinstance(node, LocalNode):
+            node.acknowledged.append(position)
         call.done(position=position)
         return True
 
@@ -94,6 +112,11 @@ class Clients:
             assert not thread.is_alive(), "a client hangs"
         if self.problems:
             raise self.problems[0]
+
+
+def _patience(node: ClusterNode) -> dict[str, Any]:
+    """A node that stands still must not hold up a client for long."""
+    return {"within_s": 2.0} if isinstance(node, EmbeddedNode) else {}
 
 
 def _failed(call: Call, error: Exception) -> bool:

@@ -242,7 +242,8 @@ def in_force(
 
     ``logged``: (offset, configuration) as the log holds them, at least one. The commit mark lags, so what
     lies above ``committed`` is taken for uncommitted. Nobody proposes before the one before is committed:
-    only the last one can be uncommitted, and the one before it is in effect.
+    only the last one can be uncommitted, and the one before it is in effect. (One that goes on without voters
+    may stand behind another; then it alone comes into force, or all do.)
     """
     distinct: list[tuple[int, Configuration]] = []
     for offset, configuration in logged:

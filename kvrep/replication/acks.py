@@ -84,7 +84,7 @@ class CommitTracker:
         """
         self._self = store_id
         self._effective = _Rule(configuration, store_id)
-        self._proposed: tuple[int, _Rule] | None = None
+        self._proposed: list[tuple[int, _Rule]] = []
         self._durable = 0
         self._synced: dict[bytes, int] = {}
         self._others: dict[bytes, tuple[int, int]] = {}
@@ -111,15 +111,15 @@ class CommitTracker:
 
     def _advance(self) -> int:
         reached = min(self._durable, self._effective.reached(self._synced))
-        proposed = self._proposed
-        if proposed is not None and reached >= proposed[0]:
-            both = min(reached, proposed[1].reached(self._synced))
-            reached = max(both, proposed[0] - 1)
+        for offset, rule in self._proposed:
+            if reached < offset:
+                break
+            reached = max(min(reached, rule.reached(self._synced)), offset - 1)
         if reached <= self.committed or reached < self.epoch_start:
             return self.committed
         self.committed = reached
-        if proposed is not None and reached >= proposed[0]:
-            self._effective, self._proposed = proposed[1], None
+        if self._proposed and reached >= self._proposed[0][0]:
+            self._effective = self._proposed.pop(0)[1]
             return self._advance()
         return reached
 
@@ -133,25 +133,27 @@ class CommitTracker:
     def propose(self, offset: int, configuration: Configuration) -> None:
         """The log holds a new configuration at ``offset``. Call it before that offset can commit.
 
-        ``ValueError`` when another is not committed yet, or the offset is committed already.
+        ``ValueError`` when another is not committed yet, or the offset is committed already. One that goes on
+        without voters may stand behind others, which perhaps can never commit.
         """
-        if self._proposed is not None:
-            raise ValueError(f"the configuration at {self._proposed[0]} is not committed yet")
+        if self._proposed and not configuration.away:
+            raise ValueError(f"the configuration at {self._proposed[-1][0]} is not committed yet")
         if offset <= self.committed:
             raise ValueError(f"offset {offset} is committed already")
-        self._proposed = (offset, _Rule(configuration, self._self))
+        self._proposed.append((offset, _Rule(configuration, self._self)))
 
     def proposed_reached(self) -> int:
-        """How far the proposed rule by itself would let us commit; 0 without one."""
-        if self._proposed is None:
+        """How far the newest proposed rule by itself would let us commit; 0 without one."""
+        if not self._proposed:
             return 0
-        return min(self._durable, self._proposed[1].reached(self._synced))
+        return min(self._durable, self._proposed[-1][1].reached(self._synced))
 
     def effect(self) -> int:
-        """The proposed configuration takes effect although the rule before it was not met, because most
-        voters have stored that it may; returns what is committed now."""
-        if self._proposed is not None:
-            self._effective, self._proposed = self._proposed[1], None
+        """The newest proposed configuration takes effect although the rules before it were not met, because
+        most voters have stored that it may; returns what is committed now."""
+        if self._proposed:
+            self._effective = self._proposed[-1][1]
+            self._proposed.clear()
             return self._advance()
         return self.committed
 
@@ -159,7 +161,7 @@ class CommitTracker:
     def may_propose(self) -> bool:
         """Whether a new configuration may be logged: none is on its way, and this epoch's start, hence every
         configuration before it, is committed."""
-        return self._proposed is None and self.committed >= self.epoch_start
+        return not self._proposed and self.committed >= self.epoch_start
 
     @property
     def configuration(self) -> Configuration:
@@ -168,8 +170,13 @@ class CommitTracker:
 
     @property
     def proposed(self) -> tuple[int, Configuration] | None:
-        """(offset, configuration) of the one that is not committed yet."""
-        return None if self._proposed is None else (self._proposed[0], self._proposed[1].configuration)
+        """(offset, configuration) of the newest one that is not committed yet."""
+        return (self._proposed[-1][0], self._proposed[-1][1].configuration) if self._proposed else None
+
+    @property
+    def rules(self) -> tuple[Configuration, ...]:
+        """The one in effect, and those that are not committed yet."""
+        return (self._effective.configuration, *(rule.configuration for _, rule in self._proposed))
 
     # What the door asks before a user's write is logged.
 
@@ -177,8 +184,8 @@ class CommitTracker:
         """How many more copies a user's write needs than this node and ``connected`` can make."""
         stores = {self._self, *connected}
         missing = self._effective.missing(stores)
-        if self._proposed is not None:
-            missing = max(missing, self._proposed[1].missing(stores))
+        for _, rule in self._proposed:
+            missing = max(missing, rule.missing(stores))
         return missing
 
     def writable(self, connected: Collection[bytes]) -> bool:

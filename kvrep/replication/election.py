@@ -128,14 +128,12 @@ class Standing:
     """False: it bootstraps, restarted behind what it acknowledged, or its disk failed. It must not become
     primary by itself, and its promise says nothing about what it has stored, so it gives none."""
     witness: bool = False
-    founding: bool = False
-    """It made its lineage itself, to found a group, and stopped before the first record of it was safe: nobody
-    belongs to it."""
 
     @property
     def empty(self) -> bool:
-        """Whether it holds nothing and belongs to no group."""
-        return (not self.lineage or self.founding) and self.last == ZERO and not self.rules
+        """Whether it holds nothing. A node with a lineage and no record has begun a group, or was about to
+        join one, and was interrupted; a witness has no records, so its lineage says all."""
+        return self.last == ZERO and not self.rules and not (self.witness and self.lineage)
 
     @property
     def voter(self) -> Voter | None:
@@ -549,7 +547,7 @@ class Election:
             last=own.last,
             gone=self._gone,
             begun=begun,
-            peers=self._list() if own.empty else (),
+            peers=self._list() if own.empty or own.witness else (),
         )
         return Ask(to=to, question=question, asked_at=now, number=self._number)
 
@@ -710,9 +708,19 @@ class Election:
         All listed peers must answer, be empty and have the same list; then the one with the first name (no
         witness) asks **all** of them for their promise. A peer that has a lineage ends that for good: an
         empty node then waits for its primary and joins as a non-voter. So nodes that were wiped never
-        outvote the one that holds the data.
+        outvote the one that holds the data: they are other stores, which no configuration lists.
+
+        One that is listed and empty has never had anything (what it confirmed and lost would make it unable):
+        its promise is as good as any. Without it a founder that failed before anybody had joined could
+        never lead again.
         """
-        held = sorted(name for name, a in self._answers.items() if a.lineage)
+        # Who has our own lineage without a record is from an attempt of ours that was interrupted.
+        ours = self.own.lineage
+        held = sorted(
+            name
+            for name, a in self._answers.items()
+            if a.lineage and not (a.lineage == ours and (a.empty or a.witness))
+        )
         if held:
             return self._later(now, f"{held[0]} belongs to a group already; waiting for its primary, to join")
         if self._needs_permit or not self.peers:
@@ -727,7 +735,7 @@ class Election:
                 return self._later(now, f"the node at the address of {name} is named {answer.name!r}")
             if answer.peers != self._list():
                 return self._later(now, f"{name} was given another list of peers")
-            if not answer.empty:
+            if not answer.empty and not answer.lineage:
                 return self._later(now, f"{name} holds data without a group")
         return self._found_now(now)
 
@@ -797,7 +805,7 @@ class Election:
             store_id=own.store_id,
             name=own.name,
             address=own.address,
-            lineage=b"" if self._founding else own.lineage,
+            lineage=own.lineage,
             peers=self._list() if self._founding else (),
         )
         to = self._others() if len(self._founding) > 1 else () if self._founding else self._voters()
@@ -1009,13 +1017,13 @@ class Election:
             witness=own.witness,
             empty=own.empty,
             alive=self.alive(now),
-            peers=self._list() if own.empty else (),
+            peers=self._list() if own.empty or own.witness else (),
         )
 
     def _would(self, question: Question, now: float) -> tuple[bool, str]:
         own = self.own
-        if not own.lineage and not self._promised_founding_with(question.name):
-            return False, "this node is empty"
+        if not own.lineage and not own.empty:
+            return False, "this node holds data without a group"
         if not own.able and not own.witness:
             return False, "this node's copy is not whole"
         alive = self.alive(now)
@@ -1076,27 +1084,18 @@ class Election:
         if request.epoch < own.promised_epoch:
             return f"epoch {own.promised_epoch} was promised here"
         if not request.lineage:
-            if not own.empty:
+            if own.lineage or not own.empty:
                 return "this node belongs to a group already"
             if request.peers != self._list():
                 return "this node was given another list of peers"
-        elif request.lineage != own.lineage and not self._promised_founding_with(request.name):
-            return "this node is empty" if not own.lineage else "this node belongs to another group"
+        elif request.lineage != own.lineage and (own.lineage or not own.empty):
+            return "this node belongs to another group"
         if not own.able and not own.witness:
             return "this node's copy is not whole"
         alive = self.alive(now)
         if alive is not None and alive.store_id != request.store_id and not request.planned:
             return f"{alive.name} is primary, and alive"
         return GivePromise(epoch=request.epoch, to=request.store_id)
-
-    def _promised_founding_with(self, name: str) -> bool:
-        """Whether this empty node helped to found the group of that peer, and heard no more of it.
-
-        It is a voter then, and has never stored anything that its promise could hide: who confirms a record
-        has a lineage. A node that was wiped has promised nothing, and another store id.
-        """
-        own = self.own
-        return own.empty and not own.lineage and own.promised_epoch > 0 and name in self.peers
 
     def gave_promise(self, epoch: int, to: bytes, now: float) -> list[Action]:
         """This node has durably promised ``epoch`` to another store, to which we now leave time."""

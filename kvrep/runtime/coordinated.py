@@ -62,7 +62,6 @@ class CoordinatedNode:
             primary_epoch=primary_epoch if primary_epoch >= promised else 0,
             able=self._able(),
             witness=self._witness,
-            founding=tail.offset == 0 and bool(home.lineage) and home.promised_to == home.store_id,
         )
 
     def _able(self) -> bool:
@@ -110,10 +109,10 @@ class CoordinatedNode:
             )
 
     def _founding(self, order: BecomePrimary) -> Configuration:
-        """Make the lineage and the first configuration of a new group."""
+        """Make the lineage (unless an earlier attempt has) and the first configuration of a new group."""
         node = self._node
         options = node.options
-        if not node.engine.home.lineage:  # else it was made by an attempt that came to nothing
+        if not node.engine.home.lineage:
             node.engine.adopt_lineage(os.urandom(16))
         return Configuration(
             acks=options.acks if options.acks is not None else "majority",

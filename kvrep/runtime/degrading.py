@@ -98,7 +98,7 @@ class Degrading:
         peers = [p for p in ask_all(roles, "lower", request, deadline_s) if p.promise.lowered >= wanted]
         problem = self._too_few(epoch, peers, wanted)
         if not problem:
-            shipping.effect(epoch)
+            shipping.effect(epoch, offset)
         return problem
 
     def _too_few(self, epoch: int, peers: list[Peer], wanted: Position) -> str:

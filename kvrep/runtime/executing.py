@@ -98,10 +98,12 @@ class Forwarded:
         # Protects everything below. Never held while something is ordered or waited for.
         self._lock = threading.Lock()
         self._under_way: dict[_Key, Write] = {}
-        self._refused: OrderedDict[_Key, Error] = OrderedDict()
-        self._floors: OrderedDict[tuple[bytes, int], int] = OrderedDict()
+        self._refused: OrderedDict[_Key, tuple[Error, int]] = OrderedDict()
+        """What was refused, why, and where the log ended then."""
+        self._floors: OrderedDict[tuple[bytes, int], tuple[int, int]] = OrderedDict()
+        """The highest floor of each session, and where the log ended when it was last heard of."""
         self._forgotten = 0
-        """What was forgotten of ``_refused`` or ``_floors`` may have been asked for up to this offset."""
+        """What was forgotten of ``_refused`` or ``_floors`` was asked for when the log ended here at the most."""
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -238,13 +240,13 @@ class Forwarded:
             return "done", list(position)
         refused = self._refused.get(item.key)
         if refused is not None:
-            return "refused", encode_fault(refused)
+            return "refused", encode_fault(refused[0])
         session = item.key[:2]
-        floor = self._floors.pop(session, 0)
-        self._floors[session] = max(floor, item.origin.floor)
+        floor, _ = self._floors.pop(session, (0, 0))
+        self._floors[session] = max(floor, item.origin.floor), self._node.engine.tail.offset
         if len(self._floors) > SESSIONS_MAX:
-            self._floors.popitem(last=False)
-            self._forgotten = self._node.engine.tail.offset
+            _, (_, ended) = self._floors.popitem(last=False)
+            self._forgotten = max(self._forgotten, ended)
         if item.origin.sequence < floor or not known or item.request.since < self._forgotten:
             return "forgotten", None
         return None
@@ -257,10 +259,10 @@ class Forwarded:
                 self._note_refused(key, error)
 
     def _note_refused(self, key: _Key, error: Error) -> None:
-        self._refused[key] = error
+        self._refused[key] = error, self._node.engine.tail.offset
         if len(self._refused) > REFUSED_MAX:
-            self._refused.popitem(last=False)
-            self._forgotten = self._node.engine.tail.offset
+            _, (_, ended) = self._refused.popitem(last=False)
+            self._forgotten = max(self._forgotten, ended)
 
     def _order(self, item: _Item, write: Write, deadline_s: float) -> Position | None:
         """Put ``write`` in order; the position that was read for one that has nothing to write."""

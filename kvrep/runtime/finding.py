@@ -21,7 +21,8 @@ log = logging.getLogger("kvrep.replication")
 
 LOOK_S = 0.01
 """How often this node looks at what its own stream says."""
-ASK_INTERVAL_S = 0.1
+ASK_INTERVAL_S, ASK_INTERVAL_MAX_S = 0.02, 0.2
+"""The pause between two questions to the voters; it doubles while nobody is primary."""
 ASK_S = 0.4
 """How long the voters have to say who is primary."""
 
@@ -45,7 +46,7 @@ class PrimaryLink:
         """Where the connection leads."""
         self._over = 0
         """Up to this epoch nobody is primary any more."""
-        self._asked_s = 0.0
+        self._asked_s, self._interval_s = 0.0, ASK_INTERVAL_S
         self._moved = threading.Event()
         self._stopped = False
 
@@ -56,6 +57,7 @@ class PrimaryLink:
                 raise ClosedError("the store is closed")
             target = self._known() or self._ask(deadline_s)
             if target is not None:
+                self._interval_s = ASK_INTERVAL_S
                 self._node.knows_primary(target.epoch)
                 return target
             left = deadline_s - time.monotonic()
@@ -85,7 +87,7 @@ class PrimaryLink:
         """Ask the voters, not too often."""
         with self._lock:
             now = time.monotonic()
-            if now - self._asked_s < ASK_INTERVAL_S:
+            if now - self._asked_s < self._interval_s:
                 return None
             self._asked_s = now
             over = self._over
@@ -98,6 +100,7 @@ class PrimaryLink:
         )
         with self._lock:
             self._asked_s = time.monotonic()
+            self._interval_s = min(2 * self._interval_s, ASK_INTERVAL_MAX_S)
         found = max(peers, key=lambda peer: peer.primary_epoch, default=None)
         if found is None or found.primary_epoch <= self._over:
             return None

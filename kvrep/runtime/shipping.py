@@ -225,16 +225,18 @@ class Shipping:
             tracker = self._tracker
             if tracker is None or not self.leading or not tracker.missing(self._joined):
                 return False
-            proposed = tracker.proposed
-            if proposed is not None and proposed[1].away:
-                return True  # of an attempt before, or of the primary before
-            if proposed is not None or (self._configuring is not None and not self._configuring.done):
-                raise Overloaded("another configuration change is not committed yet")
-            old = self.engine.configuration
-            here = {self.engine.home.store_id, *self._joined}
+            proposed, old, me = tracker.proposed, self.engine.configuration, self.engine.home.store_id
+            ordered = self._configuring
+            if ordered is not None and not ordered.done and not ordered.offset:
+                raise Overloaded("another configuration change is not logged yet")
+            here = {me, *self._joined}
             lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
+            if proposed is not None and proposed[1].away and not lost:
+                return True  # of an attempt before, or of the primary before
+            if proposed is not None and not _same_voters(tracker.configuration, old):
+                raise Overloaded("another configuration change is not committed yet")
             first = self.engine.committer.committed + 1
-            self._configuring = self.engine.configure(old.without(lost, first))
+            self._configuring = self.engine.configure(old.without(lost, first).changed(me, away=False))
         self.engine.committer.kick()
         return True
 
@@ -249,14 +251,15 @@ class Shipping:
             offset = max(proposed[0], tracker.epoch_start)
             return offset if tracker.proposed_reached() >= offset else 0
 
-    def effect(self, epoch: int) -> None:
+    def effect(self, epoch: int, offset: int) -> None:
         """Most voters have stored that what :meth:`go_on_without` ordered is enough: it is in force."""
         with self._lock:
             tracker = self._tracker
             if tracker is None or not self.leading or self.epoch != epoch:
                 return
-            if tracker.proposed is None or not tracker.proposed[1].away:
-                return
+            proposed = tracker.proposed
+            if proposed is None or max(proposed[0], tracker.epoch_start) != offset:
+                return  # those who were missing have come back meanwhile
             committed = tracker.effect()
         if committed > self.engine.committer.committed:
             self.engine.committer.commit_through(committed)
@@ -669,11 +672,8 @@ class Shipping:
             return
         with self._lock:
             missing = tracker.missing(self._joined)
-            proposed = tracker.proposed
         if missing:
-            needed = tracker.configuration.copies_wanted
-            if proposed is not None:
-                needed = max(needed, proposed[1].copies_wanted)
+            needed = max(rule.copies_wanted for rule in tracker.rules)
             raise NotEnoughFollowers(
                 f"the ack rule needs {needed} copies, {needed - missing} can be made now",
                 needed=needed,
@@ -789,9 +789,7 @@ class Shipping:
                 with self._lock:
                     if self._tracker is not tracker or self._stopped:
                         break
-                    proposed = tracker.proposed
-                    rules = [tracker.configuration, *([proposed[1]] if proposed is not None else [])]
-                    if rounds.confirmed(number, rules):
+                    if rounds.confirmed(number, tracker.rules):
                         return
                 left = deadline_s - time.monotonic()
                 if left <= 0:
@@ -882,7 +880,9 @@ class Shipping:
         """A configuration record is in the log, and not committed yet."""
         with self._lock:
             tracker = self._tracker
-            if tracker is not None and tracker.proposed is None and offset > tracker.committed:
+            if tracker is None or offset <= tracker.committed:
+                return
+            if tracker.proposed is None or configuration.away:
                 tracker.propose(offset, configuration)
 
     def _change_for(self, session: FollowerSession, configuration: Configuration) -> Configuration | None:
@@ -1222,6 +1222,10 @@ class Shipping:
         self.degrading.stop(timeout_s)
         self.spools.close(timeout_s)
         self.slots.save(now=True)
+
+
+def _same_voters(one: Configuration, other: Configuration) -> bool:
+    return [v.store_id for v in one.voters] == [v.store_id for v in other.voters]
 
 
 def nothing_commits(durable: int) -> int:

@@ -31,6 +31,7 @@ __all__ = [
     "check_feed",
     "check_linearizable",
     "check_monotonic_reads",
+    "check_one_primary",
     "check_read_your_writes",
     "check_sessions",
 ]
@@ -313,6 +314,28 @@ def _before(first: Operation, second: Operation) -> bool:
     if first.position is not None and second.position is not None and first.position != second.position:
         return first.position < second.position
     return first.returned is not None and first.returned < second.invoked
+
+
+# -- epochs ------------------------------------------------------------------------------------------
+
+
+def check_one_primary(history: Iterable[Operation]) -> list[Violation]:
+    """Were all writes of an epoch acknowledged by the same node?
+
+    Looks at writes that are done and name their node and position. Those that were forwarded name another node
+    than the one that decided, and do not belong here.
+    """
+    first: dict[int, Operation] = {}
+    violations = []
+    for operation in history:
+        position = operation.position
+        if operation.result != "done" or position is None or not operation.node:
+            continue
+        other = first.setdefault(position.epoch, operation)
+        if other.node != operation.node:
+            message = f"two nodes acknowledged writes in epoch {position.epoch}"
+            violations.append(Violation("one primary", message, None, (other, operation)))
+    return violations
 
 
 # -- sessions --------------------------------------------------------------------------------------

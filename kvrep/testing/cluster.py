@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +27,12 @@ from kvrep.testing.checkers import (
     check_acknowledged_loss,
     check_linearizable,
     check_monotonic_reads,
+    check_one_primary,
     check_read_your_writes,
 )
+from kvrep.testing.embedded import EmbeddedNode
 from kvrep.testing.history import Action, Call, History
+from kvrep.testing.namespaces import Namespaces, NotPrivileged
 from kvrep.testing.nodes import ClusterNode, LocalNode, ProcessNode, open_offline, sockets_of, tcp_sockets
 from kvrep.testing.proxy import Direction, Link, Proxy
 from kvrep.testing.storecheck import check_store
@@ -39,6 +42,8 @@ __all__ = ["Cluster", "NotPrivileged", "RecordedClient"]
 
 TIMEOUT_S = 15.0
 LOOK_S = 0.01
+PORT = 7400
+"""Of nodes in namespaces, where every port is free."""
 QUICK: dict[str, Any] = {
     "heartbeat_interval_s": 0.2,
     "heartbeat_timeout_s": 1.0,
@@ -51,10 +56,6 @@ QUICK: dict[str, Any] = {
 
 Node = ClusterNode | str
 Coordinator = Callable[[dict[str, str]], Any] | Literal["auto", "quorum"] | None
-
-
-class NotPrivileged(Exception):
-    """This fault needs root on this machine."""
 
 
 def _quorum(peers: dict[str, str]) -> Quorum:
@@ -75,8 +76,13 @@ class Cluster:
     """Nodes ``a``, ``b``, ``c`` …, started empty. Use it in a ``with`` block.
 
     ``acks`` and all further ``options`` are those of :func:`kvrep.open`. With ``processes`` every node is a
-    process, which SIGKILL and SIGSTOP can hit. ``disk_bytes`` gives every node a disk of its own of that
-    size (a tmpfs: needs root), which :meth:`fill_disk` can fill.
+    process, which SIGKILL and SIGSTOP can hit: ``kvrep serve``, or with ``embedded`` an application with a
+    store inside, of which clients can ask transactions and scans as well. ``disk_bytes`` gives every node a
+    disk of its own of that size (a tmpfs: needs root), which :meth:`fill_disk` can fill.
+
+    With ``namespaces`` (needs root, and ``processes``) every process lives in a network namespace of its own.
+    Then there is no proxy: partitions lose, reject or throttle packets in the kernel, and faults that only a
+    proxy knows (delay, corrupt, disconnect, link) raise ``ValueError``.
 
     ``coordinator`` says who becomes primary. ``"quorum"``: the nodes elect among themselves. ``None``: ``a``
     is primary and stays it, until a test promotes another. A function gets the addresses of all nodes by
@@ -91,6 +97,8 @@ class Cluster:
         nodes: int = 3,
         acks: int | str = "majority",
         processes: bool = False,
+        embedded: bool = False,
+        namespaces: bool = False,
         coordinator: Coordinator = "auto",
         disk_bytes: int | None = None,
         seed: int = 0,
@@ -99,6 +107,8 @@ class Cluster:
     ) -> None:
         if not 1 <= nodes <= 26:
             raise ValueError("a cluster has 1 to 26 nodes")
+        if (embedded or namespaces) and not processes:
+            raise ValueError("embedded= and namespaces= are for processes=True")
         chosen = _chosen(coordinator, nodes, acks)
         self.folder = folder
         self.seed = seed
@@ -111,8 +121,12 @@ class Cluster:
         self._processes = processes
         self._coordinator = chosen
         self._disk_bytes = disk_bytes
+        self._embedded = embedded
+        self._wires = Namespaces() if namespaces else None
         self._proxy = Proxy(seed=seed)
         self._nodes: dict[str, ClusterNode] = {}
+        self._advertised: dict[str, str] = {}
+        """By what address others know each node; it stays the same."""
         self._addresses: dict[str, str] = {}
         """Where each running node really listens."""
         self._fronts: dict[str, Link] = {}
@@ -192,7 +206,14 @@ class Cluster:
         path = self.folder / name
         if self._disk_bytes is not None:
             self._mount(path)
+        if self._wires is not None:
+            space = self._wires.add(name)
+            self._advertised[name] = f"{space.address}:{PORT}"
+            options = {**self._options, "name": name, "listen": self._advertised[name]}
+            self._nodes[name] = self._process(name, path, options, space.prefix)
+            return self._nodes[name]
         front = self._fronts[name] = self._proxy.link(name=name)
+        self._advertised[name] = front.address
         for other in self._nodes:
             self._links[name, other] = self._proxy.link(name=f"{name}-{other}")
             self._links[other, name] = self._proxy.link(name=f"{other}-{name}")
@@ -200,12 +221,18 @@ class Cluster:
         options = {**self._options, "name": name, "listen": "127.0.0.1:0", "advertise": front.address}
         node: ClusterNode
         if self._processes:
-            node = ProcessNode(name, path / "store", options, self.timeline)
+            node = self._process(name, path, options)
             self._proxy.classify(front, lambda port: self._link_by_port(name, port))
         else:
             node = LocalNode(name, path / "store", options, self.timeline, lambda a: self._route(name, a))
         self._nodes[name] = node
         return node
+
+    def _process(
+        self, name: str, path: Path, options: dict[str, Any], prefix: Sequence[str] = ()
+    ) -> ProcessNode:
+        kind = EmbeddedNode if self._embedded else ProcessNode
+        return kind(name, path / "store", options, self.timeline, prefix)
 
     def _route(self, name: str, address: str) -> str:
         """The address by which ``name`` reaches who advertises ``address``."""
@@ -230,16 +257,17 @@ class Cluster:
             options.pop(name, None)
         primary = self._primary()
         if self._coordinator is not None:
-            options["coordinator"] = self._coordinator({n: f.address for n, f in self._fronts.items()})
+            options["coordinator"] = self._coordinator(dict(self._advertised))
         elif primary is not None:
-            options["follow"] = self._fronts[primary.name].address
+            options["follow"] = self._advertised[primary.name]
         elif node is not self.nodes[0]:
-            options["follow"] = self._fronts[self.nodes[0].name].address
+            options["follow"] = self._advertised[self.nodes[0].name]
         if "follow" not in options and not (node.path / "STORE").exists():
             options["acks"] = self._acks
         self.timeline.add(node.name, "starts")
-        address = node.start()
-        self._addresses[node.name] = self._fronts[node.name].target = address
+        self._addresses[node.name] = address = node.start()
+        if self._wires is None:
+            self._fronts[node.name].target = address
         for (_, to), link in self._links.items():
             if to == node.name:
                 link.target = address
@@ -324,7 +352,8 @@ class Cluster:
         for (_, to), link in self._links.items():
             if to == name:
                 link.target = ""
-        self._fronts[name].target = ""
+        if self._wires is None:
+            self._fronts[name].target = ""
         for link in self._links_of(name):
             link.reset()
         end()
@@ -369,6 +398,7 @@ class Cluster:
 
     def link(self, start: Node, end: Node) -> Link:
         """The link over which ``start`` connects to ``end``, for faults that have no method here."""
+        self._need_proxy("link")
         return self._links[self._name(start), self._name(end)]
 
     def _links_of(self, name: str) -> Iterator[Link]:
@@ -377,9 +407,10 @@ class Cluster:
                 yield link
 
     def _towards(self, start: str, end: str) -> Iterator[tuple[Link, Direction]]:
-        """What carries bytes from ``start`` to ``end``."""
-        yield self._links[start, end], "up"
-        yield self._links[end, start], "down"
+        """What carries bytes from ``start`` to ``end``; no links with namespaces."""
+        if self._wires is None:
+            yield self._links[start, end], "up"
+            yield self._links[end, start], "down"
 
     def _pairs(self, start: Node | None, end: Node | None, one_way: bool) -> list[tuple[str, str]]:
         starts = [self._name(start)] if start is not None else sorted(self._nodes)
@@ -393,26 +424,48 @@ class Cluster:
         start: Node | None,
         end: Node | None,
         one_way: bool,
-        rule: Callable[[Link, Direction], None],
+        rule: Callable[[Link, Direction], None] | None,
+        wired: Callable[[Namespaces, str, str], None] | None = None,
     ) -> None:
+        """Apply ``rule`` to the links between nodes or, with namespaces, ``wired`` to the packets."""
+        if self._wires is None and rule is None:
+            raise ValueError(f"{what}: needs a cluster made with namespaces=True")
+        if self._wires is not None and wired is None:
+            self._need_proxy(what)
         pairs = self._pairs(start, end, one_way)
         self.timeline.add("network", f"{what}: {', '.join(f'{s}->{e}' for s, e in pairs)}")
         for pair in pairs:
+            if self._wires is not None and wired is not None:
+                wired(self._wires, *pair)
             for link, direction in self._towards(*pair):
+                assert rule is not None
                 rule(link, direction)
 
+    def _need_proxy(self, what: str) -> None:
+        if self._wires is not None:
+            raise ValueError(f"{what}: needs the proxy, which a cluster made with namespaces=True has not")
+
     def partition(
-        self, start: Node | Iterable[Node], end: Node | Iterable[Node] | None = None, *, one_way: bool = False
+        self,
+        start: Node | Iterable[Node],
+        end: Node | Iterable[Node] | None = None,
+        *,
+        one_way: bool = False,
+        reject: bool = False,
     ) -> None:
         """Lose everything between ``start`` and ``end`` (nodes or groups; all others if not given), silently.
 
-        With ``one_way`` only what ``start`` sends.
+        With ``one_way`` only what ``start`` sends. With ``reject`` (needs namespaces) it is answered by RST, as
+        firewalls do: connections break at once, and new ones are refused.
         """
         starts = self._group(start)
         ends = set(self._nodes) - starts if end is None else self._group(end)
         for one in sorted(starts):
             for other in sorted(ends - {one}):
-                self._degrade("lost", one, other, one_way, lambda link, direction: link.drop(direction))
+                if reject:
+                    self._degrade("rejected", one, other, one_way, None, Namespaces.reject)
+                else:
+                    self._degrade("lost", one, other, one_way, Link.drop, Namespaces.drop)
 
     def _group(self, nodes: Node | Iterable[Node]) -> set[str]:
         if isinstance(nodes, (str, ClusterNode)):
@@ -442,7 +495,12 @@ class Cluster:
     ) -> None:
         """Let so many bytes a second pass between two nodes (or of one, or all)."""
         self._degrade(
-            f"throttled to {bytes_per_s:g} B/s", start, end, one_way, lambda k, d: k.throttle(bytes_per_s, d)
+            f"throttled to {bytes_per_s:g} B/s",
+            start,
+            end,
+            one_way,
+            lambda k, d: k.throttle(bytes_per_s, d),
+            lambda wires, one, other: wires.throttle(one, other, bytes_per_s),
         )
 
     def corrupt(
@@ -453,6 +511,7 @@ class Cluster:
 
     def disconnect(self, start: Node, end: Node | None = None) -> None:
         """Reset all connections between two nodes (or of one); they may connect again at once."""
+        self._need_proxy("disconnect")
         for one, other in self._pairs(start, end, one_way=False):
             self._links[one, other].reset()
 
@@ -460,7 +519,10 @@ class Cluster:
         """End every fault of the network, between two nodes, of one, or everywhere."""
         self.timeline.add("network", "healed")
         for pair in self._pairs(start, end, one_way=False):
-            self._links[pair].heal()
+            if self._wires is not None:
+                self._wires.heal(*pair)
+            else:
+                self._links[pair].heal()
         for node in self.nodes:  # a paused node in this process stands still through its links
             if self._paused(node) and isinstance(node, LocalNode):
                 for link in self._links_of(node.name):
@@ -573,6 +635,8 @@ class Cluster:
     def check(self) -> list[Violation]:
         """End all nodes and check everything: every store, and the history of the recorded clients."""
         violations = check_linearizable(self.history)
+        if not self._options.get("forward_writes"):  # else nodes acknowledge what others have committed
+            violations += check_one_primary(self.history)
         primary = self._primary(writable=True)
         if primary is not None:
             violations += self._lost(primary)
@@ -610,6 +674,8 @@ class Cluster:
         with _all_of_it() as attempt:
             attempt(self._stop_all)
             attempt(self._proxy.close)
+            if self._wires is not None:
+                attempt(self._wires.close)
             attempt(self.timeline.close)
             for path in self._mounts:
                 attempt(lambda path=path: subprocess.run(["umount", "-l", str(path)], check=True))  # type: ignore[misc]
@@ -672,12 +738,13 @@ class RecordedClient:
         return value
 
     def compare_and_set(self, key: bytes, *, expected: bytes | None, value: bytes | None) -> Position | None:
-        """As of :meth:`kvrep.Store.compare_and_set`; of nodes in this process only."""
+        """As of :meth:`kvrep.Store.compare_and_set`; of nodes in this process and embedded ones."""
         node = self._asked()
-        if not isinstance(node, LocalNode):
-            raise TypeError("compare_and_set is for nodes in this process")
+        if not isinstance(node, LocalNode | EmbeddedNode):
+            raise TypeError("compare_and_set is for nodes in this process and for embedded=True")
+        position: Position | None
         with self._recorded("cas", key, value, node, expected=expected) as call:
-            position = node.store.compare_and_set(key, expected=expected, value=value)
+            position = node.compare_and_set(key, expected=expected, value=value)
             call.done(succeeded=position is not None, position=position)
         return position
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from kvrep.testing.timeline import Timeline
 from kvrep.transport.client import GrpcConnection
 from kvrep.transport.interface import Connection, Server, Service, Transport
 
-__all__ = ["ClusterNode", "LocalNode", "ProcessNode", "open_offline"]
+__all__ = ["ClusterNode", "LocalNode", "ProcessNode", "open_offline", "status_of"]
 
 START_S = 20.0
 _ROLE = ("listen", "advertise", "follow", "coordinator")
@@ -253,10 +253,21 @@ def open_offline(path: Path, options: dict[str, Any]) -> Store:
 
 
 class ProcessNode(ClusterNode):
-    """A node run by ``python -m kvrep serve``, asked over gRPC past the links."""
+    """A node run by ``python -m kvrep serve``, asked over gRPC past the links.
 
-    def __init__(self, name: str, path: Path, options: dict[str, Any], timeline: Timeline) -> None:
+    ``prefix`` goes before its command: words that have it run elsewhere, in the same process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        options: dict[str, Any],
+        timeline: Timeline,
+        prefix: Sequence[str] = (),
+    ) -> None:
         super().__init__(name, path, options, timeline)
+        self._prefix = list(prefix)
         self._process: subprocess.Popen[str] | None = None
         self._connection: GrpcConnection | None = None
         self._reader: threading.Thread | None = None
@@ -271,7 +282,8 @@ class ProcessNode(ClusterNode):
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> str:
+    def _program(self) -> list[str]:
+        """The command; it says its address in a line of JSON when it is ready."""
         command = [sys.executable, "-m", "kvrep", "serve", str(self.path), "--json", "--until-stdin-closes"]
         for option, value in self.options.items():
             if option == "voter":
@@ -280,8 +292,17 @@ class ProcessNode(ClusterNode):
                 command += _coordinator_flags(value)
             elif value is not None:
                 command += [f"--{option.replace('_', '-')}", str(value)]
+        return command
+
+    def start(self) -> str:
+        self._reap()  # what is left of a process that ended by itself
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*self._prefix, *self._program()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C is for the test, which then ends its nodes in order
         )
         self._process = process
         self._reader = threading.Thread(
@@ -301,8 +322,9 @@ class ProcessNode(ClusterNode):
             raise PeerUnavailable(
                 f"node {self.name} did not start", address=self.name, hint="see the timeline"
             )
-        json.loads(line)
-        address = _listening(process.pid)
+        ready = json.loads(line)
+        # What it advertises may be the address of a link.
+        address = _listening(process.pid) if self.options.get("advertise") else str(ready["address"])
         self._connection = GrpcConnection(address, name="test")
         return address
 
@@ -397,7 +419,7 @@ class ProcessNode(ClusterNode):
         return self.connection.call(method, given, CALL_S + (timeout_s or 0.0))
 
     def status(self) -> Any:
-        return _namespace(self._call("status")["status"])
+        return status_of(self._call("status")["status"])
 
     def put(self, key: bytes, value: bytes, **options: Any) -> Position:
         return self._write(key, value, **options)
@@ -442,12 +464,12 @@ def _coordinator_flags(coordinator: Quorum | Etcd) -> list[str]:
     return flags
 
 
-def _namespace(data: Any) -> Any:
+def status_of(data: Any) -> Any:
     """A status as JSON gives it, with attributes instead of items."""
     if isinstance(data, dict):
-        return SimpleNamespace(**{k: _namespace(v) for k, v in data.items()})
+        return SimpleNamespace(**{k: status_of(v) for k, v in data.items()})
     if isinstance(data, list):
-        return tuple(map(_namespace, data))
+        return tuple(map(status_of, data))
     return data
 
 

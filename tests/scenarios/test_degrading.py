@@ -236,7 +236,7 @@ def test_the_primary_ends_while_the_others_agree(tmp_path: Path, monkeypatch: py
     """The witness has stored its word, nothing is acknowledged by it yet: only who holds that record goes on."""
     with formed(tmp_path) as group:
         a, w = group.nodes["a"], group.nodes["w"]
-        monkeypatch.setattr(Shipping, "effect", lambda self, epoch: None)
+        monkeypatch.setattr(Shipping, "effect", lambda self, epoch, offset: None)
         last = a.position
         group.stop("b")
         until(lambda: w._node.engine.home.lowered > last)

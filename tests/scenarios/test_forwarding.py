@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_kit import Served
 from forward_kit import forwarded_records, group
 from replication_kit import WAIT_S, processes, proxy, same, until
+from test_quorum import free_address
 
 import kvrep
 from kvrep import Outcome, Role
@@ -278,6 +281,38 @@ def test_a_refusal_stays_one(tmp_path: Path) -> None:
         with pytest.raises(kvrep.ProtocolError):
             forwarded.answer({**request, "items": [[3, 0, ["default"], [], [], None, None]]})
         assert a[b"k"] == b"3"
+
+
+def test_what_is_forgotten_of_refusals_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusals beyond the bound are forgotten, oldest first; a late attempt of one of them is not executed, and
+    writes that began after them are."""
+    monkeypatch.setattr("kvrep.runtime.executing.REFUSED_MAX", 4)
+    with group(tmp_path, names="ab") as (_, (a, b)):
+        forwarded, home = a._node.forwarded, b._node.engine.home.store_id
+
+        def attempt(sequence: int, since: int, *, wanted: bytes) -> str:
+            reads = [["default", b"k", b"\0" + wanted]]
+            item = [sequence, since, ["default", [b"k", b"changed"]], reads, [], None, None]
+            request = {
+                "epoch": a.status().epoch,
+                "store_id": home,
+                "session": 5,
+                "floor": 1,
+                "timeout_s": 5.0,
+            }
+            kind: str = forwarded.answer({**request, "items": [item]})["outcomes"][0][0]
+            return kind
+
+        offsets = []
+        for sequence in range(1, 11):
+            offsets.append(a.put(b"k", b"v%d" % sequence).offset)
+            assert attempt(sequence, offsets[-1], wanted=b"something else") == "refused"
+        assert attempt(1, offsets[0], wanted=b"v10") == "forgotten"
+        assert attempt(10, offsets[9], wanted=b"v10") == "refused", "this one is still known"
+        assert a[b"k"] == b"v10"
+        assert attempt(11, offsets[7], wanted=b"v10") == "done"
 
 
 def test_cut_connections_under_load(tmp_path: Path) -> None:
@@ -655,6 +690,54 @@ def test_a_failover_is_a_pause_for_the_others(tmp_path: Path) -> None:
         load.stop()
         load.check(_Prefixed(old, "c"))  # type: ignore[arg-type]
         assert load.slowest_s < 10.0
+
+
+def test_kill_9_of_an_elected_primary_is_a_pause(tmp_path: Path) -> None:
+    """The primary's process is killed under load and the others elect one of themselves: writers see no error."""
+    peers = {name: free_address() for name in "abc"}
+    flags = [flag for name, address in peers.items() for flag in ("--peer", f"{name}={address}")]
+    flags += ["--name", "a", "--listen", peers["a"], "--acks", "majority", "--ack-timeout-s", "20"]
+    nodes: dict[str, kvrep.Store] = {}
+    with Served(tmp_path / "a", *flags) as a:
+        try:
+            for name in "bc":
+                nodes[name] = kvrep.open(
+                    tmp_path / name,
+                    name=name,
+                    listen=peers[name],
+                    coordinator=kvrep.Quorum(peers=peers),
+                    forward_writes=True,
+                    ack_timeout_s=20.0,
+                )
+            for store in nodes.values():
+                until(lambda store=store: store.status().primary_address and store.put(b"ready", b"1"))
+            for store in nodes.values():
+                if store.status().role is Role.PRIMARY:
+                    store.switchover("a", timeout_s=WAIT_S)
+            loads = [Writers(_Prefixed(store, name)) for name, store in nodes.items()]  # type: ignore[arg-type]
+
+            def all_go_on(more: int) -> None:
+                before = [sum(load.done) for load in loads]
+                until(
+                    lambda: all(
+                        sum(load.done) > n + more or load.errors
+                        for load, n in zip(loads, before, strict=True)
+                    ),
+                    what="writes to go on everywhere",
+                )
+
+            all_go_on(30)
+            a.end(signal.SIGKILL)
+            all_go_on(50)
+            for load in loads:
+                load.stop()
+            primary = next(s for s in nodes.values() if s.status().role is Role.PRIMARY)
+            for load, name in zip(loads, nodes, strict=True):
+                load.check(_Prefixed(primary, name))  # type: ignore[arg-type]
+            same(primary, *(s for s in nodes.values() if s is not primary))
+        finally:
+            for store in nodes.values():
+                store.close()
 
 
 def test_the_forwarding_node_becomes_primary_itself(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forward_kit import group, stores
-from replication_kit import WAIT_S, proxy, until
+from replication_kit import FAST, WAIT_S, processes, proxy, until
 
 import kvrep
 from kvrep import Role
@@ -98,6 +101,31 @@ def test_a_stale_primary_refuses_when_it_wakes(tmp_path: Path) -> None:
         cluster.heal()
         reader.join(WAIT_S)
         assert answers[-1] == b"new"
+
+
+def test_a_frozen_primary_never_shows_its_old_state(tmp_path: Path) -> None:
+    """SIGSTOP, another node is promoted and writes, SIGCONT: a read that waited for it refuses, or shows the new."""
+    with processes() as start:
+        a = start(tmp_path / "a", name="a", listen="127.0.0.1:0", acks="majority", **FAST).ready()
+        with stores(tmp_path) as begin:
+            b = begin("b", follow=a.address)
+            c = begin("c", follow=a.address)
+            until(lambda: len(b.status().voters) == 3 and len(c.status().voters) == 3)
+            until(lambda: a.run("not db.status().not_writable"))
+            a.run("db.put(b'k', b'old') and None")
+            assert a.run("db.get(b'k', consistency='linearizable')") == b"old"
+            os.kill(a.pid, signal.SIGSTOP)
+            try:
+                b.promote(timeout_s=WAIT_S)
+                until(lambda: not b.status().not_writable)
+                b.put(b"k", b"new")
+                a.send("db.get(b'k', consistency='linearizable', timeout_s=2.0)")
+            finally:
+                os.kill(a.pid, signal.SIGCONT)
+            with suppress(kvrep.StaleRead, kvrep.NotPrimary):
+                assert a.receive(WAIT_S) == b"new"
+            until(lambda: a.run("db.status().role == 'follower'"))
+            assert a.run("db.get(b'k', consistency='linearizable')") == b"new"
 
 
 def test_readers_share_rounds(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import kvrep
-from kvrep.errors import StorageFull
-from kvrep.storage.engine import Engine
+from kvrep.coordination.driver import Driver
+from kvrep.runtime.coordinated import CoordinatedNode
+from kvrep.runtime.roles import Roles
 
 DEADLINE_S = 20.0
 
@@ -93,29 +94,62 @@ def test_nodes_started_empty_form_one_group(group: Callable[..., Group]) -> None
     assert all(sorted(s.voters) == ["a", "b", "c"] and s.acks == "majority" for s in statuses)
 
 
-def test_a_group_whose_first_record_could_not_be_stored_is_founded_again(
+def test_a_founder_that_nobody_confirms_in_time(
     group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The founder has made the lineage, and its disk is full just then: it tries again, and all join."""
-    three = group("abc")
-    honest, failures = Engine.start_epoch, [StorageFull("no disk space"), OSError("no promise")]
+    """It steps down before anybody has joined; voters that are empty still put it back."""
+    founded, stepped_down = threading.Event(), threading.Event()
+    become, step_down, call = Driver._become, CoordinatedNode.step_down, Driver._call_once
 
-    def full(self: Engine, *arguments: Any) -> Any:
-        if failures:
-            raise failures.pop()
-        return honest(self, *arguments)
+    def note_founded(*arguments: Any) -> None:
+        founded.set()
+        become(*arguments)
 
-    monkeypatch.setattr(Engine, "start_epoch", full)
+    def note_stepped_down(*arguments: Any) -> None:
+        step_down(*arguments)
+        stepped_down.set()
+
+    def held_up(*arguments: Any) -> Any:
+        if founded.is_set():
+            stepped_down.wait(DEADLINE_S)
+        return call(*arguments)
+
+    monkeypatch.setattr(Driver, "_become", note_founded)
+    monkeypatch.setattr(CoordinatedNode, "step_down", note_stepped_down)
+    monkeypatch.setattr(Driver, "_call_once", held_up)
+    nodes = group("abc")
     for name in "abc":
-        three.start(name)
+        nodes.start(name)
+    assert nodes.write(b"k", b"v")[0] == "a"
+    assert stepped_down.is_set()
 
-    _, position = three.write(b"k", b"v")
 
-    assert not failures
-    for store in three.nodes.values():
-        store.wait_for(position, timeout_s=DEADLINE_S)
-        assert store[b"k"] == b"v"
-    assert len({store.status().lineage for store in three.nodes.values()}) == 1
+def test_a_founding_that_is_interrupted_is_begun_again(
+    group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lineage is there and its first record is not: the same node begins the group again, restarted or not."""
+    take_over = Roles.take_over
+    attempts: list[bytes] = []
+
+    def fail_twice(self: Roles, *arguments: Any, **more: Any) -> None:
+        if more.get("founding") is not None:
+            attempts.append(self.node.engine.home.lineage)
+            if len(attempts) <= 2:
+                raise kvrep.StorageFull("no room for the first record")
+        take_over(self, *arguments, **more)
+
+    monkeypatch.setattr(Roles, "take_over", fail_twice)
+    nodes = group("abc")
+    for name in "abc":
+        nodes.start(name)
+    deadline = time.monotonic() + DEADLINE_S
+    while not attempts and time.monotonic() < deadline:
+        threading.Event().wait(0.005)
+    nodes.stop("a")
+    nodes.start("a")
+    assert nodes.write(b"k", b"v")[0] == "a"
+    assert len(attempts) == 3
+    assert len(set(attempts)) == 1
 
 
 def test_a_lone_node_waits_for_its_peers(group: Callable[..., Group]) -> None:

@@ -101,3 +101,20 @@ def test_the_chart_is_whole_and_shows_every_ratio() -> None:
 
     bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("fill") != "white"]
     assert [bar.get("fill") for bar in bars] == ["#2f7d4f", "#b5482f"]
+
+
+@pytest.mark.slow
+def test_failovers_are_measured() -> None:
+    """One round of two kinds of failover, with a line for each; a name that does not exist is refused."""
+    command = [sys.executable, "-m", "benchmarks.failovers"]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--only", "kill", "--only", "promote"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=110,
+    )  # fmt: skip
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["kill", "promote"]
+    assert done.stdout.count("worst of 1") == 2
+
+    refused = subprocess.run(
+        [*command, "--only", "luck"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, "'luck' is none of" in refused.stderr) == (2, True)

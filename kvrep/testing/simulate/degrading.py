@@ -55,11 +55,15 @@ class Degrading:
         tracker = feeding.tracker
         if tracker is None or not tracker.missing(feeding.joined):
             return
-        if tracker.proposed is None:
-            old = node.disk.configurations[-1][1]
-            here = {node.store_id, *feeding.joined}
-            lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
-            if not feeding.log_configuration(old.without(lost, node.committed + 1)):
+        proposed, old = tracker.proposed, node.disk.configurations[-1][1]
+        here = {node.store_id, *feeding.joined}
+        lost = [v.store_id for v in old.voters if v.counts and v.store_id not in here]
+        if proposed is None or not proposed[1].away or lost:
+            now = [v.store_id for v in tracker.configuration.voters]
+            if proposed is not None and now != [v.store_id for v in old.voters]:
+                return  # another change is not committed yet
+            lowered = old.without(lost, node.committed + 1).changed(node.store_id, away=False)
+            if not feeding.log_configuration(lowered):
                 return
         self._next = node.now + RETRY_S
         self._look(node.now + RETRY_S)
@@ -77,11 +81,13 @@ class Degrading:
             return
         position = Position(feeding.epoch, offset)
         if node.lower(position, node):
-            self._ask(lambda target: target.lower(position, node), self._effect)
+            self._ask(lambda target: target.lower(position, node), lambda: self._effect(offset))
 
-    def _effect(self) -> None:
+    def _effect(self, offset: int) -> None:
         tracker = self._feeding.tracker
-        if tracker is not None and tracker.proposed is not None and tracker.proposed[1].away:
+        proposed = tracker.proposed if tracker is not None else None
+        # Else those who were missing have come back meanwhile.
+        if tracker is not None and proposed is not None and max(proposed[0], tracker.epoch_start) == offset:
             self._node.world.degraded += 1
             self._node.world.say(self._node, "goes on with fewer copies")
             self._feeding.effect()

@@ -15,7 +15,8 @@ from kvrep.model.configuration import Configuration
 from kvrep.model.position import ZERO, Position, epoch_after
 from kvrep.replication import acks, election
 from kvrep.replication.acks import CommitTracker
-from kvrep.replication.election import Election, Standing
+from kvrep.replication.ballots import PromiseRequest
+from kvrep.replication.election import Election, GivePromise, Standing
 from kvrep.replication.join import Continue, plan_join
 from kvrep.replication.messages import Refused, Truncate
 from kvrep.replication.promises import Verdict, judge
@@ -213,7 +214,14 @@ def _founding_once_only() -> list[Change]:
 
 
 def _empty_voter_never_promises() -> list[Change]:
-    return [(Election, "_promised_founding_with", lambda *_: False)]
+    honest = Election.on_promise_request
+
+    def strict(self: Election, request: PromiseRequest, now: float) -> GivePromise | str:
+        if request.lineage and not self.own.lineage:
+            return "this node is empty"
+        return honest(self, request, now)
+
+    return [(Election, "on_promise_request", strict)]
 
 
 # -- commits ---------------------------------------------------------------------------------------
@@ -251,14 +259,13 @@ def _old_rule_forgotten() -> list[Change]:
 
     def propose(self: CommitTracker, offset: int, configuration: Configuration) -> None:
         honest(self, offset, configuration)
-        assert self._proposed is not None
-        self._effective, self._proposed = self._proposed[1], None
+        self._effective = self._proposed.pop()[1]
 
     return [(CommitTracker, "propose", propose)]
 
 
 def _configure_too_early() -> list[Change]:
-    return [(CommitTracker, "may_propose", property(lambda self: self._proposed is None))]
+    return [(CommitTracker, "may_propose", property(lambda self: not self._proposed))]
 
 
 PLANTS: dict[str, Plant] = {

@@ -194,7 +194,6 @@ class Node:
             primary_epoch=epoch if epoch >= disk.promised else 0,
             able=self.able,
             witness=self.witness,
-            founding=disk.end == 0 and bool(disk.lineage) and disk.promised_to == self.store_id,
         )
 
     def holds_now(self, epoch: int) -> Promise:

@@ -235,3 +235,26 @@ def test_a_configuration_may_be_proposed_once_the_epoch_start_is_committed() -> 
     tracker.local_durable(7)
     tracker.acked(b"b", 7)
     assert tracker.may_propose
+
+
+def test_going_on_without_voters_may_stand_behind_a_proposal() -> None:
+    """The one before it can perhaps never commit: then it alone takes effect; or each in its turn does."""
+    old = group("abC", 1)
+    alone = old.without([b"b"], 1)
+    for back in (False, True):
+        tracker = CommitTracker(alone, b"a", epoch_start=1, committed=0)
+        tracker.propose(5, old)
+        with pytest.raises(ValueError, match="not committed"):
+            tracker.propose(8, old)
+        tracker.propose(8, alone)
+        assert tracker.rules == (alone, old, alone)
+        assert tracker.proposed == (8, alone)
+        assert tracker.local_durable(9) == 4
+        assert tracker.missing([]) == 1
+        if back:
+            assert tracker.acked(b"b", 6) == 6
+            assert tracker.rules == (old, alone)
+            assert tracker.acked(b"b", 9) == 9
+        else:
+            assert tracker.effect() == 9
+        assert tracker.rules == (alone,)

@@ -346,14 +346,21 @@ def test_a_witness_and_a_lesser_copy_judge_no_log() -> None:
 
 
 def test_promises() -> None:
-    """None below what was promised, none to another group, none while empty or not whole."""
+    """None below what was promised, none to another group, none while not whole; empty voters may."""
     one = One(promised_epoch=5001)
     assert isinstance(one.promise_to("c", 4003), str)
     assert isinstance(one.promise_to("c", 6003), GivePromise)
     assert isinstance(one.promise_to("c", 6003, lineage=b"other"), str)
     assert isinstance(One(able=False).promise_to("c", 6003), str)
     empty = One(lineage=b"", rules=(), last=ZERO, promised_epoch=0)
-    assert isinstance(empty.promise_to("c", 6003), str)
+    assert isinstance(empty.promise_to("c", 6003), GivePromise)
+    assert empty.asked("c").would
+    without_group = One(lineage=b"", rules=())
+    assert isinstance(without_group.promise_to("c", 6003), str)
+    assert not without_group.asked("c").would
+    unable = One(lineage=b"", rules=(), last=ZERO, promised_epoch=0, able=False)
+    assert isinstance(unable.promise_to("c", 6003), str)
+    assert not unable.asked("c").would
 
 
 def test_who_has_promised_leaves_time() -> None:
@@ -836,6 +843,28 @@ def test_a_group_is_not_formed_by_halves(change: dict[str, Any] | None, problem:
     assert problem in one.election.problem
 
 
+def test_an_interrupted_founding_is_begun_again() -> None:
+    """A lineage without a record is no obstacle to its own node; the same in another's hands is."""
+    one = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+    one.tick()
+    one.answer("b", **EMPTY)
+    one.answer("c", **{**EMPTY, "lineage": LINEAGE, "empty": False, "witness": True})
+    assert one.wanted() == 2001
+    assert only(one.actions, RequestPromises)[0].request.lineage == LINEAGE
+
+    for theirs in ({"lineage": b"other"}, {"lineage": LINEAGE, "empty": False}):
+        waiting = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+        waiting.tick()
+        waiting.answer("b", **EMPTY)
+        waiting.answer("c", **{**EMPTY, **theirs})
+        assert "c belongs to a group already" in waiting.election.problem
+
+    joining = One("b", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
+    assert isinstance(joining.promise_to("a", 2001, lineage=b"", peers=EMPTY["peers"]), str)
+    assert isinstance(joining.promise_to("a", 2001, lineage=b"other"), str)
+    assert isinstance(joining.promise_to("a", 2001, lineage=LINEAGE), GivePromise)
+
+
 def test_the_others_wait_for_the_first() -> None:
     """Only one of the listed nodes begins."""
     one = empty("b")
@@ -852,35 +881,6 @@ def test_empty_nodes_promise_only_for_their_own_list() -> None:
     assert isinstance(one.promise_to("a", 1001, lineage=b"", peers=EMPTY["peers"]), GivePromise)
     assert isinstance(one.promise_to("a", 1001, lineage=b"", peers=()), str)
     assert isinstance(One().promise_to("a", 2001, lineage=b"", peers=EMPTY["peers"]), str)
-
-
-def test_who_promised_the_founding_promises_to_its_group_though_still_empty() -> None:
-    """The founder stopped before anybody had a record of it: the empty ones must let the group go on."""
-    one = empty("b")
-    one.is_now(promised_epoch=1001)
-    assert one.asked("a").would
-    assert isinstance(one.promise_to("a", 2001), GivePromise)
-    assert not one.asked("x").would, "not in its list"
-    assert isinstance(one.promise_to("x", 2009), str)
-    stranger = empty("b")
-    assert not stranger.asked("a").would, "it promised no founding: perhaps it was wiped"
-    assert isinstance(stranger.promise_to("a", 2001), str)
-
-
-def test_a_founder_that_stopped_before_its_first_record_founds_again() -> None:
-    """It has a lineage, which nobody else can have got from it, and nothing in it."""
-    one = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS, founding=True)
-    one.tick()
-    one.answer("b", **{**EMPTY, "promised_epoch": 1001})
-    one.answer("c", **{**EMPTY, "promised_epoch": 1001})
-    epoch = one.wanted()
-    assert epoch == 2001
-    assert only(one.actions, RequestPromises)[0].request.lineage == b""
-    waiting = One("a", lineage=LINEAGE, rules=(), last=ZERO, promised_epoch=1001, peers=PEERS)
-    waiting.tick()
-    waiting.answer("b", **EMPTY)
-    waiting.answer("c", **EMPTY)
-    assert not only(waiting.actions, GivePromise), "it joined a lineage, and founds no other"
 
 
 # -- settings and wire ---------------------------------------------------------------------------

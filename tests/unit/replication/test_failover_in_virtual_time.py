@@ -14,6 +14,7 @@ import pytest
 from kvrep.model.configuration import Acks
 from kvrep.model.record import Kind
 from kvrep.testing.simulate.node import Node
+from kvrep.testing.simulate.plan import live
 from kvrep.testing.simulate.world import Settings, World
 
 HEALED_WITHIN_S = 8.0
@@ -79,6 +80,67 @@ def test_who_was_left_out_is_not_elected() -> None:
     world.run(0.5)
     kill(world, a.name)
     assert world.until(lambda: world.leader() is b, 5.0), "it holds all again"
+
+
+DEGRADING: list[tuple[str, Acks]] = [
+    ("abW", 1),
+    ("abW", "majority"),
+    ("abc", "all"),
+    ("abcW", "all"),
+    ("abcde", "all"),
+]
+
+
+@pytest.mark.parametrize(("names", "acks"), DEGRADING)
+def test_nothing_is_lost_where_the_rule_may_go_on_with_fewer_copies(names: str, acks: Acks) -> None:
+    """What was acknowledged without a voter is in every later primary, whoever dies in which order."""
+    degraded = 0
+    for seed in range(2000, 2012):
+        world = World(seed, Settings(names=names, acks=acks, degrade_after_s=0.1))
+        live(world)
+        degraded += world.degraded
+    assert degraded >= 3
+
+
+@pytest.mark.parametrize("how", ["kill", "isolate"])
+@pytest.mark.parametrize("names", ["abc", "abcde", "abW"])
+def test_the_founder_fails_before_anybody_has_joined(names: str, how: str) -> None:
+    """The only node with data is put back by voters that are empty still: they never had any."""
+    world = group(1, names)
+    world.start()
+    assert world.until(lambda: world.begun, 5.0)
+    if how == "kill":
+        kill(world, "a")
+    else:
+        world.isolate("a")
+    world.run(5.0)
+    assert all(not node.disk.end for node in world.nodes.values() if node.name != "a")
+    world.heal()
+
+    assert world.until(world.leader, HEALED_WITHIN_S)
+    leader = world.leader()
+    assert leader is not None
+    assert leader.name == "a"
+    assert world.lineages == 1
+
+
+def test_a_voter_that_comes_and_goes_stops_nobody() -> None:
+    """b is back, counts again by a proposal, and is gone before that commits: a goes on alone once more."""
+    world = degrading(1)
+    leader = world.form()
+    other = next(n for n in followers(world) if not n.witness)
+    kill(world, other.name)
+    for turn in range(8):
+        lowered = world.degraded
+        assert world.until(lambda lowered=lowered: world.degraded > lowered, 8.0), turn
+        value = world.write(leader)
+        assert world.until(lambda value=value: value in world.check.acknowledged, 5.0), turn
+        world.start(other.name)
+        assert world.until(lambda: not away(leader), 5.0)
+        kill(world, other.name)
+    world.start(other.name)
+    assert world.until(lambda: not away(leader) and leader.committed == leader.disk.end, 8.0)
+    assert world.leader() is leader
 
 
 def test_a_minority_does_not_lower_the_rule() -> None:

@@ -19,6 +19,7 @@ from kvrep.testing.checkers import (
     check_feed,
     check_linearizable,
     check_monotonic_reads,
+    check_one_primary,
     check_read_your_writes,
     check_sessions,
 )
@@ -548,3 +549,22 @@ def test_operations_and_violations_read_well() -> None:
         "[3..4] d delete(b'k')",
     ]
     assert str(Violation("x", "bad", K, (one,) * 20)).endswith("… and 8 more")
+
+
+# -- epochs ----------------------------------------------------------------------------------------
+
+
+def test_one_primary_in_each_epoch() -> None:
+    """Two nodes that acknowledge in one epoch are found; failovers, refusals and unknown outcomes are not."""
+    fine = [
+        put("a", b"1", 1, 2, node="x", position=Position(1, 1)),
+        put("a", b"2", 3, 4, node="y", position=Position(2, 2)),
+        put("b", b"3", 3, None, node="z", position=Position(2, 3)),
+        put("b", b"4", 5, 6, node="z", result="refused"),
+        get("b", b"2", 7, 8, node="z"),
+    ]
+    assert check_one_primary(fine) == []
+
+    found = check_one_primary([*fine, delete("c", 9, 10, node="x", position=Position(2, 4))])
+
+    assert [v.operations for v in found] == [(fine[1], delete("c", 9, 10, node="x", position=Position(2, 4)))]
