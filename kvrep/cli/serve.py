@@ -86,7 +86,7 @@ class _Stop:
 
     def on_signal(self, number: int, frame: object) -> None:
         del frame
-        if self.event.is_set():
+        if self.signal:  # not the event: the end of standard input sets that, too
             os._exit(128 + number)
         self.signal = number
         self.event.set()

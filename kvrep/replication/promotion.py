@@ -224,8 +224,18 @@ class Promotion:
 
     @property
     def committed(self) -> int:
-        """Through which offset those that promised know everything to be committed."""
-        return max(promise.committed for promise in self._promised().values())
+        """Through which offset those that promised know our log, as it is now, to be committed.
+
+        Unique epochs make a record of the same epoch at the same offset the same record; what somebody knows
+        of another branch says nothing of ours.
+        """
+        own = self.own
+        return max(
+            p.committed
+            for p in self._promised().values()
+            if p.committed <= own.last.offset
+            and p.epochs.epoch_at(p.committed) == own.epochs.epoch_at(p.committed)
+        )
 
     @property
     def highest_seen(self) -> int:

@@ -406,7 +406,7 @@ def fetch_all(
     if promotion.lacks:
         raise _lacking(node, promotion)
     if engine.configuration.synchronous:  # our log holds all that is committed, and they know more of it
-        engine.committer.commit_through(min(promotion.committed, engine.tail.offset))
+        engine.committer.commit_through(promotion.committed)
 
 
 def _check_fetch(node: Node, promotion: Promotion, fetch: Fetch, *, forced: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,6 +231,28 @@ def test_a_voter_whose_disk_fails_does_not_agree(tmp_path: Path, monkeypatch: py
         broken.set()
         until(lambda: a.status().away)
         a.put(b"k", b"v")
+
+
+def test_closing_while_the_others_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The witness takes its time to answer; close() of the primary does not wait for it, and leaves no thread."""
+    with formed(tmp_path) as group:
+        home = group.nodes["w"]._node.engine.home
+        lower, asked, go_on = type(home).lower, threading.Event(), threading.Event()
+
+        def slow(self: Any, position: kvrep.Position) -> bool:
+            if self is home:
+                asked.set()
+                assert go_on.wait(WAIT_S)
+            return lower(self, position)
+
+        monkeypatch.setattr(type(home), "lower", slow)
+        group.stop("b")
+        assert asked.wait(WAIT_S)
+        began = time.monotonic()
+        group.stop("a")
+        assert time.monotonic() - began < 5.0
+        assert not [t.name for t in threading.enumerate() if t.name == "kvrep-degrade-a"]
+        go_on.set()
 
 
 def test_the_primary_ends_while_the_others_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,7 @@ from replication_kit import FAST, WAIT_S, processes, proxy, same, until, voters,
 
 import kvrep
 from kvrep import ConfigurationMismatch, NotEnoughFollowers, RolledBack, StaleRead
-from kvrep.runtime import compression, shipping
-from kvrep.runtime.session import FollowerSession
+from kvrep.runtime import compression
 
 LAZY = {**FAST, "heartbeat_timeout_s": 30.0}
 
@@ -101,32 +100,6 @@ def test_joining_voters_and_reconfiguration_do_not_lose_each_other(tmp_path: Pat
 
 
 # -- reads and status ---------------------------------------------------------------------------------
-
-
-def test_segments_of_an_asynchronous_primary_gather_without_waking_its_sender(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While segments are held apart, hundreds of writes wake the thread that sends a few times only."""
-    monkeypatch.setattr(shipping, "ASYNC_LINGER_S", 1.0)
-    steps = 0
-    step = FollowerSession._step
-
-    def counted(session: FollowerSession, sender: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        return step(session, sender)
-
-    monkeypatch.setattr(FollowerSession, "_step", counted)
-    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=0, **LAZY) as p:
-        with kvrep.open(tmp_path / "b", name="b", follow=p.address, voter=False, **LAZY) as f:
-            f.wait_for(p.put(b"k", b"first"), timeout_s=WAIT_S)
-            before, began = steps, time.monotonic()
-            for i in range(300):
-                position = p.put(b"k", b"%d" % i)
-            taken, seconds = steps - before, time.monotonic() - began
-            assert taken < 20 + 20 * seconds
-            f.wait_for(position, timeout_s=WAIT_S)
-            assert f.get(b"k") == b"299"
 
 
 def test_reads_by_position_and_by_age(tmp_path: Path) -> None:

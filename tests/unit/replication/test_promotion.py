@@ -247,3 +247,18 @@ def test_what_may_not_be_taken_over() -> None:
     assert "below what is committed here" in fetch.problem(9, may_drop=False)
     assert not fetch.problem(9, may_drop=True)
     assert not replace(fetch, below_committed=False).problem(9, may_drop=False)
+
+
+def test_what_others_know_to_be_committed_counts_for_our_own_records_only() -> None:
+    """The most that one of those that promised knows, if our log has the same record there."""
+    for known, wanted in (
+        (replace(OWN, committed=11), 11),
+        (replace(OWN, committed=3), 5),
+        (replace(promise(30, E1, E2), committed=13), 5),
+        (replace(promise(12, E1, (2003, 9)), committed=11), 5),
+        (replace(promise(12, E1, (2003, 9)), committed=8), 8),
+        (replace(promise(12, E1, E2, epoch=2900), committed=11), 5),
+    ):
+        promotion = Promotion(group("abc"), b"a", 3001, replace(OWN, committed=5))
+        promotion.on_promise(b"b", known)
+        assert promotion.committed == wanted
