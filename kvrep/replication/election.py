@@ -625,6 +625,8 @@ class Election:
                 return []
             self.wants_permit = self._could
             return self._later(now, self._why_not_standing(now))
+        if not self._could:  # it was taken off the voters, or lost its disk, since it asked
+            return self._later(now, self._why_not_standing(now))
         yes = {self.own.store_id} | {a.store_id for a in self._answers.values() if a.would}
         if not self._sufficient(yes, now):
             return self._later(now, self._why_not_enough()) if over else []
