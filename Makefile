@@ -12,7 +12,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv .venv-protoc demo test prove bench check lint format-check types layers \
+.PHONY: help tools .venv .venv-protoc demo test prove bench check lint format-check types layers \
 	proto protobuf-fresh protobuf-matrix clean
 
 help: ## list the targets
@@ -43,10 +43,13 @@ endef
 demo: .venv ## show kvrep at work
 	.venv/bin/kvrep demo
 
-test: .venv ## run the tests (PYTEST_ARGS=... is passed on)
+test: .venv tools ## run the tests (PYTEST_ARGS=... is passed on)
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-prove: .venv ## run the long fault and model runs behind the guarantees
+tools: ## install what the fault tests use, as root on Debian
+	@.ci/install-tools
+
+prove: .venv tools ## run the long fault and model runs behind the guarantees
 	.venv/bin/python -m pytest -m prove $(PYTEST_ARGS)
 
 bench: .venv ## measure (BENCH_ARGS=... is passed on)

@@ -11,12 +11,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks import reads, replicas, report, upkeep, writes
+from benchmarks import agents, brokers, feeds, reads, replicas, report, upkeep, writes
 from benchmarks.measure import FIGURES, Bench, Figure, on_terminal
 
 ROOT = Path(__file__).parent.parent
 LATEST = ROOT / "benchmarks" / "results" / "latest.json"
-MODULES = (writes, reads, upkeep, replicas)
+MODULES = (writes, reads, upkeep, replicas, feeds, brokers, agents)
 """Imported so that they register their figures."""
 
 HELP = """\

@@ -9,10 +9,13 @@ b'v'
 The layers, each of which imports only from those below it (a linter holds it)::
 
     cli | testing            the command; what users' own tests use
+    sinks                    what feeds and brokers are applied to: agents and secondary systems
     aio                      the asyncio twin of store
-    store                    Store, the one object a user holds (keyspace: its maps)
+    store                    Store, the one object a user holds
+    feeds                    the changes of a store as an ordered, resumable stream
+    keyspace                 the maps of a store
     runtime                  threads, clocks, deadlines; one node
-    storage | transport      log files, memtables and LMDB | gRPC
+    storage | transport | brokers    log files, memtables and LMDB | gRPC | message brokers
     replication              decisions as pure values: no I/O, no clock, no thread
     status, options          public values
     model | _pb, codecs      positions, records, byte forms
@@ -42,10 +45,12 @@ from kvrep.errors import ForkedError as ForkedError
 from kvrep.errors import InvalidInput as InvalidInput
 from kvrep.errors import InvalidKey as InvalidKey
 from kvrep.errors import InvalidKeyspace as InvalidKeyspace
+from kvrep.errors import InvalidToken as InvalidToken
 from kvrep.errors import KeyTooLong as KeyTooLong
 from kvrep.errors import LineageMismatch as LineageMismatch
 from kvrep.errors import LogCorrupt as LogCorrupt
 from kvrep.errors import LogTrimmed as LogTrimmed
+from kvrep.errors import NoSuchFeed as NoSuchFeed
 from kvrep.errors import NotAStore as NotAStore
 from kvrep.errors import NotEnoughFollowers as NotEnoughFollowers
 from kvrep.errors import NotPrimary as NotPrimary
@@ -56,6 +61,7 @@ from kvrep.errors import PermissionDenied as PermissionDenied
 from kvrep.errors import ProtocolError as ProtocolError
 from kvrep.errors import ReadError as ReadError
 from kvrep.errors import RefusedError as RefusedError
+from kvrep.errors import RejectedChange as RejectedChange
 from kvrep.errors import ReplicationError as ReplicationError
 from kvrep.errors import RolledBack as RolledBack
 from kvrep.errors import SnapshotExpired as SnapshotExpired
@@ -66,17 +72,23 @@ from kvrep.errors import StoreInUse as StoreInUse
 from kvrep.errors import TooOld as TooOld
 from kvrep.errors import TransactionConflict as TransactionConflict
 from kvrep.errors import TransactionExpired as TransactionExpired
+from kvrep.errors import Truncated as Truncated
 from kvrep.errors import UnknownOutcome as UnknownOutcome
 from kvrep.errors import UnsafePromotion as UnsafePromotion
 from kvrep.errors import UpgradeRequired as UpgradeRequired
 from kvrep.errors import ValueTooLarge as ValueTooLarge
+from kvrep.feeds.changes import Changes as Changes
+from kvrep.feeds.named import Feed as Feed
+from kvrep.feeds.named import FeedInfo as FeedInfo
 from kvrep.keyspace import Batch as Batch
 from kvrep.keyspace import Keyspace as Keyspace
 from kvrep.keyspace import Snapshot as Snapshot
 from kvrep.keyspace import Transaction as Transaction
 from kvrep.keyspace import WriteFuture as WriteFuture
+from kvrep.model.change import Change as Change
 from kvrep.model.configuration import Configuration as Configuration
 from kvrep.model.configuration import Voter as Voter
+from kvrep.model.event import Event as CloudEvent
 from kvrep.model.position import Position as Position
 from kvrep.model.sessions import RequestId as RequestId
 from kvrep.options import Options as Options
@@ -92,14 +104,19 @@ from kvrep.store import open as open
 
 if TYPE_CHECKING:
     from kvrep import aio
+    from kvrep.sinks.agent import Agent as Agent
     from kvrep.transport.security import TLS as TLS
 
 __all__ = [
     "TLS",
     "AckTimeout",
+    "Agent",
     "AuthenticationFailed",
     "Batch",
+    "Change",
+    "Changes",
     "ClosedError",
+    "CloudEvent",
     "Codec",
     "Configuration",
     "ConfigurationMismatch",
@@ -110,17 +127,21 @@ __all__ = [
     "Etcd",
     "Event",
     "EventKind",
+    "Feed",
+    "FeedInfo",
     "Fenced",
     "FollowerStatus",
     "ForkedError",
     "InvalidInput",
     "InvalidKey",
     "InvalidKeyspace",
+    "InvalidToken",
     "KeyTooLong",
     "Keyspace",
     "LineageMismatch",
     "LogCorrupt",
     "LogTrimmed",
+    "NoSuchFeed",
     "NotAStore",
     "NotEnoughFollowers",
     "NotPrimary",
@@ -135,6 +156,7 @@ __all__ = [
     "Quorum",
     "ReadError",
     "RefusedError",
+    "RejectedChange",
     "ReplicationError",
     "RequestId",
     "Role",
@@ -152,6 +174,7 @@ __all__ = [
     "Transaction",
     "TransactionConflict",
     "TransactionExpired",
+    "Truncated",
     "UnknownOutcome",
     "UnsafePromotion",
     "UpgradeRequired",
@@ -164,7 +187,7 @@ __all__ = [
     "open",
 ]
 
-_LAZY = {"aio": "kvrep.aio", "TLS": "kvrep.transport.security"}
+_LAZY = {"Agent": "kvrep.sinks.agent", "aio": "kvrep.aio", "TLS": "kvrep.transport.security"}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,9 +34,13 @@
     │   ├── StaleRead                the asked freshness was not reached in time
     │   ├── SnapshotExpired          the snapshot outlived its maximum age
     │   ├── RolledBack               the position is not part of this history any more
-    │   └── TooOld                   the position is below what this node still knows
+    │   ├── Truncated                a feed's place is not; the history it read is the same up to `to`
+    │   ├── TooOld                   the position is below what this node still knows
+    │   ├── NoSuchFeed (KeyError)    no feed has that name
+    │   └── InvalidToken (ValueError)  a feed's token is damaged, or another store's
     └── ReplicationError
         ├── LogTrimmed               the asked records are gone; bootstrap from a snapshot
+        ├── RejectedChange           a secondary system cannot hold this change
         ├── Diverged                 the histories differ from an offset on
         ├── LineageMismatch          the other node holds another store altogether
         ├── ProtocolError            a peer sent what the protocol does not allow
@@ -65,10 +69,12 @@ __all__ = [
     "InvalidInput",
     "InvalidKey",
     "InvalidKeyspace",
+    "InvalidToken",
     "KeyTooLong",
     "LineageMismatch",
     "LogCorrupt",
     "LogTrimmed",
+    "NoSuchFeed",
     "NotAStore",
     "NotEnoughFollowers",
     "NotPrimary",
@@ -79,6 +85,7 @@ __all__ = [
     "ProtocolError",
     "ReadError",
     "RefusedError",
+    "RejectedChange",
     "ReplicationError",
     "RolledBack",
     "SnapshotExpired",
@@ -89,6 +96,7 @@ __all__ = [
     "TooOld",
     "TransactionConflict",
     "TransactionExpired",
+    "Truncated",
     "UnknownOutcome",
     "UnsafePromotion",
     "UpgradeRequired",
@@ -353,6 +361,29 @@ class TooOld(ReadError):
     position: Any
 
 
+class Truncated(ReadError):
+    """What the feed has read last is not part of this history any more: a forced promotion dropped it."""
+
+    hint = "what was read beyond `to` did not survive; resnapshot() gives what there is now"
+    _names: ClassVar[tuple[str, ...]] = ("to", "position")
+    to: Any
+    """The last position that both histories share."""
+    position: Any
+    """What the feed has read last."""
+
+
+class NoSuchFeed(ReadError, KeyError):
+    """No feed of the store has that name."""
+
+    hint = "'kvrep feed list' shows them"
+    _names: ClassVar[tuple[str, ...]] = ("name",)
+    name: str
+
+
+class InvalidToken(ReadError, ValueError):
+    """A token of a feed is damaged, or belongs to another store."""
+
+
 class ReplicationError(Error):
     """Replication cannot go on as it is."""
 
@@ -360,9 +391,19 @@ class ReplicationError(Error):
 class LogTrimmed(ReplicationError):
     """The asked records have been trimmed from the log."""
 
-    hint = "bootstrap from a snapshot"
+    hint = "begin with a snapshot"
     _names: ClassVar[tuple[str, ...]] = ("first",)
     first: int
+
+
+class RejectedChange(ReplicationError):
+    """A secondary system cannot hold this change, however often it is tried."""
+
+    _names: ClassVar[tuple[str, ...]] = ("index", "keyspace", "key")
+    index: int
+    """Its number among the changes that were given together."""
+    keyspace: str
+    key: bytes
 
 
 class Diverged(ReplicationError):

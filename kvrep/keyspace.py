@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from kvrep.codecs import BYTES, Codec
-from kvrep.errors import ClosedError, Error, TransactionConflict, TransactionExpired, again
+from kvrep.errors import ClosedError, Error, Overloaded, TransactionConflict, TransactionExpired, again
 from kvrep.model.position import Position
-from kvrep.model.record import Kind, write_payload
-from kvrep.runtime.checks import check_key, check_value, prefix_stop
+from kvrep.model.record import Kind, write_payload, writes_in
+from kvrep.runtime.checks import check_headers, check_key, check_topic, check_value, prefix_stop
 from kvrep.runtime.forwarding import Forward, is_elsewhere
 from kvrep.runtime.node import Node
 from kvrep.runtime.reads import ReadSet, fresh_in, merged
@@ -86,8 +86,10 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     __hash__ = object.__hash__
 
-    def __init__(self, node: Node, name: str, codec: Codec[V]) -> None:
+    def __init__(self, node: Node, name: str, codec: Codec[V], *, keep_before: bool = False) -> None:
         self._node = node
+        self._keeps = keep_before
+        """Whether what a key held before is logged with every write, for feeds."""
         self._keyspace = name
         self._prefix = node.engine.view.admit(name)
         self._codec = codec
@@ -229,6 +231,8 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
         the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``).
         """
+        if self._keeps:
+            return self._commit_noted(timeout_s, acks, level, key, value)
         return self._node.commit(self._put(key, value), timeout_s, acks, level)
 
     def delete(
@@ -240,15 +244,64 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         timeout_s: float | None = None,
     ) -> Position:
         """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
+        if self._keeps:
+            return self._commit_noted(timeout_s, acks, level, key)
         return self._node.commit(self._delete(key), timeout_s, acks, level)
+
+    def _commit_noted(
+        self, timeout_s: float | None, acks: Any, level: Any, key: bytes, *value: V
+    ) -> Position:
+        """A put (with a value) or a delete, together with what was there."""
+        more = acks is not None or level is not None
+        if more:
+            self._node.check_more(acks, level)
+        deadline = self._node.deadline(timeout_s)
+
+        def body(txn: Transaction[V]) -> None:
+            if value:
+                txn.put(key, value[0])
+            else:
+                txn.delete(key)
+
+        _, position = self._atomically(body, timeout_s)
+        assert position is not None
+        if more:
+            self._node.await_more(position, acks, level, deadline)
+        return position
+
+    def _order_noted(self, timeout_s: float | None, key: bytes, *value: V, wait: bool = True) -> Write:
+        """Put such a write in order. Without ``wait`` it raises ``Overloaded`` when that is not its turn now."""
+        txn: Transaction[V] = self.transaction(timeout_s=timeout_s)
+        try:
+            if value:
+                txn.put(key, value[0])
+            else:
+                txn.delete(key)
+            if not wait:
+                txn._place_now()
+            write = txn.end(commit=True)
+        except BaseException:
+            txn.end(commit=False)
+            raise
+        assert write is not None
+        return write
 
     def submit_put(self, key: bytes, value: V) -> WriteFuture:
         """Order the write and return at once; refusals are raised here, outcomes by the future."""
+        if self._keeps:
+            return self._submit_noted(key, value)
         return WriteFuture(self._node, self._node.submit(self._put(key, value)))
 
     def submit_delete(self, key: bytes) -> WriteFuture:
         """Like :meth:`submit_put`, for :meth:`delete`."""
+        if self._keeps:
+            return self._submit_noted(key)
         return WriteFuture(self._node, self._node.submit(self._delete(key)))
+
+    def _submit_noted(self, key: bytes, *value: V) -> WriteFuture:
+        write = self._order_noted(None, key, *value)
+        self._node.engine.committer.kick()
+        return WriteFuture(self._node, write)
 
     def _put(self, key: bytes, value: V) -> Write:
         data: Any = value if self._encode is None else self._encode(value)
@@ -272,7 +325,10 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         return Write(Kind.WRITE, (self._keyspace, (key, None)), len(key))
 
     def __setitem__(self, key: bytes, value: V) -> None:
-        self._node.commit(self._put(key, value), None)
+        if self._keeps:
+            self._commit_noted(None, None, None, key, value)
+        else:
+            self._node.commit(self._put(key, value), None)
 
     def __delitem__(self, key: bytes) -> None:
         """Remove a key that exists; ``KeyError`` if it does not."""
@@ -449,6 +505,9 @@ class Batch(Generic[V]):
         """As ``write_payload`` makes it: keyspaces, and the flat list of keys and values of each."""
         self._name = ""
         self._flat: list[bytes | None] = []
+        self._emits: list[list[Any]] = []
+        self._keeping: set[str] = set()
+        """Keyspaces whose former values are to be logged."""
         self._size = 0
         self._open = True
 
@@ -456,7 +515,16 @@ class Batch(Generic[V]):
         return self
 
     def __len__(self) -> int:
-        return sum(map(len, self._payload[1::2])) // 2
+        return sum(map(len, self._payload[1::2])) // 2 + len(self._emits)
+
+    def emit(self, topic: str, payload: bytes, *, headers: Mapping[str, str] | None = None) -> None:
+        """Add a message for feeds; see :meth:`Transaction.emit`."""
+        message, size = emitted(self._space._node, topic, payload, headers)
+        if not self._open:
+            raise ClosedError("the batch is over")
+        self._size += size
+        self._space._node.check_record_size(self._size)
+        self._emits.append(message)
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Add a put, into this keyspace or another one of the same store."""
@@ -479,16 +547,34 @@ class Batch(Generic[V]):
         if space._keyspace != self._name:
             self._name, self._flat = space._keyspace, []
             self._payload += (self._name, self._flat)
+            if space._keeps:
+                self._keeping.add(self._name)
         self._flat.extend((key, data))
 
     def _write(self) -> Write | None:
         """All of it as one write; ``None`` when it is empty."""
+        if self._emits:
+            return Write(Kind.NOTED, [self._payload, self._emits, []], self._size)
         return Write(Kind.WRITE, self._payload, self._size) if self._payload else None
+
+    def _repeat(self, txn: Transaction[V]) -> None:
+        """All of it once more in a transaction, which can tell what stood there before."""
+        names = iter(self._payload)
+        for name, flat in zip(names, names, strict=True):
+            pairs = iter(flat)
+            for key, value in zip(pairs, pairs, strict=True):
+                txn._writes[(name, key)] = value
+                if name in self._keeping:
+                    txn._keeping.add((name, key))
+        txn._emits, txn._size = self._emits, self._size
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
+        if self._keeping and kind is None:
+            _, self.position = self._space._atomically(self._repeat, self._timeout_s)
+            return
         write = self._write() if kind is None else None
         if write is not None:
             self.position = self._space._node.commit(write, self._timeout_s)
@@ -504,6 +590,11 @@ class Transaction(Generic[V]):
         self._node = keyspace._node
         self._timeout_s = timeout_s
         self._writes: dict[tuple[str, bytes], bytes | None] = {}
+        self._emits: list[list[Any]] = []
+        self._keeping: set[tuple[str, bytes]] = set()
+        """Keys whose former values are to be logged."""
+        self._notes: list[Any] = []
+        """Those values, once they are known."""
         self._tail: dict[tuple[str, bytes], bytes | None] = {}
         """What was logged or ordered before this transaction and is not visible yet."""
         self._barrier: Any = None
@@ -586,8 +677,8 @@ class Transaction(Generic[V]):
             self._reads = ReadSet()
         ahead = committer.unpublished()
         for record in ahead:
-            if record.kind == Kind.WRITE:
-                payload = record.payload
+            if record.kind in (Kind.WRITE, Kind.NOTED):
+                payload = writes_in(record.kind, record.payload)
                 for i in range(0, len(payload), 2):
                     flat = payload[i + 1]
                     for j in range(0, len(flat), 2):
@@ -615,15 +706,18 @@ class Transaction(Generic[V]):
 
     def _raw(self, space: Keyspace[Any], key: bytes) -> bytes | None:
         at = (space._keyspace, key)
-        if at in self._writes:
-            return self._writes[at]
-        reads = self._reads
+        return self._writes[at] if at in self._writes else self._former(*at)
+
+    def _former(self, name: str, key: bytes) -> bytes | None:
+        """What ``key`` held before this transaction; noted as read, where another node may have to compare."""
+        at, reads = (name, key), self._reads
         if reads is not None and reads.pinned is not None:
             return reads.get(*at)
         if at in self._tail:
             value = self._tail[at]
         else:
-            value = self._node.engine.view.get(space._keyspace, space._prefix, key)
+            view = self._node.engine.view
+            value = view.get(name, view.prefix(name), key)
         if reads is not None:
             reads.note(*at, value)
         return value
@@ -631,20 +725,35 @@ class Transaction(Generic[V]):
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Set ``key`` when the transaction commits."""
         space: Keyspace[Any] = self._space if keyspace is None else keyspace
-        self._add(space._put(key, value))
+        self._add(space, space._put(key, value))
 
     def delete(self, key: bytes, *, keyspace: Keyspace[Any] | None = None) -> None:
         """Remove ``key`` when the transaction commits; it need not exist."""
         space: Keyspace[Any] = self._space if keyspace is None else keyspace
-        self._add(space._delete(key))
+        self._add(space, space._delete(key))
 
-    def _add(self, write: Write) -> None:
+    def _add(self, space: Keyspace[Any], write: Write) -> None:
         if not self._open:
             raise ClosedError("the transaction is over")
         name, (key, value) = write.payload
         self._size += write.size + 16
         self._node.check_record_size(self._size)
+        if space._keeps:
+            self._keeping.add((name, key))
         self._writes[(name, key)] = value
+
+    def emit(self, topic: str, payload: bytes, *, headers: Mapping[str, str] | None = None) -> None:
+        """Hand a message to the readers of feeds when the transaction commits, and only then (an outbox).
+
+        It goes with the record into the log and from there to feeds; the state keeps nothing of it. ``topic``
+        has 1 to 255 characters, ``headers`` map text to text. Raises :class:`InvalidInput` or ``TypeError``.
+        """
+        message, size = emitted(self._node, topic, payload, headers)
+        if not self._open:
+            raise ClosedError("the transaction is over")
+        self._size += size
+        self._node.check_record_size(self._size)
+        self._emits.append(message)
 
     def __getitem__(self, key: bytes) -> V:
         value = self.get(key, _MISSING)
@@ -710,7 +819,7 @@ class Transaction(Generic[V]):
                     raise
                 assert self._node.forwarder is not None
                 position = self._node.forwarder.commit(forward)
-            self.position = position if self._writes else None
+            self.position = position if self._wrote else None
         elif self._barrier is not None:
             self._node.await_record(self._barrier, self._timeout_s)
 
@@ -721,18 +830,28 @@ class Transaction(Generic[V]):
         """
         if not self._open:
             return None
+        committer = self._node.engine.committer
+        try:
+            if commit and self._keeping:
+                self._note_former()
+        except BaseException:
+            self._open = False
+            if self._remote and self._reads is not None:
+                self._reads.release()
+            committer.leave_place(self, None)
+            raise
         self._open = False
         if self._remote:
             return self._end_remote(commit=commit)
-        committer = self._node.engine.committer
-        if not commit or not self._writes:
+        if not commit or not self._wrote:
             if self._placed:
                 lost = not committer.holds_place(self)
                 committer.leave_place(self, None)
                 if lost and commit:
                     raise self._expired()
             return None
-        write = Write(Kind.WRITE, self._payload(), self._size)
+        kind = Kind.NOTED if self._emits or self._notes else Kind.WRITE
+        write = Write(kind, self._payload(), self._size)
         if not self._placed:
             try:
                 if order is not None:
@@ -751,15 +870,43 @@ class Transaction(Generic[V]):
             return self._forward(self._reads)
         return write
 
+    @property
+    def _wrote(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self._writes or self._emits)
+
+    def _note_former(self) -> None:
+        """Note what the keys that keep it held before this transaction: [operation, value, …]."""
+        self._place()
+        notes: list[Any] = []
+        for index, at in enumerate(self._writes):
+            if at in self._keeping:
+                value = self._former(*at)
+                notes += (index, value)
+                self._size += len(value or b"") + 8
+        self._node.check_record_size(self._size)
+        self._notes = notes
+
+    def _place_now(self) -> None:
+        """Take the writer's place, if it is free this moment; else ``Overloaded``."""
+        committer = self._node.engine.committer
+        self._node.engine.writable()
+        if not committer.take_place(self, lambda: None):
+            committer.leave_place(self, None)
+            raise Overloaded("a transaction is under way", hint="wait for it before sending more")
+        self.placed()
+
     def _payload(self) -> list[Any]:
-        return write_payload([(name, key, value) for (name, key), value in self._writes.items()])
+        """What is logged: of a write, or of one with notes for feeds."""
+        writes = write_payload([(name, key, value) for (name, key), value in self._writes.items()])
+        return [writes, self._emits, self._notes] if self._emits or self._notes else writes
 
     def _end_remote(self, *, commit: bool) -> Write | None:
         """Have the primary compare what was read, and commit."""
         reads = self._reads
         assert reads is not None
         reads.release()
-        if not commit or not (self._writes or (self._compares and reads)):
+        if not commit or not (self._wrote or (self._compares and reads)):
             return None
         return self._forward(reads)
 
@@ -779,6 +926,16 @@ class Transaction(Generic[V]):
             return None
         deadline_s = self._node.deadline(self._timeout_s)
         return forwarder.make(write.payload, write.size, deadline_s, reads=self._reads)
+
+
+def emitted(
+    node: Node, topic: str, payload: bytes, headers: Mapping[str, str] | None
+) -> tuple[list[Any], int]:
+    """A message as it is logged, and its size."""
+    topic, checked = check_topic(topic), check_headers(headers)
+    data = check_value(payload, node.options.value_bytes_max)
+    size = sum(len(name) + len(text) for name, text in (checked or {}).items())
+    return [topic, data, checked], size + len(topic) + len(data) + 32
 
 
 class Snapshot:

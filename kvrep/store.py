@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
 
 from kvrep.codecs import BYTES, Codec
 from kvrep.coordination import make_coordinator
+from kvrep.feeds.changes import Changes, Held
+from kvrep.feeds.named import Feed, FeedInfo, Feeds
+from kvrep.feeds.selection import Selection, Transform
+from kvrep.feeds.serving import calls_of
 from kvrep.keyspace import Consistency, Keyspace, Snapshot
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE
 from kvrep.model.sessions import RequestId
+from kvrep.model.token import Token
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
@@ -46,7 +51,9 @@ class Store(Keyspace[bytes]):
 
     def __init__(self, node: Node) -> None:
         super().__init__(node, DEFAULT_KEYSPACE, BYTES)
-        self._spaces: dict[tuple[str, str], Keyspace[Any]] = {}
+        self._spaces: dict[tuple[str, str, bool], Keyspace[Any]] = {}
+        self._feeds = Feeds(node)
+        node.calls.update(calls_of(node, self._feeds))
 
     def __repr__(self) -> str:
         home = self._node.engine.home
@@ -55,20 +62,22 @@ class Store(Keyspace[bytes]):
     # -- more maps ---------------------------------------------------------------------------------
 
     @overload
-    def keyspace(self, name: str) -> Keyspace[bytes]: ...
+    def keyspace(self, name: str, *, keep_before: bool = False) -> Keyspace[bytes]: ...
     @overload
-    def keyspace(self, name: str, *, codec: Codec[V]) -> Keyspace[V]: ...
-    def keyspace(self, name: str, *, codec: Codec[Any] = BYTES) -> Keyspace[Any]:
+    def keyspace(self, name: str, *, codec: Codec[V], keep_before: bool = False) -> Keyspace[V]: ...
+    def keyspace(self, name: str, *, codec: Codec[Any] = BYTES, keep_before: bool = False) -> Keyspace[Any]:
         """The keyspace ``name`` (1 to 64 of ``a-z 0-9 _ -``); it exists once something is put into it.
 
-        ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. Raises ``InvalidKeyspace``.
+        ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. With ``keep_before``, every write
+        through the returned object logs what the key held before, for feeds; each is a transaction then, so
+        they follow each other. Raises ``InvalidKeyspace``.
         """
         check_name(name)
         self._node.engine.need_alive()
-        key = (name, codec.name)
+        key = (name, codec.name, keep_before)
         space = self._spaces.get(key)
         if space is None or space._codec is not codec:
-            space = self._spaces[key] = Keyspace(self._node, name, codec)
+            space = self._spaces[key] = Keyspace(self._node, name, codec, keep_before=keep_before)
         return space
 
     def keyspaces(self) -> list[str]:
@@ -119,6 +128,93 @@ class Store(Keyspace[bytes]):
         """
         self._node.engine.need_alive()
         return self._node.settle(request, timeout_s)
+
+    # -- feeds -------------------------------------------------------------------------------------
+
+    def changes(
+        self,
+        after: Position | None = None,
+        *,
+        keyspace: str | Iterable[str] | None = None,
+        prefix: bytes = b"",
+        topic: str | Iterable[str] | None = None,
+        transform: Transform | None = None,
+        snapshot: bool = False,
+        have: Held | None = None,
+        stop: Position | None = None,
+        resume: str | None = None,
+        committed: bool = False,
+        before: bool = False,
+    ) -> Changes:
+        """What is written, in order, as far as no failover can take it back; waits for more until closed.
+
+        It begins behind ``after`` (``None``: with the very first record), behind the change whose ``resume``
+        token is given (taken on any node of the store), or with ``snapshot`` at the present state: a mark
+        ``begin``, every row as a put, a mark ``end``, and then what follows, with no gap and no repeat. With
+        ``have``, the (keyspace, key, value) that the receiver holds, in order, the snapshot is only what is
+        different. It ends when all through ``stop`` was delivered, or at ``close()``.
+
+        ``keyspace`` (one or several), ``prefix`` of keys and ``topic`` of emitted messages select;
+        ``transform(change)`` may give back a change with other contents, or ``None`` to leave it out. Where a
+        keyspace is named, messages are left out unless a topic is named, too. ``committed`` asks for everything
+        that reads show: with ``acks=0`` a failover may take some of it back. ``before`` asks for the former values,
+        in keyspaces opened with ``keep_before=True``.
+
+        Raises, here or while it is read: :class:`LogTrimmed` when the log does not reach back so far,
+        :class:`Truncated` when the place is not part of the history any more, :class:`InvalidToken`,
+        :class:`LineageMismatch`, :class:`ClosedError` when the store is closed. ``ValueError`` for arguments that
+        contradict each other.
+        """
+        self._node.engine.need_alive()
+        begins = (after is not None) + (resume is not None) + snapshot
+        if begins > 1:
+            raise ValueError("give one of after, resume and snapshot")
+        if have is not None and not snapshot and resume is None:
+            raise ValueError("have belongs to a snapshot")
+        selection = Selection.of(keyspace, prefix, topic, transform, before)
+        return Changes(
+            self._node,
+            selection,
+            token=None if resume is None else Token.parse(resume),
+            after=_position(after),
+            snapshot=snapshot,
+            stop=_position(stop),
+            committed=committed,
+            have=have,
+        )
+
+    def feed(
+        self,
+        name: str,
+        *,
+        after: Position | None = None,
+        keyspace: str | Iterable[str] | None = None,
+        prefix: bytes = b"",
+        topic: str | Iterable[str] | None = None,
+        transform: Transform | None = None,
+        snapshot: bool = False,
+        committed: bool = False,
+        before: bool = False,
+    ) -> Feed:
+        """The feed ``name``, whose place is kept in the store: it goes on behind its last ack, on any primary.
+
+        The first call makes it, on the primary, with the arguments of :meth:`changes`; later ones take its
+        place and selection from the store (:class:`ConfigurationMismatch` if another selection is given; what
+        ``transform``, ``committed`` and ``before`` say is not stored). Until it is dropped, the log is kept for
+        it, up to ``retention_bytes_max``.
+        """
+        self._node.engine.need_alive()
+        if after is not None and snapshot:
+            raise ValueError("give one of after and snapshot")
+        selection = Selection.of(keyspace, prefix, topic, transform, before)
+        return Feed(
+            self._feeds, name, selection, after=_position(after), snapshot=snapshot, committed=committed
+        )
+
+    def feeds(self) -> list[FeedInfo]:
+        """All named feeds, by name: where each stands and how far it is behind."""
+        self._node.engine.need_alive()
+        return self._feeds.infos()
 
     # -- the life of the store ---------------------------------------------------------------------
 
@@ -280,3 +376,14 @@ class Store(Keyspace[bytes]):
             return now.without_voter(voter.store_id)
 
         return self._node.reconfigure(change, timeout_s)
+
+
+def _position(given: Any) -> Position | None:
+    """``TypeError`` for what is no position."""
+    if given is None or isinstance(given, Position):
+        return given
+    try:
+        epoch, offset = given
+        return Position(int(epoch), int(offset))
+    except (TypeError, ValueError):
+        raise TypeError(f"expected a Position, not {type(given).__name__}") from None

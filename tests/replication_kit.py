@@ -28,12 +28,14 @@ FAST: dict[str, Any] = {
 """Options for tests that do not measure the defaults."""
 
 
-def until(condition: Callable[[], Any], timeout_s: float = WAIT_S, what: str = "") -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = WAIT_S, what: Any = "") -> Any:
     """Wait until ``condition`` holds and return what it gave; fails at the deadline."""
     deadline = time.monotonic() + timeout_s
     pause = threading.Event()
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what or condition}"
+        if time.monotonic() >= deadline:
+            said = what() if callable(what) else what or condition
+            raise AssertionError(f"waited {timeout_s} s in vain for {said}")
         pause.wait(0.005)
     return found
 

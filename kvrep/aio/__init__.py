@@ -29,6 +29,8 @@ A store may be used by several event loops in several threads; a transaction bel
 
 from __future__ import annotations
 
+from kvrep.aio.feeds import Changes as Changes
+from kvrep.aio.feeds import Feed as Feed
 from kvrep.aio.keyspace import Keyspace as Keyspace
 from kvrep.aio.reading import Snapshot as Snapshot
 from kvrep.aio.store import Store as Store
@@ -37,4 +39,14 @@ from kvrep.aio.writing import Batch as Batch
 from kvrep.aio.writing import Transaction as Transaction
 from kvrep.aio.writing import WriteFuture as WriteFuture
 
-__all__ = ["Batch", "Keyspace", "Snapshot", "Store", "Transaction", "WriteFuture", "open"]
+__all__ = [
+    "Batch",
+    "Changes",
+    "Feed",
+    "Keyspace",
+    "Snapshot",
+    "Store",
+    "Transaction",
+    "WriteFuture",
+    "open",
+]

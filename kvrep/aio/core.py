@@ -346,6 +346,12 @@ class Core:
                 )
             await asyncio.sleep(min(left, PROBED_S))
 
+    async def moved_beyond(self, shown: int, timeout_s: float) -> None:
+        """Wait until more is visible than ``shown``, at most so long; :class:`ClosedError` at the end."""
+        if self.node.engine.closed or self._closing is not None:
+            raise self.closed_error()
+        await self._until_moved(shown + 1, timeout_s)
+
     async def linearize(self, timeout_s: float | None) -> None:
         """As :meth:`Node.linearize`: those who ask while a question is under way share the next one."""
         waits = self.here()

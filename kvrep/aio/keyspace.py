@@ -169,6 +169,10 @@ class Keyspace(Generic[V]):
         the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``). When the task
         is cancelled here, the outcome is not known either.
         """
+        if self._plain._keeps:
+            return await self._core.call(
+                lambda: self._plain.put(key, value, acks=acks, level=level, timeout_s=timeout_s)
+            )
         return await self._core.commit(self._plain._put(key, value), timeout_s, acks, level)
 
     async def delete(
@@ -180,6 +184,10 @@ class Keyspace(Generic[V]):
         timeout_s: float | None = None,
     ) -> Position:
         """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
+        if self._plain._keeps:
+            return await self._core.call(
+                lambda: self._plain.delete(key, acks=acks, level=level, timeout_s=timeout_s)
+            )
         return await self._core.commit(self._plain._delete(key), timeout_s, acks, level)
 
     def submit_put(self, key: bytes, value: V) -> WriteFuture:
@@ -188,11 +196,20 @@ class Keyspace(Generic[V]):
         Refusals are raised here, outcomes by the future. It cannot wait: at a bound on unfinished work it
         raises :class:`Overloaded`; await earlier futures then.
         """
+        if self._plain._keeps:
+            return self._submit_noted(key, value)
         return self._submit(self._plain._put(key, value))
 
     def submit_delete(self, key: bytes) -> WriteFuture:
         """Like :meth:`submit_put`, for :meth:`delete`."""
+        if self._plain._keeps:
+            return self._submit_noted(key)
         return self._submit(self._plain._delete(key))
+
+    def _submit_noted(self, key: bytes, *value: V) -> WriteFuture:
+        write = self._plain._order_noted(None, key, *value, wait=False)
+        self._core.node.engine.committer.kick()
+        return WriteFuture(self._core, write)
 
     def _submit(self, write: Any) -> WriteFuture:
         return WriteFuture(self._core, self._core.submit(write))

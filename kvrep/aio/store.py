@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
 
 from kvrep import store as sync
 from kvrep.aio.core import Core, Threads
+from kvrep.aio.feeds import Changes, Feed
 from kvrep.aio.keyspace import Keyspace
 from kvrep.aio.reading import Snapshot
 from kvrep.codecs import BYTES, Codec
 from kvrep.coordination import make_coordinator
+from kvrep.feeds.changes import Held
+from kvrep.feeds.named import FeedInfo
+from kvrep.feeds.selection import Transform
 from kvrep.keyspace import Consistency
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
@@ -101,15 +105,16 @@ class Store(Keyspace[bytes]):
     # -- more maps ---------------------------------------------------------------------------------
 
     @overload
-    def keyspace(self, name: str) -> Keyspace[bytes]: ...
+    def keyspace(self, name: str, *, keep_before: bool = False) -> Keyspace[bytes]: ...
     @overload
-    def keyspace(self, name: str, *, codec: Codec[V]) -> Keyspace[V]: ...
-    def keyspace(self, name: str, *, codec: Codec[Any] = BYTES) -> Keyspace[Any]:
+    def keyspace(self, name: str, *, codec: Codec[V], keep_before: bool = False) -> Keyspace[V]: ...
+    def keyspace(self, name: str, *, codec: Codec[Any] = BYTES, keep_before: bool = False) -> Keyspace[Any]:
         """The keyspace ``name`` (1 to 64 of ``a-z 0-9 _ -``); it exists once something is put into it.
 
-        ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. Raises ``InvalidKeyspace``.
+        ``codec`` (see :mod:`kvrep.codecs`) turns values into bytes and back. With ``keep_before``, every write
+        through the returned object logs what the key held before, for feeds. Raises ``InvalidKeyspace``.
         """
-        return Keyspace(self._core, self._sync.keyspace(name, codec=codec))
+        return Keyspace(self._core, self._sync.keyspace(name, codec=codec, keep_before=keep_before))
 
     def keyspaces(self) -> list[str]:
         """The names of the keyspaces that hold or held data, sorted."""
@@ -145,6 +150,57 @@ class Store(Keyspace[bytes]):
     async def settle(self, request: RequestId, *, timeout_s: float = 5.0) -> Outcome:
         """What became of a forwarded write, asked of the primary; see :meth:`kvrep.Store.settle`."""
         return await self._core.call(lambda: self._sync.settle(request, timeout_s=timeout_s))
+
+    # -- feeds -------------------------------------------------------------------------------------
+
+    def changes(
+        self,
+        after: Position | None = None,
+        *,
+        keyspace: str | Iterable[str] | None = None,
+        prefix: bytes = b"",
+        topic: str | Iterable[str] | None = None,
+        transform: Transform | None = None,
+        snapshot: bool = False,
+        have: Held | None = None,
+        stop: Position | None = None,
+        resume: str | None = None,
+        committed: bool = False,
+        before: bool = False,
+    ) -> Changes:
+        """What is written, in order: ``async for change in db.changes(…)``; see :meth:`kvrep.Store.changes`."""
+        plain = self._sync.changes(
+            after=after, keyspace=keyspace, prefix=prefix, topic=topic, transform=transform,
+            snapshot=snapshot, have=have, stop=stop, resume=resume, committed=committed, before=before,
+        )  # fmt: skip
+        return Changes(self._core, plain)
+
+    def feed(
+        self,
+        name: str,
+        *,
+        after: Position | None = None,
+        keyspace: str | Iterable[str] | None = None,
+        prefix: bytes = b"",
+        topic: str | Iterable[str] | None = None,
+        transform: Transform | None = None,
+        snapshot: bool = False,
+        committed: bool = False,
+        before: bool = False,
+    ) -> Feed:
+        """``async with db.feed("billing") as feed:``, or ``feed = await db.feed("billing")``; see
+        :meth:`kvrep.Store.feed`."""
+        return Feed(
+            self._core,
+            lambda: self._sync.feed(
+                name, after=after, keyspace=keyspace, prefix=prefix, topic=topic, transform=transform,
+                snapshot=snapshot, committed=committed, before=before,
+            ),
+        )  # fmt: skip
+
+    async def feeds(self) -> list[FeedInfo]:
+        """All named feeds, by name: where each stands and how far it is behind."""
+        return await self._core.read(self._sync.feeds)
 
     # -- the life of the store ---------------------------------------------------------------------
 

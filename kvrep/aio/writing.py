@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -113,10 +113,21 @@ class Batch(Generic[V]):
         self._plain.delete(key, keyspace=_plain(keyspace))
         return DONE
 
+    def emit(
+        self, topic: str, payload: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> Awaitable[None]:
+        """Add a message for feeds; see :meth:`kvrep.Transaction.emit`."""
+        self._plain.emit(topic, payload, headers=headers)
+        return DONE
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         batch = self._plain
+        if batch._keeping and kind is None:
+            await self._core.call(batch.__exit__, None, None, None)
+            self.position = batch.position
+            return
         batch._open = False
         write = batch._write() if kind is None else None
         if write is not None:
@@ -222,6 +233,14 @@ class Transaction(Generic[V]):
         self._plain.delete(key, keyspace=_plain(keyspace))
         return DONE
 
+    def emit(
+        self, topic: str, payload: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> Awaitable[None]:
+        """Hand a message to the readers of feeds when the transaction commits; see
+        :meth:`kvrep.Transaction.emit`."""
+        self._plain.emit(topic, payload, headers=headers)
+        return DONE
+
     def __getitem__(self, key: bytes) -> Awaitable[V]:
         """``await txn[key]``; ``KeyError`` if it is missing."""
         return self._item(key)
@@ -267,7 +286,13 @@ class Transaction(Generic[V]):
             plain.end(commit=False)
             return
         deadline_s = core.node.deadline(self._timeout_s)
-        if plain._writes and not plain._placed and core.node.engine.flusher.behind >= 0.5:
+        if plain._keeping and plain._open:
+            try:
+                await self._place()
+            except BaseException:
+                plain.end(commit=False)
+                raise
+        if plain._wrote and not plain._placed and core.node.engine.flusher.behind >= 0.5:
             try:
                 await core.slow_down(deadline_s)
             except BaseException:

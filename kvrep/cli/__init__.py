@@ -30,11 +30,18 @@ _COMMANDS = {
     "dump": "write all pairs to a JSON-lines file or a directory",
     "verify": "check one store on disk, or running nodes against each other",
     "members": "who votes in a group, and what each of them is now",
+    "agent": "keep a secondary system up to date from a store or a broker, or publish to a broker",
+    "drill": "rehearse a disaster: bring up a scratch copy at the far site, verify it, measure",
+    "publish": "ship a store's log into a message broker, for followers far away",
     "promote": "make a node the primary of its group",
     "switchover": "hand over from the primary to another voter, without losing a write",
+    "changes": "watch what is written, as it is written",
+    "feed": "list, pause, resume, move or drop the named feeds of a store",
     "rescue": "look at, export and write again what a node had to drop",
 }
 _MODULES = {
+    "changes": "feeds",
+    "feed": "feeds",
     "get": "data",
     "put": "data",
     "delete": "data",

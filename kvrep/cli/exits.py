@@ -14,7 +14,7 @@ class Exit(IntEnum):
 
     OK = 0
     MISSING = 1
-    """``get``: there is no such key."""
+    """There is no such key, or no such feed."""
     USAGE = 2
     """The arguments make no sense, or no store is at the path."""
     REFUSED = 3
@@ -48,6 +48,10 @@ _CODES: tuple[tuple[type[BaseException], Exit], ...] = (
     (errors.PeerUnavailable, Exit.UNAVAILABLE),
     (errors.ClosedError, Exit.UNAVAILABLE),
     (errors.Overloaded, Exit.UNAVAILABLE),
+    (errors.NoSuchFeed, Exit.MISSING),
+    (errors.InvalidToken, Exit.USAGE),
+    (errors.Truncated, Exit.REFUSED),
+    (errors.LogTrimmed, Exit.REFUSED),
     (errors.ReadError, Exit.UNAVAILABLE),
     (errors.CorruptionError, Exit.DAMAGED),
     (errors.StorageFailed, Exit.DAMAGED),

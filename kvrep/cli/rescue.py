@@ -16,9 +16,10 @@ from kvrep.cli.console import binary, number, table
 from kvrep.cli.exits import Exit, UsageError
 from kvrep.cli.forms import TEXT, pair_to_json
 from kvrep.errors import CorruptionError, LineageMismatch, NotAStore, NotPrimary, ProtocolError
+from kvrep.model.record import is_system, messages_in, writes_in
 
 if TYPE_CHECKING:
-    from kvrep.model.record import Op
+    from kvrep.model.record import Op, Record
     from kvrep.storage.rescue import RescueFile
 
 __all__ = ["configure", "run"]
@@ -120,7 +121,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _facts(found: RescueFile) -> dict[str, Any]:
-    writes = [r for r in found.records if r.kind == 0]
+    writes = [r for r in found.records if writes_in(r.kind, r.payload) or messages_in(r.kind, r.payload)]
     return {"first": found.first, "last": found.last, "writes": len(writes), "reason": found.reason,
             "time_s": found.time_s, "lineage": found.lineage}  # fmt: skip
 
@@ -131,21 +132,38 @@ def _show(args: argparse.Namespace, found: RescueFile) -> int:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time_s))
         print(f"records {found.first} to {found.last}, dropped at {when}: {found.reason}")
     for record in found.records:
-        for name, key, value in record.ops():
+        for line in _lines(record, as_json=args.json):
             if left == 0:
                 return Exit.OK
             left = None if left is None else left - 1
-            if args.json:
-                fields = json.loads(pair_to_json(key, value or b"", keyspace=name))
-                if value is None:
-                    fields = {k: v for k, v in fields.items() if not k.startswith("value")} | {
-                        "deleted": True
-                    }
-                print(json.dumps({"position": str(record.position), **fields}, ensure_ascii=False))
-            else:
-                what = "deleted" if value is None else TEXT.encode(value)
-                print(f"{record.position}\t{name}\t{TEXT.encode(key)}\t{what}")
+            print(line)
     return Exit.OK
+
+
+def _lines(record: Record, *, as_json: bool) -> Iterator[str]:
+    """One line for each operation and each message of a record; kvrep's own are left out."""
+    for name, key, value in _ops(record):
+        fields = json.loads(pair_to_json(key, value or b"", keyspace=name))
+        if value is None:
+            fields = {k: v for k, v in fields.items() if not k.startswith("value")} | {"deleted": True}
+        what = "deleted" if value is None else TEXT.encode(value)
+        yield _line(record, fields, (name, TEXT.encode(key), what), as_json=as_json)
+    for topic, payload, _ in messages_in(record.kind, record.payload):
+        fields = json.loads(pair_to_json(b"", payload))
+        del fields["key"]
+        parts = ("(message)", topic, TEXT.encode(payload))
+        yield _line(record, {"topic": topic, **fields}, parts, as_json=as_json)
+
+
+def _line(record: Record, fields: dict[str, Any], parts: tuple[str, str, str], *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"position": str(record.position), **fields}, ensure_ascii=False)
+    return "\t".join((str(record.position), *parts))
+
+
+def _ops(record: Record) -> list[Op]:
+    """What users wrote: the places of feeds are never written again."""
+    return [op for op in record.ops() if not is_system(op[0])]
 
 
 def _export(found: RescueFile) -> int:
@@ -164,7 +182,7 @@ def _final(found: RescueFile) -> list[Op]:
     """The last operation on each key, in the order of the last ones."""
     last: dict[tuple[str, bytes], bytes | None] = {}
     for record in found.records:
-        for name, key, value in record.ops():
+        for name, key, value in _ops(record):
             last.pop((name, key), None)
             last[name, key] = value
     return [(name, key, value) for (name, key), value in last.items()]
@@ -183,6 +201,11 @@ def _reapply(args: argparse.Namespace, found: RescueFile) -> int:
         if not args.dry_run:
             written, late = _write_all(call, wanted, checked, force=args.force)
             changed |= late
+    messages = sum(len(messages_in(r.kind, r.payload)) for r in found.records)
+    if messages:
+        print(
+            f"{number(messages)} messages are not sent again; 'kvrep rescue show' shows them", file=sys.stderr
+        )
     skipped = [(name, key) for name, key, _ in ops if (name, key) in changed]
     for name, key in skipped:
         print(f"changed since, left alone: {name} {TEXT.encode(key)}", file=sys.stderr)

@@ -16,6 +16,7 @@ from kvrep.model.position import Position
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
     from kvrep.storage.engine import Engine
+    from kvrep.store import Store
     from kvrep.transport.security import Security
 
 __all__ = [
@@ -202,7 +203,7 @@ class LocalReader:
         return sorted({"default", *self._engine.view.keyspaces})
 
     def status(self) -> dict[str, Any]:
-        status = self._node().status().to_json()
+        status = self.node().status().to_json()
         return {**status, "role": "offline", "not_writable": "no process has it open", "primary_address": ""}
 
     def close(self) -> None:
@@ -210,9 +211,9 @@ class LocalReader:
 
     def _check_reached(self, at_least: Position | None) -> None:
         if at_least is not None:
-            self._node().wait_for(at_least, 0.0)
+            self.node().wait_for(at_least, 0.0)
 
-    def _node(self) -> Node:
+    def node(self) -> Node:
         """A node without a role: it answers questions, and starts nothing."""
         from kvrep.options import Options
         from kvrep.runtime.node import Node
@@ -244,6 +245,10 @@ class LocalWriter:
                     batch.put(key, value, keyspace=space)
         assert batch.position is not None
         return batch.position
+
+    @property
+    def store(self) -> Store:
+        return self._store
 
     def close(self) -> None:
         self._store.close(CLOSE_S)

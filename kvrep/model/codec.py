@@ -27,7 +27,7 @@ from kvrep.model.position import EPOCH_MAX, OFFSET_MAX
 from kvrep.model.record import Record
 from kvrep.model.sessions import Origin
 
-__all__ = ["CHECKSUM_CRC32", "FRAME_BYTES", "ChainBroken", "RecordEncoder", "decode", "walk"]
+__all__ = ["CHECKSUM_CRC32", "FRAME_BYTES", "ChainBroken", "RecordEncoder", "bodies", "decode", "walk"]
 
 CHECKSUM_CRC32 = 1
 """The id of the checksum algorithm, kept in every log file and said in every join."""
@@ -134,6 +134,26 @@ def decode(data: bytes | memoryview, first: int, running: int) -> tuple[list[Rec
         epoch_before = epoch
         records.append(Record(offset, epoch, time_us, kind, payload, origin))
     return records, running_after
+
+
+def bodies(data: bytes, running: int, most: int) -> tuple[list[Any], int]:
+    """Decode the bodies of up to ``most`` whole records that must join ``running``, and nothing more.
+
+    Returns them as ``[offset, epoch, time_us, kind, payload]`` and the running checksum through the last. For
+    readers of a log that was checked when it was written. :class:`ChainBroken` when a byte is wrong, with the
+    number of the record in ``data`` as its offset.
+    """
+    view, unpack, at, size = memoryview(data), FRAME.unpack_from, 0, len(data)
+    count = 0
+    while at < size and count < most:
+        _, check, _, length = unpack(data, at) if at + FRAME_BYTES <= size else (0, 0, 0, 0)
+        start = at + FRAME_BYTES
+        at = start + length
+        running = crc32(view[start:at], running)
+        if running != check or at > size:
+            raise ChainBroken("a record of the log is damaged", at=start, offset=count)
+        count += 1
+    return _bodies(data if at == size else view[:at], count), running
 
 
 def _bodies(data: bytes | memoryview, count: int) -> list[Any]:

@@ -9,9 +9,21 @@ from kvrep.errors import ProtocolError
 from kvrep.model.position import Position
 from kvrep.model.sessions import Origin
 
-__all__ = ["DEFAULT_KEYSPACE", "Kind", "Op", "Record", "write_payload"]
+__all__ = [
+    "DEFAULT_KEYSPACE",
+    "FEEDS_KEYSPACE",
+    "Kind",
+    "Op",
+    "Record",
+    "is_system",
+    "messages_in",
+    "write_payload",
+    "writes_in",
+]
 
 DEFAULT_KEYSPACE = "default"
+FEEDS_KEYSPACE = "kvrep:feeds"
+"""Where named feeds keep their places. No user's keyspace can have a colon in its name."""
 
 Op = tuple[str, bytes, bytes | None]
 """One operation: (keyspace, key, value); a value of ``None`` deletes the key."""
@@ -28,6 +40,9 @@ class Kind(IntEnum):
     """A new configuration; payload as ``Configuration.to_wire()``."""
     DIGEST = 3
     """All nodes cut a flush here; payload ``[offset of the previous mark, {keyspace: digest there}]``."""
+    NOTED = 4
+    """A write with notes for feeds; payload ``[writes as in WRITE, [[topic, payload, headers], …],
+    [operation, value before or None, operation, …]]``. The state takes the writes alone."""
 
 
 class Record(NamedTuple):
@@ -50,17 +65,32 @@ class Record(NamedTuple):
 
         :class:`ProtocolError` when the payload is not what :func:`write_payload` makes.
         """
-        if self.kind != Kind.WRITE:
-            return []
         ops: list[Op] = []
         try:
-            names = iter(self.payload)
+            names = iter(writes_in(self.kind, self.payload))
             for name, flat in zip(names, names, strict=True):
                 keys = iter(flat)
                 ops += [(name, key, value) for key, value in zip(keys, keys, strict=True)]
         except (TypeError, ValueError) as error:
             raise ProtocolError(f"record {self.offset} is not a write: {error}") from error
         return ops
+
+
+def writes_in(kind: int, payload: Any) -> Any:
+    """The writes of a record, as in the payload of a ``WRITE``; empty for a kind that has none."""
+    if kind == Kind.WRITE:
+        return payload
+    return payload[0] if kind == Kind.NOTED else ()
+
+
+def messages_in(kind: int, payload: Any) -> Any:
+    """The emitted messages of a record: ``[topic, payload, headers or None]`` each."""
+    return payload[1] if kind == Kind.NOTED else ()
+
+
+def is_system(keyspace: str) -> bool:
+    """Whether a keyspace is kvrep's own."""
+    return ":" in keyspace
 
 
 def write_payload(ops: list[Op]) -> list[Any]:

@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,13 @@ class _Arrived:
 class _Syncer:
     """Syncs what arrives and notes it, on a thread of its own, while more arrives."""
 
-    def __init__(self, fd: int, note: Path, arrived: _Arrived, name: str) -> None:
+    def __init__(
+        self, fd: int, note: Path, arrived: _Arrived, name: str, items: ClosableIterator[SnapshotItem]
+    ) -> None:
+        """``items`` may have ``stored(length)``, which hears what is noted, and a ``sync_bytes`` of its own."""
         self._fd = fd
+        self._stored: Callable[[int], None] = getattr(items, "stored", lambda _: None)
+        self._sync_bytes: int = getattr(items, "sync_bytes", SYNC_BYTES)
         self._note = note
         # Protects the five below.
         self._changed = threading.Condition()
@@ -128,13 +134,13 @@ class _Syncer:
             if self._error is not None:
                 raise self._error
             self._arrived.add(data, check)
-            if self._arrived.length - self._synced >= SYNC_BYTES:
+            if self._arrived.length - self._synced >= self._sync_bytes:
                 self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._ending and self._arrived.length - self._synced < SYNC_BYTES:
+                while not self._ending and self._arrived.length - self._synced < self._sync_bytes:
                     self._changed.wait()
                 if self._ending and self._arrived.length == self._synced:
                     return
@@ -148,6 +154,7 @@ class _Syncer:
                 return
             with self._changed:
                 self._synced = through
+            self._stored(through)
 
     def end(self) -> None:
         """Sync and note the rest, end the thread; raises ``OSError`` when that failed."""
@@ -248,7 +255,7 @@ class _Bootstrap:
             if free_bytes(directory) < left + self._engine.options.log_file_bytes:
                 raise self._full()
             write_atomically(self._note, arrived.encode())
-            syncer = _Syncer(fd, self._note, arrived, f"kvrep-sync-{replaying.node.label}")
+            syncer = _Syncer(fd, self._note, arrived, f"kvrep-sync-{replaying.node.label}", items)
             try:
                 self._store(fd, items, syncer)
             finally:

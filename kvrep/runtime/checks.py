@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvrep.errors import InvalidKey, InvalidKeyspace, KeyTooLong, ValueTooLarge
+from kvrep.errors import InvalidInput, InvalidKey, InvalidKeyspace, KeyTooLong, ValueTooLarge
+from kvrep.model.record import FEEDS_KEYSPACE
 from kvrep.options import KEY_BYTES_MAX, check_keyspace_name
 
-__all__ = ["check_key", "check_name", "check_value", "prefix_stop"]
+__all__ = [
+    "check_forwarded_name",
+    "check_headers",
+    "check_key",
+    "check_name",
+    "check_topic",
+    "check_value",
+    "prefix_stop",
+]
+
+TOPIC_CHARS_MAX = 255
+HEADERS_MAX, HEADER_CHARS_MAX = 64, 16_384
 
 
 def check_key(key: Any) -> bytes:
@@ -44,6 +56,43 @@ def check_name(name: Any) -> str:
     if not check_keyspace_name(name):
         raise InvalidKeyspace(f"{name!r} cannot name a keyspace: 1 to 64 of a-z 0-9 _ -")
     return name
+
+
+def check_forwarded_name(name: Any) -> str:
+    """As :func:`check_name`; another node may also write the places of feeds."""
+    return FEEDS_KEYSPACE if name == FEEDS_KEYSPACE else check_name(name)
+
+
+def check_topic(topic: Any) -> str:
+    """The topic of a message; ``TypeError`` or ``InvalidInput``."""
+    if not isinstance(topic, str):
+        raise TypeError(f"a topic is text, not {type(topic).__name__}")
+    if not 0 < len(topic) <= TOPIC_CHARS_MAX:
+        raise InvalidInput(f"a topic has 1 to {TOPIC_CHARS_MAX} characters, not {len(topic)}")
+    _check_text(topic)
+    return topic
+
+
+def check_headers(headers: Any) -> dict[str, str] | None:
+    """The headers of a message, copied; ``TypeError`` or ``InvalidInput``."""
+    if headers is None:
+        return None
+    found = dict(headers)
+    if any(not isinstance(part, str) for item in found.items() for part in item):
+        raise TypeError("headers map text to text")
+    if len(found) > HEADERS_MAX or sum(len(n) + len(t) for n, t in found.items()) > HEADER_CHARS_MAX:
+        raise InvalidInput(f"more than {HEADERS_MAX} headers, or {HEADER_CHARS_MAX} characters in them")
+    for item in found.items():
+        for part in item:
+            _check_text(part)
+    return found
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("half of a surrogate pair is no text") from None
 
 
 def prefix_stop(prefix: bytes) -> bytes | None:

@@ -33,9 +33,9 @@ from kvrep.errors import (
     UnknownOutcome,
 )
 from kvrep.model.position import Position
-from kvrep.model.record import Kind
+from kvrep.model.record import Kind, writes_in
 from kvrep.model.sessions import SESSIONS_MAX, Origin, RequestId
-from kvrep.runtime.checks import check_key, check_name, check_value
+from kvrep.runtime.checks import check_forwarded_name, check_headers, check_key, check_topic, check_value
 from kvrep.runtime.reads import Entries, same_reads
 from kvrep.status import Outcome
 from kvrep.storage.write import Write
@@ -70,14 +70,17 @@ _PASSING = (
 class _Item:
     """One forwarded write as it arrived."""
 
-    __slots__ = ("acks", "key", "level", "origin", "payload", "ranges", "request", "size", "values")
+    __slots__ = ("acks", "key", "kind", "level", "origin", "payload", "ranges", "request", "size", "values")
 
     def __init__(self, node: Node, store_id: bytes, session: int, floor: int, fields: Any) -> None:
         try:
             sequence, since, payload, self.values, self.ranges, self.acks, self.level = fields
             self.origin = Origin.of([store_id, session, sequence, floor])
             self.request = RequestId(store_id, session, sequence, int(since))
-            self.payload, self.size = _checked(node, payload)
+            # A write with notes for feeds is [writes, messages, notes]; a plain one begins with a name.
+            noted = len(payload) == 3 and not isinstance(payload[0], str)
+            self.kind = Kind.NOTED if noted else Kind.WRITE
+            self.payload, self.size = (_checked_notes if noted else _checked)(node, payload)
         except (TypeError, ValueError) as error:
             if isinstance(error, Error):
                 raise
@@ -213,7 +216,7 @@ class Forwarded:
             answer = self._answered(item)
             if answer is not None:
                 return answer, False
-            write = Write(Kind.WRITE, item.payload, item.size)
+            write = Write(item.kind, item.payload, item.size)
             write.epoch, write.origin = epoch, item.origin
             self._under_way[item.key] = write
         try:
@@ -385,12 +388,11 @@ def _over_of(ahead: list[Any]) -> Entries:
     """What is logged or ordered and not visible yet, by key."""
     over: dict[tuple[str, bytes], bytes | None] = {}
     for record in ahead:
-        if record.kind == Kind.WRITE:
-            payload = record.payload
-            for i in range(0, len(payload), 2):
-                flat = payload[i + 1]
-                for j in range(0, len(flat), 2):
-                    over[(payload[i], flat[j])] = flat[j + 1]
+        payload = writes_in(record.kind, record.payload)
+        for i in range(0, len(payload), 2):
+            flat = payload[i + 1]
+            for j in range(0, len(flat), 2):
+                over[(payload[i], flat[j])] = flat[j + 1]
     return over
 
 
@@ -400,13 +402,31 @@ def _checked(node: Node, payload: Any) -> tuple[list[Any], int]:
     value_max = node.options.value_bytes_max
     names = iter(payload)
     for name, flat in zip(names, names, strict=True):
-        node.engine.view.admit(check_name(name))
+        node.engine.view.admit(check_forwarded_name(name))
         keys = iter(flat)
         for key, value in zip(keys, keys, strict=True):
             check_key(key)
             if value is not None:
                 check_value(value, value_max)
             size += len(key) + len(value or b"") + 16
+    node.check_record_size(size)
+    return payload, size
+
+
+def _checked_notes(node: Node, payload: Any) -> tuple[list[Any], int]:
+    """The same for a write with messages and former values for feeds."""
+    writes, emits, notes = payload
+    _, size = _checked(node, writes)
+    value_max = node.options.value_bytes_max
+    for topic, message, headers in emits:
+        check_topic(topic)
+        check_headers(headers)
+        size += len(topic) + len(check_value(message, value_max)) + 32
+    parts = iter(notes)
+    for index, value in zip(parts, parts, strict=True):
+        if type(index) is not int or not (value is None or isinstance(value, bytes)):
+            raise ValueError("a note is a number and the value before")
+        size += len(value or b"") + 8
     node.check_record_size(size)
     return payload, size
 

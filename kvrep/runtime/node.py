@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from kvrep.runtime.events import Events
 from kvrep.runtime.executing import Forwarded
 from kvrep.runtime.finding import PrimaryLink
 from kvrep.runtime.forwarding import Forward, Forwarder, is_elsewhere
+from kvrep.runtime.horizon import HeldByFeeds
 from kvrep.runtime.roles import Roles
 from kvrep.runtime.shared import Shared
 from kvrep.status import Event, EventKind, Outcome, Role, Status
@@ -84,6 +85,9 @@ class Node:
         """Who decides when this node tries to be primary; ``None``: people do."""
         self.events = Events(engine.home.name or engine.home.path.name)
         engine.on_rollback = self._on_rollback
+        engine.feeds_from = HeldByFeeds(self)
+        self.calls: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
+        """What layers above answer to clients in other processes, by the name of the call."""
         self.link = PrimaryLink(self)
         self.forwarded = Forwarded(self)
         self.forwarder = Forwarder(self) if options.forward_writes else None
@@ -520,6 +524,28 @@ class Node:
             self.shipping.on_committed(committed)
         if self.forwarder is not None:
             self.forwarder.on_committed()
+
+    def on_acked(self) -> None:
+        """A follower confirmed more: with ``acks=0`` that moves the horizon."""
+        if self._waiting:
+            with self._moved:
+                self._moved.notify_all()
+
+    def await_move(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until something is committed, or the node is closed, or ``timeout_s`` have passed; not at all
+        if ``ready()``. A part of what is waited for shows without notice: look again every quarter second."""
+        with self._moved:
+            self._waiting += 1
+            try:
+                if not ready() and not self._closed:
+                    self._moved.wait(timeout_s)
+            finally:
+                self._waiting -= 1
+
+    def stir(self) -> None:
+        """Wake everybody who waits in :meth:`await_move`."""
+        with self._moved:
+            self._moved.notify_all()
 
     def wait_for(self, position: Position, timeout_s: float) -> None:
         """Return once reads here show ``position``; :class:`StaleRead` after ``timeout_s``.

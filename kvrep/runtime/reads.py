@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 from kvrep.errors import ProtocolError
-from kvrep.runtime.checks import check_name
+from kvrep.runtime.checks import check_forwarded_name
 from kvrep.storage.engine import Engine
 from kvrep.storage.view import Snapshot
 
@@ -96,13 +96,13 @@ def same_reads(engine: Engine, over: Entries, values: Any, ranges: Any) -> bool:
     """
     try:
         for name, key, found in values:
-            check_name(name)
+            check_forwarded_name(name)
             prefix = engine.view.admit(name)
             value = over[(name, key)] if (name, key) in over else engine.view.get(name, prefix, key)
             if fingerprint(value) != found:
                 return False
         for scan in ranges:
-            check_name(scan[0])
+            check_forwarded_name(scan[0])
         return all(_same_range(engine, over, *scan) for scan in ranges)
     except (TypeError, ValueError, IndexError) as error:
         raise ProtocolError(f"not what a transaction has read: {error}") from None

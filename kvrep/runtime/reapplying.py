@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvrep.errors import LogTrimmed, Overloaded, ProtocolError, TooOld
 from kvrep.model.codec import decode
 from kvrep.model.position import Position
-from kvrep.model.record import Kind, Op, write_payload
+from kvrep.model.record import Kind, Op, write_payload, writes_in
 from kvrep.runtime.checks import check_key, check_name
 from kvrep.storage.write import Write
 
@@ -82,8 +82,8 @@ def _changed(node: Node, ops: list[Op], checked: int) -> list[Key]:
     wanted = {(name, key) for name, key, _ in ops}
     found: set[Key] = set()
     for record in node.engine.committer.unpublished():
-        if type(record) is Write and not record.offset and record.kind == Kind.WRITE:
-            found |= _keys_of(record.payload)
+        if type(record) is Write and not record.offset:
+            found |= _keys_of(writes_in(record.kind, record.payload))
     try:
         touched, _ = _touched(node, checked, node.engine.tail.offset, None)
     except LogTrimmed as error:
@@ -102,8 +102,7 @@ def _touched(node: Node, after: int, last: int, bytes_max: int | None) -> tuple[
         if run is None:
             break
         for record in decode(run.data, run.first, running)[0]:
-            if record.kind == Kind.WRITE:
-                keys |= _keys_of(record.payload)
+            keys |= _keys_of(writes_in(record.kind, record.payload))
         after, seen = run.last, seen + len(run.data)
     return keys, after
 

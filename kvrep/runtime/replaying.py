@@ -46,6 +46,7 @@ from kvrep.replication.receiver import (
     Receiver,
     Stop,
 )
+from kvrep.runtime.brokered import BrokerLink, check_broker_url, is_broker_url
 from kvrep.runtime.compression import decompressor, have_zstd
 from kvrep.status import SourceStatus
 from kvrep.transport.address import Address
@@ -109,6 +110,8 @@ class Replaying:
         self._fresh_us = 0
         self._stream: Stream | None = None
         self._connection: Connection | None = None
+        self._links: dict[str, BrokerLink] = {}
+        """The brokers among the sources: what they delivered is acked where it came from."""
         self._decompress: Callable[[bytes], bytes] | None = None
         self._unsynced_bytes = 0
         self._sync_bytes = min(SYNC_BYTES, node.options.credit_bytes // 2)
@@ -123,6 +126,7 @@ class Replaying:
             self._fresh_us = before._fresh_us
             self._next = before._next
             self._own_sources, self._primary_name = before._own_sources, before._primary_name
+            self._primary_id = before._primary_id
 
     def start(self) -> None:
         label = self.node.label
@@ -147,6 +151,8 @@ class Replaying:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.1, deadline - time.monotonic()))
+        for link in list(self._links.values()):
+            link.close()
 
     @property
     def alive(self) -> bool:
@@ -206,7 +212,9 @@ class Replaying:
         known = list(self._sources)
         own = self.node.address
         # Who is refused for good is to be told so, not to look elsewhere.
-        for voter in self.engine.configuration.voters if self._state != "refused" else ():
+        # And a copy behind a broker is there because the voters' site may not be reached, or burn.
+        apart = any(map(is_broker_url, self._sources))
+        for voter in self.engine.configuration.voters if self._state != "refused" and not apart else ():
             if voter.address and voter.address not in known and voter.address != own and not voter.witness:
                 known.append(voter.address)
         return known[self._next_source % len(known)]
@@ -231,7 +239,7 @@ class Replaying:
     def _one_stream(self, address: str) -> bool:
         """Open a stream and follow it to its end; whether the join was verified."""
         assert self.node.transport is not None
-        connection = self.node.transport.connect(address, name=self.node.label)
+        connection = self._connect(address)
         self._connection = connection
         try:
             if self._stop.is_set():
@@ -245,6 +253,17 @@ class Replaying:
             self._forget_receiver()
             connection.close()
             self._connection = None
+
+    def _connect(self, address: str) -> Connection:
+        assert self.node.transport is not None
+        if not is_broker_url(address):
+            return self.node.transport.connect(address, name=self.node.label)
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = BrokerLink(
+                address, self.node.transport, store_id=self.engine.home.store_id, label=self.node.label
+            )
+        return link.connection()
 
     def _forget_receiver(self) -> None:
         with self._lock:
@@ -507,6 +526,11 @@ class Replaying:
         raise _Refused(message) if final else ProtocolError(message)
 
     @property
+    def primary_id(self) -> bytes:
+        """The store id of the primary that was followed last; empty before the first join."""
+        return self._primary_id
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The addresses that are tried, in turn."""
         return tuple(self._sources)
@@ -602,7 +626,10 @@ class Replaying:
 
 
 def check_address(address: str) -> None:
-    """``OpenError`` unless it is a ``"host:port"`` that one can connect to."""
+    """``OpenError`` unless it is a ``"host:port"`` that one can connect to, or a broker's address."""
+    if is_broker_url(address):
+        check_broker_url(address)
+        return
     try:
         Address.parse(address)
     except ValueError as error:

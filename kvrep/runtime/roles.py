@@ -25,6 +25,7 @@ from kvrep.errors import (
     UnsafePromotion,
 )
 from kvrep.model.configuration import Configuration, Voter
+from kvrep.runtime.brokered import is_broker_url
 from kvrep.runtime.promoting import Force, ask_all, promote
 from kvrep.runtime.replaying import Replaying, check_address
 from kvrep.runtime.shipping import Shipping, nothing_commits
@@ -134,6 +135,8 @@ class Roles:
 
     def _check_source(self, address: str) -> None:
         """Refuse an address where another store answers, or this one."""
+        if is_broker_url(address):
+            return  # nobody answers there; the messages will tell
         home = self.node.engine.home
         try:
             answer = self.call(address, "standing", {}, 2.0)

@@ -11,6 +11,7 @@ from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
 from kvrep.replication.messages import FromFollower, FromPrimary, Refused
 from kvrep.runtime.checks import check_key, check_name, check_value, prefix_stop
+from kvrep.runtime.horizon import all_committed, horizon
 from kvrep.runtime.promoting import (
     Force,
     answer_lower,
@@ -49,6 +50,7 @@ class NodeService:
             "digests": self._digests,
             "marks": self._marks,
             "keyspaces": self._keyspaces,
+            "horizon": self._horizon,
             "ask": lambda request: self._coordinator("ask", request),
             "vote": lambda request: self._coordinator("vote", request),
             "forward": node.forwarded.answer,
@@ -89,7 +91,7 @@ class NodeService:
         return serve_snapshot(self._node, request)
 
     def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = self._methods.get(method)
+        answer = self._methods.get(method) or self._node.calls.get(method)
         if answer is None:
             raise ProtocolError(f"{method!r} is not something this node answers", hint="upgrade it")
         if self._node.engine.closed:
@@ -218,6 +220,11 @@ class NodeService:
             "mark": None if position is None else str(position),
             "digests": digests_out(state.mark_digests),
         }
+
+    def _horizon(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What no failover can take back, and whether that is all that is committed."""
+        del request
+        return {"horizon": horizon(self._node), "all_committed": all_committed(self._node)}
 
     def _keyspaces(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """The names of the keyspaces that hold or held data, sorted; the default one always."""

@@ -983,6 +983,7 @@ class Shipping:
         if not self._count(session, store_id, ack):
             return
         self.slots.acked(store_id, ack.synced)
+        self.node.on_acked()
         if self._more_waiting:
             with self._acked:
                 self._acked.notify_all()

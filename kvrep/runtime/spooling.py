@@ -107,6 +107,11 @@ def _info(shipping: Shipping, spool: Spool) -> SnapshotInfo:
             "applied": tuple(spool.tail),
             "epoch": shipping.epoch,
             "last": shipping.engine.tail.offset,
+            # For those who pass the copy on: who gives it, and which history it is of.
+            "store_id": shipping.engine.home.store_id,
+            "name": shipping.engine.home.name,
+            "branches": spool.branches,
+            "epochs": spool.epochs,
         }
     )
     return SnapshotInfo(
@@ -125,6 +130,8 @@ class Spool:
         self.snapshot_id = secrets.token_hex(16)
         self.tail = copy.state.applied
         self.branch = copy.state.branch
+        self.branches = [branch for _, branch in copy.state.branches]
+        self.epochs = [tuple(entry) for entry in copy.state.epochs]
         self.made_s = time.monotonic()
         self.users: dict[bytes, float] = {}
         """Store ids of the followers it is kept for, and when they were last seen. Guarded by Spools."""

@@ -37,8 +37,8 @@ from kvrep.errors import (
 )
 from kvrep.model.codec import FRAME_BYTES, decode
 from kvrep.model.configuration import Configuration, in_force
-from kvrep.model.position import EPOCH_MAX, EpochTable, Position
-from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record
+from kvrep.model.position import EPOCH_MAX, OFFSET_MAX, EpochTable, Position
+from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record, is_system, writes_in
 from kvrep.options import Options
 from kvrep.storage.committer import Committer
 from kvrep.storage.copying import PinnedState
@@ -102,6 +102,8 @@ class Engine:
         """The first offset that some follower still needs. Replaced by the replication of a primary."""
         self.on_rollback: Callable[[int, int, Path, str], None] = lambda first, last, path, reason: None
         """Called when records were dropped: (first, last, rescue file, reason)."""
+        self.feeds_from: Callable[[], int] = lambda: OFFSET_MAX
+        """The first offset that some named feed still has to read."""
         self.flush_limit: Callable[[], int | None] = lambda: None
         self.writable: Callable[[], None] = lambda: None
         """Called before a user's write is ordered; raises what refuses it."""
@@ -192,7 +194,7 @@ class Engine:
                 self.home.path, found.unfinished_bytes, found.rescue_path,
             )  # fmt: skip
             self.rescued.append(found.rescue_path)
-        names = {name for record in pending if record.kind == Kind.WRITE for name in record.payload[::2]}
+        names = {name for record in pending for name in writes_in(record.kind, record.payload)[::2]}
         try:
             self._check_keyspaces(names.union(self.tree.keyspaces))
         except Error:
@@ -226,6 +228,7 @@ class Engine:
 
     def _check_keyspaces(self, names: set[str]) -> None:
         most = self.options.keyspaces_max
+        names = {name for name in names if not is_system(name)}
         if len(names | {DEFAULT_KEYSPACE}) > most:
             raise ConfigurationMismatch(
                 f"the store has {len(names | {DEFAULT_KEYSPACE})} keyspaces, keyspaces_max allows {most}",
@@ -246,7 +249,7 @@ class Engine:
 
     def _note_special(self, record: Any) -> None:
         """Keep what records other than writes say about the log itself."""
-        if record.kind in (Kind.WRITE, Kind.DIGEST):
+        if record.kind in (Kind.WRITE, Kind.DIGEST, Kind.NOTED):
             return
         payload = record.payload
         if record.kind == Kind.EPOCH:
@@ -668,7 +671,7 @@ class Engine:
         """Unlink log files that nobody needs; returns how many."""
         options = self.options
         # The file with the last applied record stays, to show the next open that the log is not lost.
-        needed = min(self.tree.state.applied.offset, self.keep_from())
+        needed = min(self.tree.state.applied.offset, self.keep_from(), self.feeds_from())
         return self.committer.log.trim(
             needed,
             bytes_kept=options.retention_bytes,
@@ -889,4 +892,5 @@ def _unknown_at_close(write: Write) -> UnknownOutcome:
 
 def _deletes_only(write: Write) -> bool:
     """Whether a write record does nothing but delete."""
-    return all(value is None for flat in write.payload[1::2] for value in flat[1::2])
+    writes = writes_in(write.kind, write.payload)
+    return all(value is None for flat in writes[1::2] for value in flat[1::2])

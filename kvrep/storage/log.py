@@ -436,30 +436,37 @@ class Log:
         end, last = file.end, self.tail.offset
         window, base = b"", 0
         while at + HEADER_BYTES // 2 <= end and offset <= last:
-            if not (base <= at and at + 36 <= base + len(window)):
+            if not (base <= at and at + GROUP_BYTES <= base + len(window)):
                 window, base = file.read(at, min(1 << 20, end - at)), at
-            group = file.group_at(at, window[at - base : at - base + 36])
-            if group is None:
+            start = at - base + GROUP_BYTES
+            length, group_first = file.group_in(window, at - base, at)
+            if length < 0:
                 break
-            if group.end > base + len(window):
-                window, base = file.read(at, max(group.end - at, min(1 << 20, end - at))), at
-            at = group.end
-            body = window[group.start - base : group.end - base]
-            count = _count_from(body, group.first, offset)
-            if count is None:
-                continue
-            skip, records = count
-            run = Run(offset, offset + records - 1, body[skip:])
+            if start + length > len(window):
+                window, base = file.read(at, max(GROUP_BYTES + length, min(1 << 20, end - at))), at
+                start = GROUP_BYTES
+            at += GROUP_BYTES + length
+            body = window[start : start + length]
+            # After a cut the last group of a file may hold less than its header says.
+            if group_first == offset and 0 < length == len(body) == _first_length(body):
+                records = 1  # as a writer alone makes them
+            else:
+                count = _count_from(body, group_first, offset)
+                if count is None:
+                    continue
+                skip, records = count
+                if skip:
+                    body = body[skip:]
             room = bytes_max - size
-            if len(run.data) > room:
-                if parts and (room <= 0 or _first_length(run.data) > room):
+            if len(body) > room:
+                if parts and (room <= 0 or _first_length(body) > room):
                     return offset, bytes_max
-                run = _slice(run, offset, max(room, 1))
+                run = _slice(Run(offset, offset + records - 1, body), offset, max(room, 1))
                 parts.append(run.data)
                 return run.last + 1, bytes_max
-            parts.append(run.data)
-            size += len(run.data)
-            offset = run.last + 1
+            parts.append(body)
+            size += len(body)
+            offset += records
         return offset, size
 
     def _index(self, file: LogFile) -> SparseIndex:
@@ -543,11 +550,10 @@ class Log:
             self._recent = _Recent()
 
     def close(self) -> None:
-        """Close all files; unlink what was made ahead. No other call may be under way."""
+        """Close all files; unlink what was made ahead. Nobody may be writing; readers find it empty."""
         self.seal()
         (self.directory / SPARE).unlink(missing_ok=True)
-        for file in self._files:
-            file.close()
+        self.abandon()
 
 
 def _first_length(data: bytes) -> int:

@@ -261,6 +261,18 @@ class LogFile:
             return None
         return Group(at, length, first, synced, committed)
 
+    def group_in(self, window: bytes, place: int, at: int) -> tuple[int, int]:
+        """(length, first offset) of the group whose header is at ``place`` of ``window`` and at ``at`` of the
+        file; a length of -1 when no valid header is there. What :meth:`group_at` does, for readers of much."""
+        if place + GROUP_BYTES > len(window):
+            return -1, 0
+        magic, length, first, _, _, check = GROUP.unpack_from(window, place)
+        if magic != GROUP_MAGIC or check != crc32(
+            window[place : place + 32], crc32(_U64.pack(at), self._seed)
+        ):
+            return -1, 0
+        return length, first
+
     def groups(self, start: int = HEADER_BYTES) -> Iterator[Group]:
         """Valid group headers one behind the other, from ``start`` on, until there is none."""
         at = start

@@ -198,7 +198,7 @@ class Tree:
             env = lmdb.open(
                 str(path),
                 map_size=max(map_bytes, data.stat().st_size if data.exists() else 0),
-                max_dbs=keyspaces_max + 2,
+                max_dbs=keyspaces_max + 4,  # and what is kvrep's own
                 max_readers=readers_max,
                 readahead=True,
                 mode=0o600,
@@ -267,6 +267,17 @@ class Tree:
             pool.append(txn)
             if pool is not self._idle:
                 self._drain(pool)
+
+    def items(self, keyspace: str) -> list[tuple[bytes, bytes]]:
+        """All pairs of a small keyspace, as LMDB holds them."""
+        handle = self._handles.get(keyspace)
+        if handle is None:
+            return []
+        txn = self.begin()
+        try:
+            return [(bytes(key), bytes(value)) for key, value in txn.cursor(handle)]
+        finally:
+            self.end(txn)
 
     def begin(self) -> Any:
         """A read transaction of its own; give it back with :meth:`end`."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvrep.errors import ClosedError, Error, InvalidKeyspace, SnapshotExpired, again
 from kvrep.model.position import Position
-from kvrep.model.record import Kind
+from kvrep.model.record import Kind, is_system
 from kvrep.model.sessions import RequestId, Sessions
 from kvrep.storage.memtable import ENTRY_OVERHEAD_BYTES, TABLE_BYTES_MAX, TABLE_ENTRIES_MAX, Table, overlay
 from kvrep.storage.tree import Tree
@@ -87,7 +87,12 @@ class View:
     def admit(self, keyspace: str) -> bytes:
         """Like :meth:`prefix`, for a name that a user gave: ``InvalidKeyspace`` beyond the limit."""
         with self._lock:
-            if keyspace not in self._prefixes and len(self._names) >= self._keyspaces_max:
+            own = sum(map(is_system, self._names))
+            if (
+                keyspace not in self._prefixes
+                and not is_system(keyspace)
+                and len(self._names) - own >= self._keyspaces_max
+            ):
                 raise InvalidKeyspace(
                     f"there are {len(self._names)} keyspaces already",
                     hint="open the store with a larger keyspaces_max (up to 1024)",
@@ -99,10 +104,10 @@ class View:
 
     @property
     def keyspaces(self) -> list[str]:
-        """Keyspaces that hold or held data."""
+        """The users' keyspaces that hold or held data."""
         tables = self.tables
-        names = {name for name in self._names if self._in_tables(tables, self._prefixes[name])}
-        return sorted(names.union(self.tree.keyspaces))
+        names = {name for name in list(self._names) if self._in_tables(tables, self._prefixes[name])}
+        return sorted(name for name in names.union(self.tree.keyspaces) if not is_system(name))
 
     @staticmethod
     def _in_tables(tables: Sequence[Table], prefix: bytes) -> bool:
@@ -121,15 +126,16 @@ class View:
             table = self.tables[0]
             fresh: dict[bytes, bytes | None] = {}
             size = writes = 0
-            prefixes, kind_write = self._prefixes, Kind.WRITE
+            prefixes, kind_write, kind_noted = self._prefixes, Kind.WRITE, Kind.NOTED
             for record in records:
-                if record.kind == kind_write:
+                kind = record.kind
+                if kind in (kind_write, kind_noted):
                     writes += 1
                     if record.origin is not None:
                         noted = record.origin, Position(record.epoch, record.offset)
                         table.origins.append(noted)
                         self.sessions.note(*noted)
-                    payload = record.payload
+                    payload = record.payload if kind == kind_write else record.payload[0]
                     for i in range(0, len(payload), 2):
                         prefix = prefixes.get(payload[i]) or self.prefix(payload[i])
                         flat = payload[i + 1]
@@ -141,7 +147,7 @@ class View:
                             keys, values = flat[::2], flat[1::2]
                             fresh.update(zip(map(prefix.__add__, keys), values, strict=True))
                             size += sum(map(len, keys)) + sum(map(len, filter(None, values)))
-                elif record.kind == Kind.DIGEST:
+                elif kind == Kind.DIGEST:
                     self._add(table, fresh, size, writes, record.offset)
                     table.mark = record.payload
                     self._rotate()

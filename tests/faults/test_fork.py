@@ -31,8 +31,21 @@ batch.put(b"x", b"y")
 txn = db.transaction()
 future = db.submit_put(b"f", b"1")
 future.result()
+stream = db.changes()
+stream.poll()
+rows = db.changes(snapshot=True)
+rows.poll()
+feed = db.feed("f")
+feed.poll()
 
 def attempts():
+    yield "changes", lambda: db.changes()
+    yield "stream", lambda: next(stream)
+    yield "rows", lambda: list(rows)
+    yield "feed", lambda: db.feed("f")
+    yield "poll", lambda: feed.poll()
+    yield "ack", lambda: feed.ack()
+    yield "feeds", lambda: db.feeds()
     for space in (db, users):
         yield "get", lambda s=space: s.get(b"k")
         yield "item", lambda s=space: s[b"k"]

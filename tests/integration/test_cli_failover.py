@@ -180,3 +180,42 @@ def test_reapply_into_a_lone_store(tmp_path: Path, capfdbinary: Any) -> None:
     assert forced.json["written"] == 2
     with kvrep.open(tmp_path / "s") as store:
         assert store[b"again"] == b"4"
+
+
+def test_what_feeds_left_in_a_rescue_file(tmp_path: Path, capfdbinary: Any) -> None:
+    """Messages are shown and counted, and not sent again; the place of a feed is never written back."""
+    from kvrep.storage.rescue import save_records
+
+    with kvrep.open(tmp_path / "s") as store:
+        store.put(b"kept", b"1")
+        with store.transaction() as txn:
+            txn.put(b"lost", b"2")
+            txn.emit("orders", b"message")
+        lost = txn.position
+        assert lost is not None
+        with store.feed("f") as feed:
+            feed.poll()
+            last = feed.ack()
+        assert last is not None
+        engine = store._node.engine
+        path = save_records(engine.home.rescue, engine.committer.log, lost.offset, last.offset,
+                            lineage=engine.home.lineage, reason="a test")  # fmt: skip
+        fsync_directory(path.parent)
+    with kvrep.open(tmp_path / "s") as store:
+        place = store.feeds()[0].position
+    shown = run_here(capfdbinary, "rescue", "show", path)
+    assert [line.split("\t")[1:] for line in shown.text.splitlines()[1:]] == [
+        ["default", "lost", "2"],
+        ["(message)", "orders", "message"],
+    ]
+    lines = run_here(capfdbinary, "rescue", "show", path, "--json").text.splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert listed[1] == {"position": str(lost), "topic": "orders", "value": "message"}
+    listing = run_here(capfdbinary, "rescue", "list", tmp_path / "s", "--json").json
+    assert listing["writes"] == 3
+    done = run_here(capfdbinary, "rescue", "reapply", path, tmp_path / "s", "--force")
+    assert done.code == Exit.OK, done.err
+    assert "1 messages are not sent again" in done.err
+    with kvrep.open(tmp_path / "s") as store:
+        assert store[b"lost"] == b"2"
+        assert store.feeds()[0].position == place

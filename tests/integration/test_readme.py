@@ -1,4 +1,4 @@
-"""The README's code blocks are executed as they stand."""
+"""The code blocks of the README and of the page on feeds are executed as they stand."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README, FEEDS = (
+    re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    for page in ("README.md", "docs/feeds.md")
+)
+BLOCKS = README + FEEDS
 
 
 def test_there_are_blocks_to_run() -> None:
-    """The README shows a store alone, a replicated one, an asynchronous one and a failover."""
-    assert len(BLOCKS) == 4
+    """The README shows a store alone, a replicated one, an asynchronous one, a failover and a feed."""
+    assert len(README) == 5
+    assert len(FEEDS) >= 6
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block_runs(number: int, tmp_path: Path) -> None:
-    """Every Python block of the README runs to its end, in an empty folder of its own, without a warning."""
+    """Every Python block runs to its end, in an empty folder of its own, without a warning."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKS[number]],
         cwd=tmp_path,

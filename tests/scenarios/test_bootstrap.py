@@ -150,6 +150,33 @@ def test_too_far_behind(tmp_path: Path) -> None:
                 assert generations(tmp_path / "b") == ["gen-000002"]
 
 
+def test_a_feed_of_a_follower_that_is_copied_anew(tmp_path: Path) -> None:
+    """A reader whose records the new copy jumps over is told so (LogTrimmed); one that begins anew has all."""
+    with primary(tmp_path / "a", 0, retention_bytes_max=512 << 10) as a:
+        a.put(b"seen", b"old")
+        write(a, 300)
+        with left_behind(tmp_path, a), gate(a.address, HALF) as g:
+            with follower(tmp_path / "b", g.address) as b:
+                receiving(b)
+                eager = b.changes(snapshot=True, committed=True)  # nobody has told yet what the voters hold
+                with b.changes(committed=True) as changes, eager as rows:
+                    assert changes.poll()
+                    assert [c.kind for c in rows.poll()] == ["begin"]
+                    g.release()
+                    streaming(b)
+                    alike(a, b)
+                    for stream in (changes, rows):
+                        with pytest.raises(kvrep.LogTrimmed):
+                            for _ in stream:
+                                pass
+                with b.changes(snapshot=True, committed=True) as rows:
+                    found = list(itertools.takewhile(lambda c: c.kind != "end", rows))
+                    copy = {(c.keyspace, c.key): c.value for c in found if c.kind == "put"}
+                    assert copy == {(n, k): v for n in b.keyspaces() for k, v in b.keyspace(n).items()}
+                    position = a.put(b"later", b"1")
+                    until(lambda: any(c.position == position for c in rows.poll(0.05)), what="the stream")
+
+
 def test_snapshot_of_the_old_copy_expires(tmp_path: Path) -> None:
     """A snapshot held across the take-over expires like any other, and frees the old copy."""
     with primary(tmp_path / "a", 0, retention_bytes_max=512 << 10) as a:

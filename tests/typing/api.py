@@ -34,6 +34,27 @@ def alone() -> None:
     del value, maybe, text, pairs, mapping, done, at, later, users, name, outcome, status
 
 
+def feeds() -> None:
+    with kvrep.open("orders") as db:
+        users: kvrep.Keyspace[str] = db.keyspace("users", codec=kvrep.codecs.TEXT, keep_before=True)
+        with db.transaction() as txn:
+            txn.put(b"k", b"v")
+            txn.emit("topic", b"payload", headers={"a": "b"})
+        for change in db.changes(Position(1001, 1), keyspace=["users"], prefix=b"u", before=True):
+            place: Position = change.position
+            value: bytes | None = change.value
+            token: str = change.resume
+        changes: kvrep.Changes = db.changes(snapshot=True, transform=lambda change: change)
+        some: list[kvrep.Change] = changes.poll(timeout_s=0.1)
+        with db.feed("billing", after=db.position) as feed:
+            acked: Position | None = feed.ack(some[0], wait=False)
+            feed.resnapshot(have=[("default", b"k", b"v")])
+        known: list[kvrep.FeedInfo] = db.feeds()
+        event: kvrep.CloudEvent = kvrep.CloudEvent.from_change(db.status().lineage, some[0])
+        headers, body = event.to_binary("ce-")
+    del users, place, value, token, acked, known, headers, body
+
+
 def replicated() -> None:
     primary: kvrep.Store = kvrep.open("p", name="a", listen="127.0.0.1:0", acks="majority", ack_timeout_s=5)
     follower = kvrep.open("f", name="b", follow=primary.address, voter=False)

@@ -1,0 +1,178 @@
+"""Figures 31 to 33: agents into a real PostgreSQL, against psycopg alone.
+
+They are there where PostgreSQL is installed. Its disk writes are the same on both sides.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import kvrep
+from benchmarks.measure import Bench, Bound, Outcome, figure
+from benchmarks.stores import VALUE, key, keys
+
+try:
+    import psycopg
+
+    from tests.postgres_kit import BINARIES, PostgresServer
+except ImportError:
+    AVAILABLE = False
+else:
+    AVAILABLE = BINARIES is not None
+
+__all__ = ["AVAILABLE"]
+
+BATCH = 1000
+TABLE = "CREATE TABLE bare.t (key bytea PRIMARY KEY, value bytea)"
+UPSERT = "INSERT INTO bare.t VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+
+
+@contextmanager
+def _server(bench: Bench) -> Iterator[PostgresServer]:
+    with bench.path("postgres") as folder:
+        folder.chmod(0o755)
+        bench.folder.chmod(0o755)
+        server = PostgresServer(folder, fsync=True)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def _bare(server: PostgresServer) -> Iterator[psycopg.Connection[Any]]:
+    """A connection, and a new table ``bare.t`` like the agent's."""
+    with psycopg.connect(server.url().partition("?")[0]) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS bare CASCADE")
+        connection.execute("CREATE SCHEMA bare")
+        connection.execute(TABLE)
+        connection.commit()
+        yield connection
+
+
+def _drop(server: PostgresServer, schema: str) -> None:
+    with psycopg.connect(server.url().partition("?")[0], autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE".encode())
+        connection.execute("CHECKPOINT")
+
+
+def _agent(db: kvrep.Store, url: str) -> kvrep.Agent:
+    from kvrep.sinks.feed import FeedSource
+    from kvrep.sinks.postgres import PostgresSink
+    from kvrep.sinks.upstream import Local
+
+    return kvrep.Agent(FeedSource(Local(db)), PostgresSink(url), batch_changes=BATCH)
+
+
+def upserts(bench: Bench) -> Outcome:
+    """Changes that wait in the log, applied in batches, against the same rows from a list."""
+    count = bench.size(100_000, 2000)
+    drawn = keys(bench.chance(31), count, count // 2)
+    with _server(bench) as server, bench.path("store") as path, kvrep.open(path) as db:
+
+        def agent() -> float:
+            _drop(server, "agent")
+            with _agent(db, server.url("agent")) as first:
+                first.wait_for(db.put(b"begin", b""), 600)
+            futures = [db.submit_put(k, VALUE) for k in drawn]
+            last = futures[-1].result(60)
+            began = time.perf_counter()
+            with _agent(db, server.url("agent")) as second:
+                second.wait_for(last, 600)
+                return count / (time.perf_counter() - began)
+
+        def bare() -> float:
+            with _bare(server) as connection:
+                began = time.perf_counter()
+                for start in range(0, count, BATCH):
+                    with connection.cursor() as cursor:
+                        cursor.executemany(UPSERT, [(k, VALUE) for k in drawn[start : start + BATCH]])
+                    connection.commit()
+                return count / (time.perf_counter() - began)
+
+        return bench.alternate(agent, bare, pairs=min(3, bench.pairs))
+
+
+def snapshot(bench: Bench) -> Outcome:
+    """All rows of a store, against COPY of the same rows from a list."""
+    count = bench.size(300_000, 2000)
+    with _server(bench) as server, bench.path("store") as path, kvrep.open(path) as db:
+        for start in range(0, count, BATCH):
+            with db.batch() as batch:
+                for number in range(start, start + BATCH):
+                    batch.put(key(number), VALUE)
+        db.flush()
+
+        def agent() -> float:
+            _drop(server, "agent")
+            began = time.perf_counter()
+            with _agent(db, server.url("agent")) as one:
+                one.wait_for(db.position, 600)
+                return count / (time.perf_counter() - began)
+
+        def bare() -> float:
+            with _bare(server) as connection:
+                began = time.perf_counter()
+                with connection.cursor() as cursor:
+                    with cursor.copy("COPY bare.t (key, value) FROM STDIN") as copy:
+                        for number in range(count):
+                            copy.write_row((key(number), VALUE))
+                connection.commit()
+                return count / (time.perf_counter() - began)
+
+        return bench.alternate(agent, bare, pairs=min(3, bench.pairs))
+
+
+def _peak_mb(pid: int) -> float:
+    """The largest resident set so far (what wait4 says includes that of the process that forked it)."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def memory(bench: Bench) -> Outcome:
+    """The agent process while it works off a snapshot and a backlog, by its largest resident set."""
+    count = bench.size(300_000, 2000)
+    with _server(bench) as server, bench.path("store") as path:
+        with kvrep.open(path, name="a", listen="127.0.0.1:0") as db:
+            for start in range(0, count, BATCH):
+                with db.batch() as batch:
+                    for number in range(start, start + BATCH):
+                        batch.put(key(number), VALUE)
+            writer = threading.Thread(
+                target=lambda: [db.submit_put(key(i), VALUE) for i in range(count // 3)]
+            )
+            writer.start()
+            with subprocess.Popen(
+                [
+                    sys.executable, "-m", "kvrep", "agent", "--from", db.address, "--to", server.url("agent"),
+                    "--until-current", "--log-level", "error",
+                ],
+                stdout=subprocess.DEVNULL,
+            ) as process:  # fmt: skip
+                peak = 0.0
+                while process.poll() is None:
+                    peak = max(peak, _peak_mb(process.pid))
+                    time.sleep(0.02)
+            writer.join()
+    if process.returncode:
+        raise RuntimeError(f"the agent ended with {process.returncode}")
+    outcome = Outcome("MB")
+    outcome.bounds.append(Bound("memory of the agent process", peak, 200, "MB"))
+    outcome.notes.append(f"{count:,} rows and {count // 3:,} changes")
+    return outcome
+
+
+if AVAILABLE:
+    figure(31, "agent-changes", f"agent: changes from a feed into PostgreSQL, {BATCH} a commit",
+           "psycopg: upserts by executemany", 0.6)(upserts)  # fmt: skip
+    figure(32, "agent-snapshot", "agent: a snapshot into PostgreSQL", "psycopg: COPY", 0.6)(snapshot)
+    figure(33, "agent-memory", "memory of an agent process at a large backlog")(memory)

@@ -1,0 +1,1 @@
+"""Programs that show kvrep at work; run them from a checkout."""

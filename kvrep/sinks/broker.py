@@ -1,0 +1,224 @@
+"""A broker as the source of an agent: parsed, put in order, and completed where something is missing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from typing import NamedTuple
+
+from kvrep.brokers.interface import Broker, Delivery, Publisher, Subscriber
+from kvrep.errors import Error, ProtocolError
+from kvrep.model.change import Sequence
+from kvrep.model.event import Event
+from kvrep.sinks.interface import NOTHING, Place
+from kvrep.sinks.ordering import Inbox, Verdict
+from kvrep.sinks.source import Incoming, Source, SourceState, Unreadable
+from kvrep.sinks.stream import REQUESTS, Mark, Request, event_of
+
+__all__ = ["BrokerSource"]
+
+log = logging.getLogger("kvrep.agent")
+
+RAW_BYTES_MAX = 1 << 20
+"""How much of a message that cannot be read is kept."""
+ASK_TIMEOUT_S = 5.0
+ASK_INTERVAL_MAX_S = 60.0
+
+
+class _Received(NamedTuple):
+    """A delivery that is not acknowledged yet, and the event that has to take effect first."""
+
+    delivery: Delivery
+    sequence: Sequence
+    """NOTHING: it may go with the next settlement."""
+
+
+class BrokerSource(Source):
+    """Events of one topic. What is missing for longer than ``gap_wait_s`` is asked for from the publisher.
+
+    ``parked_max`` events wait for one before them at the most; when there are more, all of them are let go, since
+    what is asked for comes with everything behind it. A message is acknowledged once its event has taken effect.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        topic: str = "",
+        group: str = "agent",
+        parked_max: int = 300,
+        parked_bytes_max: int = 16 << 20,
+        gap_wait_s: float = 1.0,
+        ask_interval_s: float = 5.0,
+    ) -> None:
+        self.url = broker.url
+        self._broker = broker
+        self._topic = topic or broker.topic
+        self._group = group
+        self._parked_max, self._parked_bytes_max = parked_max, parked_bytes_max
+        self._gap_wait_s, self._ask_interval_s = gap_wait_s, ask_interval_s
+        self._subscriber: Subscriber | None = None
+        self._requests: Publisher | None = None
+        self._repeats = self._asked = 0
+        self._start(Place())
+
+    def _start(self, place: Place) -> None:
+        self._place = place
+        self._inbox: Inbox[Event] = Inbox(
+            place.lineage,
+            place.sequence,
+            parked_max=self._parked_max,
+            parked_bytes_max=self._parked_bytes_max,
+        )
+        self._received: deque[_Received] = deque()
+        self._mark: Mark | None = None
+        self._dropped = False
+        """Whether something arrived and was not kept: it has to come again."""
+        self._gap_since_s: float | None = None
+        self._gap_after: Sequence = NOTHING
+        self._ask_at_s = 0.0
+        self._pause_s = self._ask_interval_s
+
+    @property
+    def lineage(self) -> str:
+        return self._inbox.lineage
+
+    def open(self, place: Place) -> None:
+        self.close()
+        self._start(place)
+        self._subscriber = self._broker.subscriber(self._topic, group=self._group)
+
+    def receive(self, count: int, timeout_s: float) -> list[Incoming]:
+        assert self._subscriber is not None
+        deliveries = self._subscriber.receive(count, timeout_s)
+        found: list[Incoming] = []
+        for delivery in deliveries:
+            self._sort(delivery, found)
+        self._watch_gap()
+        return found
+
+    def _sort(self, delivery: Delivery, found: list[Incoming]) -> None:
+        message = delivery.message
+        try:
+            mark = Mark.parse(message)
+            if mark is not None:
+                self._take_mark(mark)
+                self._received.append(_Received(delivery, NOTHING))
+                return
+            event = event_of(delivery)
+        except ProtocolError as error:
+            found.append(Unreadable(_raw(delivery), str(error)))
+            self._received.append(_Received(delivery, NOTHING))
+            return
+        offer = self._inbox.offer(event)
+        if offer.verdict is Verdict.FOREIGN:
+            found.append(Unreadable(_raw(delivery), f"it belongs to another store, {event.lineage}"))
+        elif offer.verdict is Verdict.REPEAT:
+            self._repeats += 1
+        elif offer.verdict in (Verdict.FULL, Verdict.TRUNCATED):
+            self._let_go()
+        found += offer.released
+        keep = offer.verdict in (Verdict.APPLY, Verdict.PARKED)
+        self._received.append(_Received(delivery, event.sequence if keep else NOTHING))
+
+    def _take_mark(self, mark: Mark) -> None:
+        ours = not self._inbox.lineage or mark.lineage == self._inbox.lineage
+        if ours and (self._mark is None or mark.time_us >= self._mark.time_us):
+            self._mark = mark
+
+    def _let_go(self) -> None:
+        """No room to wait, or no use: what is asked for comes with all that follows it."""
+        self._inbox.clear()
+        self._dropped = True
+        self._received = deque(
+            r if r.sequence <= self._inbox.applied else _Received(r.delivery, NOTHING) for r in self._received
+        )
+
+    # -- what is missing ---------------------------------------------------------------------------
+
+    def _missing(self) -> bool:
+        inbox = self._inbox
+        marked = self._mark is not None and self._mark.through > inbox.applied
+        return bool(inbox.parked) or self._dropped or marked or inbox.applied == NOTHING
+
+    def _watch_gap(self) -> None:
+        now_s, applied = time.monotonic(), self._inbox.applied
+        if not self._missing():
+            self._gap_since_s, self._pause_s = None, self._ask_interval_s
+            return
+        if self._gap_since_s is None or self._gap_after != applied:
+            self._gap_since_s, self._gap_after, self._pause_s = now_s, applied, self._ask_interval_s
+        waited = self._dropped or now_s - self._gap_since_s >= self._gap_wait_s
+        if waited and now_s >= self._ask_at_s:
+            self._ask()
+            self._ask_at_s = now_s + self._pause_s
+            self._pause_s = min(self._pause_s * 2, ASK_INTERVAL_MAX_S)
+
+    def _ask(self) -> None:
+        """Ask the publisher to go back to what has taken effect; it may be away, so it is asked again later."""
+        place = self._place
+        request = Request(place.lineage, place.token, place.sequence)
+        try:
+            if self._requests is None:
+                self._requests = self._broker.publisher(self._topic + REQUESTS)
+            self._requests.publish(request.message(), ASK_TIMEOUT_S)
+            self._requests.flush(ASK_TIMEOUT_S)
+        except Error as error:
+            log.warning("%s: asking for what is missing after %s failed: %s", self.url, place.sequence, error)
+            return
+        log.warning("%s: something is missing after %s; asked for it", self.url, place.sequence)
+        self._asked += 1
+        self._dropped = False
+
+    # -- what is done with -------------------------------------------------------------------------
+
+    def settle(self, place: Place) -> None:
+        """Acknowledge what has taken effect: all through the first that has not, and those behind it singly."""
+        self._place = place
+        subscriber, received = self._subscriber, self._received
+        assert subscriber is not None
+        last: Delivery | None = None
+        while received and received[0].sequence <= place.sequence:
+            last = received.popleft().delivery
+        if last is not None:
+            subscriber.ack(last)
+        if received and any(r.sequence <= place.sequence for r in received):
+            for one in received:
+                if one.sequence <= place.sequence:
+                    subscriber.ack(one.delivery, through=False)
+            self._received = deque(r for r in received if r.sequence > place.sequence)
+
+    def state(self) -> SourceState:
+        mark, applied = self._mark, self._inbox.applied
+        behind, as_of_us = None, 0
+        if mark is not None:
+            behind = mark.behind + max(0, mark.through[1] - applied[1])
+            as_of_us = 0 if behind or mark.through > applied else mark.time_us
+            behind += mark.through > applied and not behind
+        return SourceState(
+            behind=behind,
+            as_of_us=as_of_us,
+            parked=self._inbox.parked,
+            repeats=self._repeats,
+            asked=self._asked,
+        )
+
+    def close(self) -> None:
+        subscriber, self._subscriber = self._subscriber, None
+        requests, self._requests = self._requests, None
+        if subscriber is not None:
+            subscriber.close()
+        if requests is not None:
+            requests.close(0.0)
+
+    def end(self) -> None:
+        self.close()
+        self._broker.close()
+
+
+def _raw(delivery: Delivery) -> bytes:
+    """A message that cannot be used, whole enough to be looked at."""
+    headers = json.dumps(dict(delivery.message.headers), default=str).encode()
+    return (headers + b"\n" + delivery.message.body)[:RAW_BYTES_MAX]

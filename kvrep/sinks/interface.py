@@ -1,0 +1,148 @@
+"""What a secondary system has to be able to do, and what an agent keeps there of itself.
+
+A sink works in transactions of its own: :meth:`Sink.apply`, :meth:`Sink.stage`, :meth:`Sink.swap` and
+:meth:`Sink.bury` take effect together at :meth:`Sink.commit`, which also stores the :class:`Place`: how far the
+copy has got. Because rows and place move in one step, whatever happens in between, a change takes effect exactly
+once. One thread uses a sink at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from types import TracebackType
+
+from kvrep.model.change import Sequence
+from kvrep.model.position import Position
+from kvrep.model.record import Op
+
+__all__ = ["NOTHING", "DeadLetter", "Place", "Sink"]
+
+NOTHING: Sequence = (0, 0, 0)
+"""Before every change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """How far a secondary has got. The empty one: nothing has arrived yet."""
+
+    lineage: str = ""
+    """The history that the copy belongs to."""
+    sequence: Sequence = NOTHING
+    """(epoch, offset, index) of the last change in the copy; all before it are in it, and nothing after it."""
+    time_us: int = 0
+    """When that change was committed, by the primary's wall clock, in microseconds; 0: not known."""
+    token: str = ""
+    """Where the source goes on, in the source's own words."""
+    staging: bool = False
+    """Whether a snapshot is arriving that will replace the copy."""
+    whole: bool = False
+    """Whether the copy is consistent: all of the source as of :attr:`position`, no more and no less."""
+
+    @property
+    def position(self) -> Position:
+        """The record of the last change."""
+        return Position(self.sequence[0], self.sequence[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """An event that could not be applied, with the reason. ``number`` names it within its sink."""
+
+    number: int = 0
+    position: str = ""
+    """``epoch:offset:index`` as far as it could be read."""
+    keyspace: str = ""
+    key: bytes = b""
+    value: bytes | None = None
+    raw: bytes = b""
+    """The message as it came, where it could not even be read; else empty."""
+    reason: str = ""
+    time_us: int = 0
+    """When it was put aside."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is a change that can be tried again."""
+        return bool(self.keyspace)
+
+
+class Sink(ABC):
+    """A secondary system that keeps a copy. ``url`` names it without secrets."""
+
+    url: str = ""
+
+    @abstractmethod
+    def open(self) -> Place:
+        """Connect, make what is missing, and return the stored place.
+
+        :class:`PeerUnavailable`: no answer now, a later try may succeed. :class:`AuthenticationFailed`,
+        :class:`PermissionDenied`, :class:`ConfigurationMismatch`: somebody has to fix what the text names.
+        :class:`StoreInUse`: another agent writes there.
+        """
+
+    @abstractmethod
+    def apply(self, ops: SequenceOf[Op]) -> None:
+        """Put and delete in order. :class:`RejectedChange` names one that cannot be stored; none is then."""
+
+    @abstractmethod
+    def stage(self, ops: SequenceOf[Op]) -> None:
+        """Like :meth:`apply`, on the snapshot that replaces the copy at :meth:`swap`."""
+
+    @abstractmethod
+    def swap(self) -> None:
+        """What was staged becomes the copy; what was there before is gone."""
+
+    @abstractmethod
+    def unstage(self) -> None:
+        """Forget what was staged: the snapshot begins anew."""
+
+    @abstractmethod
+    def commit(self, place: Place) -> None:
+        """All since the last commit, and ``place``, take effect together and durably.
+
+        When it raises :class:`PeerUnavailable` the outcome is unknown: :meth:`open` tells.
+        """
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Forget all since the last commit."""
+
+    @abstractmethod
+    def bury(self, letter: DeadLetter) -> None:
+        """Put an event aside, at the next commit. The sink numbers it."""
+
+    @abstractmethod
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Remove dead letters, at the next commit."""
+
+    @abstractmethod
+    def dead_letters(self) -> list[DeadLetter]:
+        """What was put aside, oldest first."""
+
+    def hold(self) -> Place:
+        """The place; until :meth:`rollback` reads show one moment, that of this place. Without it: only while
+        nobody writes."""
+        return self.open()
+
+    @abstractmethod
+    def keyspaces(self) -> list[str]:
+        """The keyspaces of which there is a copy, sorted."""
+
+    @abstractmethod
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
+        """The rows of a keyspace in key order: the value as bytes, or a tuple of columns where it is mapped."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go; what was not committed is forgotten. Idempotent."""
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,433 @@
+"""The other direction: the changes of a store become events on a broker.
+
+::
+
+    changes.poll() ──> publisher.publish() … ──> confirmed? ──> cursor.save(token)
+
+The place moves only behind what the broker has confirmed, so a publication that is killed sends a few events
+again, and never leaves one out; receivers drop repeats. Receivers that miss something ask for it
+(:mod:`kvrep.sinks.stream`): the publication then goes back to where they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+from kvrep.brokers.interface import Broker, Publisher, Subscriber
+from kvrep.errors import (
+    ClosedError,
+    Error,
+    InvalidToken,
+    LineageMismatch,
+    LogTrimmed,
+    Overloaded,
+    PeerUnavailable,
+    ProtocolError,
+    Truncated,
+    again,
+)
+from kvrep.model.change import Change, Sequence
+from kvrep.model.event import Event
+from kvrep.model.token import Token
+from kvrep.sinks.agent import AgentState
+from kvrep.sinks.cursor import Cursor
+from kvrep.sinks.delays import Delays, Rate, catch_up_s
+from kvrep.sinks.interface import NOTHING
+from kvrep.sinks.stream import REQUESTS, Mark, Request, message_of
+from kvrep.sinks.upstream import Selected, Stream, Upstream
+
+__all__ = ["Publication", "PublicationStatus"]
+
+log = logging.getLogger("kvrep.agent")
+
+SAVE_INTERVAL_S = 0.2
+UNCONFIRMED_MAX = 4096
+PUBLISH_S = 30.0
+IDLE_S = 0.25
+SNAPSHOT_REST_S = 2.0
+"""Requests for a snapshot that come so soon after one began were sent before it: who still lacks it asks again."""
+BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
+
+
+class _Held:
+    """The place in the named feed of the store itself."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.load, self.save = upstream.held, upstream.hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicationStatus:
+    """A publication at one moment."""
+
+    name: str
+    state: AgentState
+    problem: str
+    source: str
+    broker: str
+    topic: str
+    sequence: Sequence
+    """The last event that was sent."""
+    published: int
+    confirmed: int
+    published_per_s: float
+    backlog: int | None
+    """Records at the source that are not sent yet, and events that are not confirmed yet."""
+    catch_up_s: float | None
+    delay_p50_s: float | None
+    """From commit to the broker's confirm, of the last minutes."""
+    delay_p99_s: float | None
+    snapshots: int
+    replays: int
+    """How often receivers asked for something again."""
+    reconnects: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**asdict(self), "state": str(self.state), "sequence": ":".join(map(str, self.sequence))}
+
+
+class Publication:
+    """Publishes the changes of a store, those of ``selection`` (see :class:`Selected`), for ever.
+
+    Its place is in ``cursor``; without one, in the named feed of a :class:`~kvrep.sinks.upstream.Local`.
+
+    ``one_line`` gives all messages one key, so that a broker with partitions keeps the order of all of them;
+    else each key of the store keeps its own order and receivers restore the rest. ``mark_interval_s`` is how
+    often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`;
+    it closes ``upstream`` and ``broker``.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        broker: Broker,
+        cursor: Cursor | None = None,
+        *,
+        topic: str = "",
+        name: str = "publisher",
+        one_line: bool = True,
+        mark_interval_s: float = 5.0,
+        log_interval_s: float = 60.0,
+        **selection: Any,
+    ) -> None:
+        self.name = name
+        self.topic = topic or broker.topic
+        self._upstream, self._broker, self._cursor = upstream, broker, cursor or _Held(upstream)
+        self._selected = Selected(**selection)
+        self._one_line = one_line
+        self._mark_interval_s = mark_interval_s
+        self._log_interval_s = log_interval_s
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._state, self._problem = AgentState.NEW, ""
+        self._error: BaseException | None = None
+        self._publisher: Publisher | None = None
+        self._requests: Subscriber | None = None
+        self._stream: Stream | None = None
+        self._sent: Sequence = NOTHING
+        self._saved: Sequence = NOTHING
+        self._waiting: deque[tuple[int, Change]] = deque()
+        """What is not confirmed yet: the publisher's number, and the change."""
+        self._last_confirmed: Change | None = None
+        self._saved_s = self._marked_s = 0.0
+        self._marked = False
+        self._snapshotting = False
+        self._begun_s = -SNAPSHOT_REST_S
+        self._published = self._confirmed = self._snapshots = self._replays = self._reconnects = 0
+        self.delays = Delays()
+        self._speed, self._growth = Rate(), Rate()
+        self._logged_s = time.monotonic()
+
+    # -- its life ----------------------------------------------------------------------------------
+
+    def start(self) -> Publication:
+        """Connect, and go on in a thread. Wrong credentials and addresses raise here, at once."""
+        if self._thread is not None:
+            raise ClosedError("a publication is started once")
+        self._connect()
+        self._thread = threading.Thread(target=self._guarded, name=f"kvrep-publish-{self.name}", daemon=True)
+        self._thread.start()
+        return self
+
+    def run(self) -> None:
+        """Run in this thread until :meth:`close`; raises what ends it."""
+        self._connect()
+        self._guarded()
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what ended it; nothing while it runs."""
+        error = self._error
+        if error is not None:
+            raise again(error) if isinstance(error, Error) else error
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """End it; what is unconfirmed is sent again by the next one. Idempotent."""
+        self._stop.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout_s)
+            if thread.is_alive():
+                raise TimeoutError(f"the publication did not end within {timeout_s:g} s")
+        elif thread is None:
+            self._disconnect()
+        self._broker.close()
+        self._upstream.close()
+        self._say(AgentState.FAILED if self._error is not None else AgentState.CLOSED, self._problem)
+
+    def __enter__(self) -> Publication:
+        return self if self._thread is not None else self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def _guarded(self) -> None:
+        try:
+            self._sessions()
+        except BaseException as error:
+            self._error = error
+            self._say(AgentState.FAILED, str(error) or type(error).__name__)
+            log.error("publication %s ends: %s", self.name, error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._disconnect()
+
+    def _sessions(self) -> None:
+        backoff_s, connected = BACKOFF_S, True
+        while not self._stop.is_set():
+            confirmed = self._confirmed
+            try:
+                if not connected:
+                    self._connect()
+                self._session()
+                return
+            except (PeerUnavailable, Overloaded, TimeoutError) as error:
+                self._reconnects += 1
+                self._say(AgentState.WAITING, str(error))
+                log.warning("publication %s waits: %s", self.name, error)
+            connected = False
+            self._disconnect()
+            backoff_s = BACKOFF_S if self._confirmed > confirmed else min(backoff_s * 2, BACKOFF_MAX_S)
+            self._stop.wait(backoff_s * random.uniform(0.5, 1.0))
+
+    def _connect(self) -> None:
+        try:
+            self._publisher = self._broker.publisher(self.topic)
+            self._requests = self._broker.subscriber(self.topic + REQUESTS, group="publisher")
+            self._waiting.clear()
+            self._go_to(self._cursor.load())
+        except BaseException:
+            self._disconnect()
+            raise
+        self._say(AgentState.APPLYING, "")
+
+    def _disconnect(self) -> None:
+        stream, self._stream = self._stream, None
+        publisher, self._publisher = self._publisher, None
+        requests, self._requests = self._requests, None
+        for close in (
+            *([stream.close] if stream else []),
+            *([lambda: publisher.close(0.0)] if publisher else []),
+            *([requests.close] if requests else []),
+        ):
+            try:
+                close()
+            except Exception as error:  # it is being given up: what it says does not matter any more
+                log.debug("closing: %s", error)
+
+    def _go_to(self, token: str) -> None:
+        """Read on after ``token``; from a snapshot where there is none, or it is no good any more."""
+        if self._stream is not None:
+            self._stream.close()
+        try:
+            if token:
+                self._stream = self._upstream.changes(token, self._selected)
+                return
+        except (InvalidToken, LineageMismatch) as error:
+            log.warning("publication %s begins anew: %s", self.name, error)
+        self._stream = self._upstream.changes("", self._selected)
+
+    def _session(self) -> None:
+        assert self._publisher is not None
+        while not self._stop.is_set():
+            self._answer_requests()
+            changes = self._poll(IDLE_S)
+            for change in changes:
+                self._send(change)
+                if self._stop.is_set():
+                    break
+            self._note_confirmed()
+            if not changes:
+                self._rest()
+            self._log_now_and_then()
+        self._publisher.wait(self._publisher.published, 1.0)
+        self._note_confirmed(at_once=True)
+
+    def _poll(self, timeout_s: float) -> list[Change]:
+        assert self._stream is not None
+        try:
+            return self._stream.poll(timeout_s)
+        except (LogTrimmed, Truncated) as error:
+            log.warning("publication %s sends a snapshot: %s", self.name, error)
+            self._go_to("")
+            return []
+
+    def _send(self, change: Change) -> None:
+        publisher = self._publisher
+        assert publisher is not None
+        event = Event.from_change(self._upstream.lineage(), change)
+        while len(self._waiting) >= UNCONFIRMED_MAX and not self._stop.is_set():
+            publisher.wait(self._waiting[0][0], IDLE_S)
+            self._note_confirmed()
+        number = publisher.publish(message_of(event, one_line=self._one_line), PUBLISH_S)
+        self._waiting.append((number, change))
+        self._published += 1
+        self._sent, self._marked = change.sequence, False
+        if change.kind == "begin":
+            self._snapshots += 1
+            self._snapshotting, self._begun_s = True, time.monotonic()
+        elif change.kind == "end":
+            self._snapshotting = False
+
+    def _note_confirmed(self, *, at_once: bool = False) -> None:
+        """Move the place behind what is confirmed; never back, where something is sent again."""
+        publisher, waiting = self._publisher, self._waiting
+        assert publisher is not None
+        confirmed, last = publisher.confirmed, None
+        now_s, now_us = time.monotonic(), time.time_ns() // 1000
+        while waiting and waiting[0][0] <= confirmed:
+            last = waiting.popleft()[1]
+            self._confirmed += 1
+            if last.time_us and not last.snapshot:
+                self.delays.add((now_us - last.time_us) / 1e6, now_s)
+        self._speed.add(self._confirmed, now_s)
+        if last is not None:
+            self._last_confirmed = last
+        candidate = self._last_confirmed
+        due = at_once or now_s - self._saved_s >= SAVE_INTERVAL_S
+        if candidate is not None and due and candidate.sequence > self._saved:
+            self._cursor.save(candidate.resume)
+            self._saved, self._saved_s = candidate.sequence, now_s
+
+    def _rest(self) -> None:
+        """Nothing to send: say so in the stream, once at the end of each burst and then now and then."""
+        behind = self._behind()
+        if self._snapshotting:
+            self._say(AgentState.SNAPSHOT, "")
+        else:
+            self._say(AgentState.CURRENT if not behind and not self._waiting else AgentState.APPLYING, "")
+        now_s = time.monotonic()
+        head = self._upstream.head()
+        if head is not None:
+            self._growth.add(head, now_s)
+        if (
+            behind is None
+            or not self._mark_interval_s
+            or (self._marked and now_s - self._marked_s < self._mark_interval_s)
+        ):
+            return
+        publisher = self._publisher
+        assert publisher is not None
+        mark = Mark(self._upstream.lineage(), self._sent_before(), behind, time.time_ns() // 1000)
+        publisher.publish(mark.message(), PUBLISH_S)
+        self._marked, self._marked_s = True, now_s
+
+    def _sent_before(self) -> Sequence:
+        """The last event sent, by this process or the one before it."""
+        if self._sent != NOTHING:
+            return self._sent
+        token = self._cursor.load()
+        return (Token.parse(token).previous if token else None) or NOTHING
+
+    def _behind(self) -> int | None:
+        """Records that are not read yet; ``None`` while not known."""
+        stream, head = self._stream, self._upstream.head()
+        return None if stream is None or head is None else max(0, head - stream.at().offset)
+
+    # -- what receivers miss -----------------------------------------------------------------------
+
+    def _answer_requests(self) -> None:
+        """Go back to the furthest place that somebody asked for; once for all who asked meanwhile."""
+        requests = self._requests
+        assert requests is not None
+        deliveries = requests.receive(64, 0.0)
+        back: Request | None = None
+        for delivery in deliveries:
+            try:
+                request = Request.parse(delivery.message)
+            except ProtocolError as error:
+                log.warning("publication %s: %s", self.name, error)
+                continue
+            if request.lineage not in ("", self._upstream.lineage()):
+                log.warning("publication %s was asked for another store, %s", self.name, request.lineage)
+            elif self._is_behind(request) and (back is None or request.sequence < back.sequence):
+                back = request
+        if back is not None:
+            log.warning("publication %s goes back to %s: it was asked to", self.name, back.sequence)
+            self._replays += 1
+            self._go_to(back.token)
+        if deliveries:
+            requests.ack(deliveries[-1])
+
+    def _is_behind(self, request: Request) -> bool:
+        """Whether what is asked for does not come anyway."""
+        if request.sequence == NOTHING:
+            return not self._snapshotting and time.monotonic() - self._begun_s >= SNAPSHOT_REST_S
+        return request.sequence < self._sent or self._sent == NOTHING
+
+    # -- what it says ------------------------------------------------------------------------------
+
+    def _say(self, state: AgentState, problem: str) -> None:
+        with self._lock:
+            self._state, self._problem = state, problem
+
+    def status(self) -> PublicationStatus:
+        """How far it is, as one frozen value. Any thread."""
+        now_s, behind = time.monotonic(), self._behind()
+        backlog = None if behind is None else behind + len(self._waiting)
+        speed = self._speed.per_s(now_s)
+        until = None if backlog is None else catch_up_s(backlog, speed, self._growth.per_s(now_s))
+        return PublicationStatus(
+            name=self.name,
+            state=self._state,
+            problem=self._problem,
+            source=self._upstream.url,
+            broker=self._broker.url,
+            topic=self.topic,
+            sequence=self._sent,
+            published=self._published,
+            confirmed=self._confirmed,
+            published_per_s=round(speed, 1),
+            backlog=backlog,
+            catch_up_s=None if until is None or until == float("inf") else round(until, 3),
+            delay_p50_s=self.delays.percentile(50, now_s),
+            delay_p99_s=self.delays.percentile(99, now_s),
+            snapshots=self._snapshots,
+            replays=self._replays,
+            reconnects=self._reconnects,
+        )
+
+    def _log_now_and_then(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._logged_s < self._log_interval_s:
+            return
+        self._logged_s = now_s
+        s = self.status()
+        log.info(
+            "publication %s: %s at %s, %.0f events/s, backlog %s, delay p50 %s p99 %s, confirmed %d",
+            s.name, s.state, s.sequence, s.published_per_s, s.backlog, s.delay_p50_s, s.delay_p99_s, s.confirmed,
+        )  # fmt: skip

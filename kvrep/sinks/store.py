@@ -1,0 +1,260 @@
+"""Another kvrep store as a secondary: ``kvrep:path`` on this machine, ``kvrep://host:port`` a running primary.
+
+The copy is an independent store with a history of its own, for reading, or to take over by hand. (A follower
+over a broker, ``kvrep.open(follow="amqp://…")``, is the one that has the same positions.)
+
+The agent's own notes are in the keyspace ``kvrep-agent``, in the same record as the changes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import msgpack
+
+from kvrep.errors import ClosedError, PeerUnavailable, RejectedChange, UnknownOutcome
+from kvrep.model.record import Op
+from kvrep.options import KEY_BYTES_MAX, check_keyspace_name
+from kvrep.sinks.interface import DeadLetter, Place, Sink
+
+__all__ = ["NOTES", "LocalStore", "RemoteStore", "StoreSink"]
+
+NOTES = "kvrep-agent"
+_PLACE, _SEEN, _LETTER, _MERGE = b"place", b"seen/", b"letter/", b"merge"
+WRITE_S = 30.0
+PIECE_KEYS = 1000
+
+
+class _Target(Protocol):
+    """The store that is written, here or elsewhere."""
+
+    value_bytes_max: int
+
+    def get(self, keyspace: str, key: bytes) -> bytes | None: ...
+    def scan(self, keyspace: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]: ...
+    def keyspaces(self) -> list[str]: ...
+    def write(self, ops: Sequence[Op]) -> None: ...
+    def close(self) -> None: ...
+
+
+class LocalStore:
+    """A store at a path, opened by this process."""
+
+    def __init__(self, path: str, **options: Any) -> None:
+        import kvrep
+
+        self._store = kvrep.open(path, **options)
+        self.value_bytes_max = kvrep.Options.of(options).value_bytes_max  # type: ignore[arg-type]
+
+    def get(self, keyspace: str, key: bytes) -> bytes | None:
+        return self._store.keyspace(keyspace).get(key)
+
+    def scan(self, keyspace: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        return self._store.keyspace(keyspace).scan(prefix=prefix)
+
+    def keyspaces(self) -> list[str]:
+        return self._store.keyspaces()
+
+    def write(self, ops: Sequence[Op]) -> None:
+        spaces = {name: self._store.keyspace(name) for name in {op[0] for op in ops}}
+        with self._store.batch(timeout_s=WRITE_S) as batch:
+            for name, key, value in ops:
+                if value is None:
+                    batch.delete(key, keyspace=spaces[name])
+                else:
+                    batch.put(key, value, keyspace=spaces[name])
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class RemoteStore:
+    """The primary of another group, over one connection."""
+
+    value_bytes_max = 1 << 40
+
+    def __init__(self, address: str, *, tls: Any = None, token: str | None = None) -> None:
+        from kvrep.transport.network import GrpcTransport
+        from kvrep.transport.security import Security
+
+        transport = GrpcTransport(
+            security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20)
+        )
+        self._connection = transport.connect(address, name="agent")
+        try:
+            self._call("status", {})
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _call(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
+        return self._connection.call(method, {"timeout_s": WRITE_S, **request}, WRITE_S + 2.0)
+
+    def get(self, keyspace: str, key: bytes) -> bytes | None:
+        value: bytes | None = self._call("get", {"keyspace": keyspace, "key": key, "at_least": None})["value"]
+        return value
+
+    def scan(self, keyspace: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        request = {
+            "keyspace": keyspace, "prefix": prefix, "start": None, "stop": None, "reverse": False,
+            "limit": None, "at_least": None,
+        }  # fmt: skip
+        chunks = self._connection.scan(request, 3600.0)
+        try:
+            for chunk in chunks:
+                yield from chunk
+        finally:
+            chunks.close()
+
+    def keyspaces(self) -> list[str]:
+        names: list[str] = self._call("keyspaces", {})["keyspaces"]
+        return names
+
+    def write(self, ops: Sequence[Op]) -> None:
+        try:
+            self._call("write", {"ops": list(ops)})
+        except ClosedError as error:
+            raise PeerUnavailable(str(error), address=self._connection.address) from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class StoreSink(Sink):
+    """Changes, notes and place as one record. A snapshot is laid over the old copy, which is not whole meanwhile."""
+
+    def __init__(self, url: str, connect: Any) -> None:
+        """``connect()`` gives a :class:`LocalStore` or :class:`RemoteStore`, anew at each :meth:`open`."""
+        self.url = url
+        self._connect = connect
+        self._target: _Target | None = None
+        self._pending: list[Op] = []
+        self._merge = False
+        self._numbered = 0
+
+    def open(self) -> Place:
+        self.close()
+        target = self._target = self._connect()
+        numbers = [int.from_bytes(key[len(_LETTER) :]) for key, _ in target.scan(NOTES, _LETTER)]
+        self._numbered = max(numbers, default=0)
+        self._merge = target.get(NOTES, _MERGE) is not None
+        found = target.get(NOTES, _PLACE)
+        if found is None:
+            # What stands there already is no part of the copy: it goes when the first snapshot is whole.
+            self._merge = any(True for space in self.keyspaces() for _ in target.scan(space))
+            return Place()
+        fields = msgpack.unpackb(found)
+        return Place(**{**fields, "sequence": tuple(fields["sequence"])})
+
+    def _need(self) -> _Target:
+        if self._target is None:
+            raise ClosedError("the sink is not open")
+        return self._target
+
+    def apply(self, ops: Sequence[Op]) -> None:
+        self._check(ops)
+        self._pending += ops
+
+    def _check(self, ops: Sequence[Op]) -> None:
+        limit = self._need().value_bytes_max
+        for index, (keyspace, key, value) in enumerate(ops):
+            wrong = ""
+            if not check_keyspace_name(keyspace) or keyspace == NOTES:
+                wrong = f"{keyspace!r} cannot be a keyspace here"
+            elif not 1 <= len(key) <= KEY_BYTES_MAX:
+                wrong = f"a key of {len(key)} bytes"
+            elif value is not None and len(value) > limit:
+                wrong = f"a value of {len(value)} bytes is above value_bytes_max={limit}"
+            if wrong:
+                raise RejectedChange(wrong, index=index, keyspace=keyspace, key=key)
+
+    def stage(self, ops: Sequence[Op]) -> None:
+        self._check(ops)
+        self._pending += ops
+        if self._merge:
+            self._pending += [(NOTES, _seen(space, key), b"") for space, key, _ in ops]
+
+    def unstage(self) -> None:
+        self._flush()
+        self._remove((NOTES, key) for key, _ in self._need().scan(NOTES, _SEEN))
+        self._merge = True
+        self._pending.append((NOTES, _MERGE, b""))
+
+    def swap(self) -> None:
+        """Piece by piece; the place says that the copy is whole only in the record after the last of them."""
+        self._flush()
+        target = self._need()
+        if self._merge:
+            for space in self.keyspaces():
+                self._remove(
+                    (space, key)
+                    for key, _ in target.scan(space)
+                    if target.get(NOTES, _seen(space, key)) is None
+                )
+            self._remove((NOTES, key) for key, _ in target.scan(NOTES, _SEEN))
+        self._merge = False
+        self._pending.append((NOTES, _MERGE, None))
+
+    def _remove(self, keys: Iterable[tuple[str, bytes]]) -> None:
+        piece: list[Op] = []
+        for space, key in keys:
+            piece.append((space, key, None))
+            if len(piece) == PIECE_KEYS:
+                self._need().write(piece)
+                piece = []
+        if piece:
+            self._need().write(piece)
+
+    def _flush(self) -> None:
+        """What was staged since the last commit, before its place: laying it down twice changes nothing."""
+        pending, self._pending = self._pending, []
+        if pending:
+            self._write(pending)
+
+    def _write(self, ops: Sequence[Op]) -> None:
+        try:
+            self._need().write(ops)
+        except UnknownOutcome as error:
+            raise PeerUnavailable(f"{self.url}: {error.message}", address=self.url) from error
+
+    def commit(self, place: Place) -> None:
+        self._pending.append((NOTES, _PLACE, msgpack.packb(asdict(place))))
+        self._flush()
+
+    def rollback(self) -> None:
+        self._pending.clear()
+
+    def bury(self, letter: DeadLetter) -> None:
+        self._numbered += 1
+        letter = replace(letter, number=self._numbered, time_us=letter.time_us or time.time_ns() // 1000)
+        self._pending.append((NOTES, _letter(letter.number), msgpack.packb(asdict(letter))))
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        self._pending += [(NOTES, _letter(number), None) for number in numbers]
+
+    def dead_letters(self) -> list[DeadLetter]:
+        return [DeadLetter(**msgpack.unpackb(data)) for _, data in self._need().scan(NOTES, _LETTER)]
+
+    def keyspaces(self) -> list[str]:
+        return [name for name in self._need().keyspaces() if name != NOTES]
+
+    def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
+        return self._need().scan(keyspace)
+
+    def close(self) -> None:
+        target, self._target = self._target, None
+        self._pending.clear()
+        if target is not None:
+            target.close()
+
+
+def _seen(keyspace: str, key: bytes) -> bytes:
+    return _SEEN + blake2b(keyspace.encode() + b"/" + key, digest_size=16).digest()
+
+
+def _letter(number: int) -> bytes:
+    return _LETTER + number.to_bytes(8)

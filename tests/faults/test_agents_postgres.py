@@ -1,0 +1,221 @@
+"""Agents into a real PostgreSQL: kill -9 at any point, a server that goes away, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import kvrep
+from tests.agent_kit import agent_of, content, copy_of, wait_current, wait_until
+from tests.postgres_kit import PostgresServer, need_postgres, postgres_server, shared_postgres  # noqa: F401
+
+need_postgres()
+
+from kvrep.sinks.postgres import PostgresSink  # noqa: E402
+
+GUARD = """
+CREATE TABLE {schema}.default (key bytea PRIMARY KEY, value bytea);
+CREATE FUNCTION {schema}.forward() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.value < OLD.value THEN RAISE EXCEPTION 'went back from % to %', OLD.value, NEW.value; END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER forward BEFORE UPDATE ON {schema}.default FOR EACH ROW EXECUTE FUNCTION {schema}.forward();
+"""
+"""Values of this test only grow: one that shrinks was applied out of order, or twice."""
+
+
+def guarded(url: str) -> None:
+    import psycopg
+
+    schema = url.rpartition("=")[2]
+    with psycopg.connect(url.partition("?")[0]) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
+        connection.execute(GUARD.format(schema=schema).encode())
+
+
+class Writer(threading.Thread):
+    """Writes growing values to a few keys until told to end."""
+
+    def __init__(self, db: kvrep.Store) -> None:
+        super().__init__(name="writer")
+        self._db = db
+        self.stop = threading.Event()
+        self.count = 0
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            self.count += 1
+            with self._db.batch() as batch:
+                batch.put(b"%d" % (self.count % 50), b"%010d" % self.count)
+                batch.put(b"total", b"%010d" % self.count)
+            time.sleep(0.0005)
+
+
+def test_an_agent_killed_at_any_point_applies_everything_once(
+    tmp_path: Path,
+    shared_postgres: PostgresServer,  # noqa: F811
+) -> None:
+    """SIGKILL at five random moments: nothing is missing, nothing goes backwards, transactions are whole."""
+    chance = random.Random(5)
+    url = shared_postgres.new_url()
+    guarded(url)
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        writer = Writer(db)
+        writer.start()
+        try:
+            for _ in range(5):
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "tests.agent_child", db.address, url], stdout=subprocess.PIPE
+                )
+                with child:
+                    assert child.stdout is not None
+                    assert child.stdout.readline() == b"ready\n"
+                    time.sleep(chance.uniform(0.0, 0.25))
+                    child.kill()
+                    child.wait(10)
+                found = copy_of(PostgresSink(url)).get("default", {})
+                if found:
+                    assert max(v for k, v in found.items() if k != b"total") == found[b"total"]
+        finally:
+            writer.stop.set()
+            writer.join(10)
+        with agent_of(db, PostgresSink(url)) as agent:
+            wait_current(agent, db)
+            assert agent.status().snapshots == 0
+            assert agent.status().consistent
+        assert copy_of(PostgresSink(url)) == content(db)
+
+
+def test_a_server_that_goes_away_and_comes_back(
+    tmp_path: Path,
+    postgres_server: PostgresServer,  # noqa: F811
+) -> None:
+    """PostgreSQL ends at once in mid-stream, twice: the agent waits, says so, and goes on without a snapshot."""
+    url = postgres_server.url("copy")
+    guarded(url)
+    with kvrep.open(tmp_path / "a") as db:
+        writer = Writer(db)
+        writer.start()
+        try:
+            with agent_of(db, PostgresSink(url), batch_changes=10) as agent:
+                wait_until(lambda: agent.status().commits > 3, "it applies")
+                for _ in range(2):
+                    postgres_server.stop()
+                    wait_until(lambda: agent.status().state == "waiting", "it waits")
+                    assert "postgresql://kvrep@127.0.0.1" in agent.status().problem
+                    assert "secret" not in agent.status().problem
+                    before = agent.status().commits
+                    postgres_server.start()
+                    wait_until(lambda: agent.status().commits > before + 3, "it goes on", 60)
+                writer.stop.set()
+                writer.join(10)
+                wait_current(agent, db)
+                assert agent.status().snapshots == 1
+                assert agent.status().reconnects >= 2
+        finally:
+            writer.stop.set()
+            writer.join(10)
+        assert copy_of(PostgresSink(url)) == content(db)
+
+
+def test_mistakes_are_named_at_once(shared_postgres: PostgresServer) -> None:  # noqa: F811
+    """A wrong password, user, database, host, port and schema each raise an error that says what to fix."""
+    url = shared_postgres.url("x")
+    cases: list[tuple[str, type[kvrep.Error], str]] = [
+        (shared_postgres.url("x", password="wrong"), kvrep.AuthenticationFailed, "password"),
+        (url.replace("kvrep:", "nobody:"), kvrep.AuthenticationFailed, "user and password"),
+        (shared_postgres.url("x", database="none"), kvrep.ConfigurationMismatch, "create the database"),
+        (url.replace(str(shared_postgres.port), "1"), kvrep.PeerUnavailable, "host and port"),
+        (url.replace("127.0.0.1", "no-such-host.invalid"), kvrep.PeerUnavailable, "host name"),
+        (url + "&nonsense=1", kvrep.ConfigurationMismatch, "nonsense"),
+    ]
+    for address, kind, words in cases:
+        began = time.monotonic()
+        with pytest.raises(kind) as caught:
+            PostgresSink(address).open()
+        assert words in str(caught.value)
+        assert "secret" not in str(caught.value)
+        assert "wrong" not in str(caught.value)
+        assert time.monotonic() - began < 8
+    for schema in ("", "pg_own", "a%b"):
+        with pytest.raises(kvrep.ConfigurationMismatch):
+            PostgresSink(shared_postgres.url(schema.replace("%", "%25")))
+
+
+def test_a_user_without_rights_and_a_table_that_does_not_fit(shared_postgres: PostgresServer) -> None:  # noqa: F811
+    """Missing rights and foreign tables end in errors that name them; the foreign table stays as it is."""
+    import psycopg
+
+    plain = shared_postgres.url().partition("?")[0]
+    schema = shared_postgres.new_url().rpartition("=")[2]
+    with psycopg.connect(plain) as connection:
+        connection.execute("DROP ROLE IF EXISTS guest")
+        connection.execute("CREATE ROLE guest LOGIN PASSWORD 'guest'")
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
+        connection.execute(f"CREATE TABLE {schema}.users (id int, name text)".encode())
+        connection.execute(f"INSERT INTO {schema}.users VALUES (1, 'Ada')".encode())
+    guest = shared_postgres.url("guests").replace("kvrep:secret", "guest:guest")
+    with pytest.raises(kvrep.PermissionDenied, match="grant CREATE"):
+        PostgresSink(guest).open()
+    sink = PostgresSink(shared_postgres.url(schema))
+    sink.open()
+    with pytest.raises(kvrep.ConfigurationMismatch, match="columns"):
+        sink.apply([("users", b"k", b"v")])
+    sink.close()
+    with psycopg.connect(plain) as connection:
+        assert connection.execute(f"SELECT * FROM {schema}.users".encode()).fetchall() == [(1, "Ada")]
+
+
+def test_no_transaction_stays_open_while_the_agent_is_idle(
+    tmp_path: Path,
+    shared_postgres: PostgresServer,  # noqa: F811
+) -> None:
+    """An idle agent holds no transaction, which would keep the database from cleaning up."""
+    import psycopg
+
+    url = shared_postgres.new_url()
+    with kvrep.open(tmp_path / "a") as db, agent_of(db, PostgresSink(url)) as agent:
+        agent.wait_for(db.put(b"a", b"1"))
+        wait_current(agent, db)
+        with psycopg.connect(url.partition("?")[0]) as connection:
+
+            def idle() -> bool:
+                states = connection.execute(
+                    "SELECT state FROM pg_stat_activity WHERE application_name = 'kvrep agent'"
+                ).fetchall()
+                connection.rollback()
+                return bool(states) and all(state == ("idle",) for state in states)
+
+            wait_until(idle, "no transaction is open")
+
+
+def test_a_snapshot_keeps_what_people_built_on_a_table(shared_postgres: PostgresServer) -> None:  # noqa: F811
+    """A new snapshot changes rows, not tables: a view and an index of the users stay, and readers see no gap."""
+    import psycopg
+
+    from kvrep.sinks.interface import Place
+
+    url = shared_postgres.new_url()
+    schema = url.rpartition("=")[2]
+    sink = PostgresSink(url)
+    sink.open()
+    sink.apply([("default", b"a", b"1"), ("default", b"b", b"1")])
+    sink.commit(Place())
+    with psycopg.connect(url.partition("?")[0], autocommit=True) as connection:
+        connection.execute(f"CREATE VIEW {schema}.seen AS SELECT value FROM {schema}.default".encode())
+        sink.unstage()
+        sink.stage([("default", b"b", b"2"), ("default", b"c", b"3")])
+        assert connection.execute(f"SELECT count(*) FROM {schema}.seen".encode()).fetchone() == (2,)
+        sink.swap()
+        assert connection.execute(f"SELECT count(*) FROM {schema}.seen".encode()).fetchone() == (2,)
+        sink.commit(Place())
+        rows = connection.execute(f"SELECT value FROM {schema}.seen ORDER BY value".encode()).fetchall()
+    sink.close()
+    assert rows == [(b"2",), (b"3",)]

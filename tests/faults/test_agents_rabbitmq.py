@@ -1,0 +1,143 @@
+"""Agents over a real RabbitMQ into a real PostgreSQL: broker and publisher are killed, and nothing is lost."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvrep
+from kvrep import brokers
+from kvrep.sinks.agent import Agent
+from kvrep.sinks.broker import BrokerSource
+from kvrep.sinks.cursor import FileCursor
+from kvrep.sinks.memory import MemorySink
+from kvrep.sinks.publication import Publication
+from kvrep.sinks.upstream import Local
+from tests.agent_kit import content, copy_of, wait_until
+from tests.cli_kit import command
+from tests.faults.test_agents_postgres import Writer, guarded
+from tests.postgres_kit import PostgresServer, need_postgres, shared_postgres  # noqa: F401
+from tests.rabbit_kit import RabbitServer, need_rabbitmq
+from tests.scenarios.test_agents import MemoryView
+
+need_postgres()
+need_rabbitmq()
+
+from kvrep.sinks.postgres import PostgresSink  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def rabbit() -> Iterator[RabbitServer]:
+    """A RabbitMQ of this module's own, since it is killed."""
+    with tempfile.TemporaryDirectory(prefix="kvrep-rabbitmq-") as folder:
+        server = RabbitServer(Path(folder))
+        server.start()
+        yield server
+        server.stop()
+
+
+def test_a_broker_killed_and_started_again_in_the_middle(
+    tmp_path: Path,
+    rabbit: RabbitServer,
+    shared_postgres: PostgresServer,  # noqa: F811
+) -> None:
+    """SIGKILL of RabbitMQ under load: nothing is lost or goes backwards, transactions stay whole in the tables."""
+    url = shared_postgres.new_url()
+    guarded(url)
+    with kvrep.open(tmp_path / "a") as db:
+        writer = Writer(db)
+        cursor = FileCursor(tmp_path / "cursor")
+        publication = Publication(
+            Local(db), brokers.connect(rabbit.url("killed")), cursor, mark_interval_s=0.5
+        )
+        source = BrokerSource(brokers.connect(rabbit.url("killed")), gap_wait_s=0.5, ask_interval_s=1.0)
+        with publication.start(), Agent(source, PostgresSink(url), batch_changes=50) as agent:
+            writer.start()
+            try:
+                wait_until(lambda: agent.status().commits > 3, "it applies")
+                rabbit.kill()
+                time.sleep(0.2)
+                rabbit.start()
+                before = agent.status().commits
+                wait_until(lambda: agent.status().commits > before + 3, "it goes on", 60)
+            finally:
+                writer.stop.set()
+                writer.join(10)
+            agent.wait_for(db.put(b"end", b"1"), 60)
+            status = agent.status()
+        assert copy_of(PostgresSink(url)) == content(db)
+    assert status.dead_letters == 0
+    assert status.consistent
+
+
+def test_a_publisher_killed_at_any_point(tmp_path: Path, rabbit: RabbitServer) -> None:
+    """SIGKILL of the publishing process, three times under load: what it sends again is dropped, nothing is missing."""
+    chance = random.Random(7)
+    sink = MemorySink()
+    url = rabbit.url("publisher-killed")
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        writer = Writer(db)
+        writer.start()
+        source = BrokerSource(brokers.connect(url), gap_wait_s=0.5, ask_interval_s=1.0)
+        with Agent(source, sink, batch_changes=50) as agent:
+            try:
+                for _ in range(3):
+                    child = _publish(db.address, url, tmp_path)
+                    before = agent.status().commits
+                    wait_until(lambda before=before: agent.status().commits > before, "events arrive")  # type: ignore[misc]
+                    time.sleep(chance.uniform(0.0, 0.2))
+                    child.kill()
+                    child.communicate(timeout=10)
+            finally:
+                writer.stop.set()
+                writer.join(10)
+            child = _publish(db.address, url, tmp_path)
+            try:
+                agent.wait_for(db.put(b"end", b"1"), 60)
+            finally:
+                child.kill()
+                child.communicate(timeout=10)
+            assert agent.status().consistent
+            assert agent.status().snapshots <= 2, "not one for each restart"
+        assert copy_of(MemoryView(sink)) == content(db)
+
+
+def _publish(address: str, url: str, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command("agent", "--from", address, "--to", url, "--state", folder / "place", "--log-level", "error"),
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def test_wrong_credentials_and_addresses_of_a_broker_are_named(tmp_path: Path, rabbit: RabbitServer) -> None:
+    """Both directions raise at once, and say what to fix."""
+    with kvrep.open(tmp_path / "a") as db:
+        for address, kind in (
+            (rabbit.url("x", user="guest:wrong"), kvrep.AuthenticationFailed),
+            (rabbit.url("x").replace(f":{rabbit.port}", ":1"), kvrep.PeerUnavailable),
+        ):
+            with pytest.raises(kind):
+                Publication(Local(db), brokers.connect(address), FileCursor(tmp_path / "c")).start()
+            with pytest.raises(kind):
+                Agent(BrokerSource(brokers.connect(address)), MemorySink()).start()
+
+
+@pytest.mark.slow
+def test_the_example_loses_nothing_that_was_acknowledged() -> None:
+    """examples/disaster_recovery runs in one command, and its count of what is missing is zero."""
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.disaster_recovery", "--orders", "60"],
+        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"missing_at_the_far_store": 0' in done.stdout
+    assert '"missing_in_postgresql": 0' in done.stdout

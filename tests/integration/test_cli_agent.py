@@ -1,0 +1,176 @@
+"""``kvrep agent`` on the command line: running, status, dead letters, metrics, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvrep
+from kvrep.codecs import JSON
+from kvrep.sinks.agent import Agent
+from kvrep.sinks.feed import FeedSource
+from kvrep.sinks.sqlite import SqliteSink
+from kvrep.sinks.tables import Table
+from kvrep.sinks.upstream import Local
+from tests.agent_kit import content, copy_of, wait_until
+from tests.cli_kit import command, run_here
+
+
+class Running:
+    """A ``kvrep agent`` process that has said that it is ready."""
+
+    def __init__(self, *flags: object) -> None:
+        self.process = subprocess.Popen(
+            command("agent", *flags, "--json", "--until-stdin-closes", "--http", "127.0.0.1:0"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 30)
+        line = self.process.stdout.readline() if ready else b""
+        if not line:
+            self.process.kill()
+            raise AssertionError(self.process.communicate()[1].decode())
+        self.ready = json.loads(line)
+
+    def get(self, page: str) -> bytes:
+        with urllib.request.urlopen(f"http://{self.ready['http']}{page}", timeout=5) as answer:
+            found: bytes = answer.read()
+        return found
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.get("/status"))
+        return found
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def test_an_agent_process_from_a_node_into_sqlite(tmp_path: Path, capfdbinary: Any) -> None:
+    """It copies, says over HTTP how it goes in JSON and in Prometheus form, and ends in order at SIGTERM."""
+    path = tmp_path / "copy.db"
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        db.put(b"a", b"1")
+        with Running("--from", db.address, "--to", f"sqlite:{path}", "--name", "far") as agent:
+            db.keyspace("users").put(b"u", b"2")
+            wait_until(lambda: agent.status()["position"] == str(db.position), "it has arrived")
+            wait_until(lambda: agent.status()["state"] == "current", "it is current")
+            status = agent.status()
+            metrics = agent.get("/metrics").decode()
+            assert agent.end() == 0
+        assert copy_of(SqliteSink(str(path))) == content(db)
+        assert status["consistent"] is True
+        assert status["lineage"] == db.status().lineage
+        assert 'kvrep_agent_consistent{name="far"} 1.0' in metrics
+        assert 'kvrep_agent_applied_total{name="far"} 2.0' in metrics
+        assert 'kvrep_agent_delay_seconds_bucket{le="+Inf",name="far"} 1' in metrics
+        assert 'kvrep_agent_state{name="far",state="current"} 1.0' in metrics
+        assert 'kvrep_agent_backlog{name="far"} 0.0' in metrics
+
+    shown = run_here(capfdbinary, "agent", "status", "--to", f"sqlite:{path}", "--json")
+    assert shown.code == 0
+    assert shown.json["consistent"] is True
+    assert shown.json["position"] == status["position"]
+    assert shown.json["keyspaces"] == ["default", "users"]
+    assert "consistent" in run_here(capfdbinary, "agent", "status", "--to", f"sqlite:{path}").text
+
+
+def test_ctrl_c_ends_it_in_order(tmp_path: Path) -> None:
+    """SIGINT closes both sides and gives 130; the copy stays consistent."""
+    path = tmp_path / "copy.db"
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        db.put(b"a", b"1")
+        with Running("--from", db.address, "--to", f"sqlite:{path}") as agent:
+            wait_until(lambda: agent.status()["state"] == "current", "it is current")
+            agent.process.send_signal(signal.SIGINT)
+            agent.process.communicate(timeout=30)
+            assert agent.process.returncode == 130
+        assert copy_of(SqliteSink(str(path))) == content(db)
+
+
+def test_from_a_path_until_current(tmp_path: Path, capfdbinary: Any) -> None:
+    """A store that nobody has open is read by its path; --until-current ends when all is there; columns by codec."""
+    with kvrep.open(tmp_path / "a") as db:
+        db.keyspace("orders", codec=JSON).put(b"o1", {"customer": "Ada", "total": 12})
+        db.put(b"left out", b"1")
+    path = tmp_path / "copy.db"
+    done = run_here(
+        capfdbinary, "agent", "--from", tmp_path / "a", "--to", f"sqlite:{path}", "--until-current",
+        "--keyspace", "orders", "--table", "orders=json(key text, customer text, total integer)",
+        "--log-level", "error",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    assert copy_of(SqliteSink(str(path))) == {"orders": {"o1": ("Ada", 12)}}
+
+
+def test_dead_letters_are_listed_retried_and_discarded(tmp_path: Path, capfdbinary: Any) -> None:
+    """What could not be applied is shown with its reason; a retry with a fitting table heals; the rest can go."""
+    to = f"sqlite:{tmp_path / 'copy.db'}"
+    with kvrep.open(tmp_path / "a") as db:
+        db.keyspace("docs").put(b"good", b'{"n": 1}')
+        db.keyspace("docs").put(b"bad", b"no json")
+        last = db.keyspace("docs").put(b"worse", b"\xff")
+        sink = SqliteSink(str(tmp_path / "copy.db"), tables={"docs": Table(JSON)})
+        with Agent(FeedSource(Local(db)), sink) as agent:
+            agent.wait_for(last)
+    listed = run_here(capfdbinary, "agent", "dead-letters", "--to", to)
+    assert listed.code == 0
+    assert "bad" in listed.text
+    assert "JSONDecodeError" in listed.text
+    numbers = [
+        json.loads(line)["number"]
+        for line in run_here(capfdbinary, "agent", "dead-letters", "--to", to, "--json").text.splitlines()
+    ]
+    assert len(numbers) == 2
+
+    failed = run_here(capfdbinary, "agent", "retry", "all", "--to", to, "--table", "docs=json", "--json")
+    assert failed.code == 6
+    assert sorted(map(int, failed.json["failed"])) == numbers
+    healed = run_here(capfdbinary, "agent", "retry", numbers[0], "--to", to, "--json")
+    assert (healed.code, healed.json["done"]) == (0, [numbers[0]])
+    assert run_here(capfdbinary, "agent", "discard", numbers[1], "--to", to).code == 0
+    assert "no dead letters" in run_here(capfdbinary, "agent", "dead-letters", "--to", to).text
+    assert run_here(capfdbinary, "agent", "discard", 77, "--to", to).code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--to", "sqlite:x.db"], 2, "--from is missing"),
+        (["--from", "127.0.0.1:1", "--to", "sqlite:x.db"], 5, "127.0.0.1:1"),
+        (["--from", "nowhere", "--to", "sqlite:x.db"], 2, "nowhere"),
+        (["--from", "nowhere", "--to", "gopher://x"], 2, "no secondary is known for gopher"),
+        (["--from", "nowhere", "--to", "sqlite:"], 2, "needs a path"),
+        (["--from", "nowhere", "--to", "sqlite:x", "--table", "orders=xml"], 2, "orders=xml"),
+        (["--from", "memory://a/b", "--to", "sqlite:x", "--prefix", "k"], 2, "where the stream is published"),
+        (["status", "--to", "memory://a/b"], 2, "keeps no dead letters"),
+        (["status", "--from", "x", "--to", "sqlite:x"], 2, "--from is for running"),
+        (["retry", "--to", "sqlite:x"], 2, "which dead letters"),
+        (["status", "--to", "sqlite:/no/such/folder/x.db"], 2, "folder exists"),
+    ],
+)
+def test_mistakes_are_named(
+    flags: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any
+) -> None:
+    """Every mistake ends at once with its exit code and one line that names what to fix."""
+    monkeypatch.chdir(tmp_path)
+    done = run_here(capfdbinary, "agent", *flags, "--log-level", "error")
+    assert done.code == code, done.err
+    assert words in done.err
+    assert "Traceback" not in done.err

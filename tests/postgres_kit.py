@@ -1,0 +1,165 @@
+"""A real PostgreSQL for tests, on a free loopback port. Import the fixtures that a module uses."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+START_S = 60.0
+USER, PASSWORD = "kvrep", "secret"
+_schemas = itertools.count(1)
+
+
+def _binaries() -> Path | None:
+    """The folder with initdb and postgres: Debian keeps them out of the path."""
+    found = shutil.which("initdb")
+    if found:
+        return Path(found).resolve().parent
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    return versions[-1].parent if versions else None
+
+
+BINARIES = _binaries()
+
+
+def _account() -> int | None:
+    """The user to run as where we are root, which PostgreSQL refuses."""
+    if os.getuid():
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            return pwd.getpwnam(name).pw_uid
+        except KeyError:
+            continue
+    return None
+
+
+class PostgresServer:
+    """One PostgreSQL with a data folder of its own, to be stopped, started and frozen at will."""
+
+    def __init__(self, folder: Path, *, fsync: bool = False) -> None:
+        assert BINARIES is not None
+        self._binaries = BINARIES
+        self._folder = folder
+        self._fsync = "on" if fsync else "off"
+        self._data = folder / "data"
+        self._user = _account()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+        if self._user is not None:
+            os.chown(folder, self._user, -1)
+        password = folder / "password"
+        password.write_text(PASSWORD)
+        password.chmod(0o644)
+        subprocess.run(
+            [
+                self._binaries / "initdb", "-D", str(self._data), "-U", USER, "--pwfile", str(password),
+                "-A", "scram-sha-256", "--no-sync", "-E", "UTF8", "--locale=C",
+            ],
+            check=True, capture_output=True, timeout=START_S, user=self._user, cwd="/",
+        )  # fmt: skip
+
+    def url(self, schema: str = "kvrep", *, password: str = PASSWORD, database: str = "postgres") -> str:
+        return f"postgresql://{USER}:{password}@127.0.0.1:{self.port}/{database}?schema={schema}"
+
+    def new_url(self) -> str:
+        """The address of a schema that nobody has used."""
+        return self.url(f"s{next(_schemas)}")
+
+    def start(self) -> None:
+        """Start, or start again on the same port. A port found free may be taken: try again."""
+        if self.port:
+            assert self._start(self.port), "PostgreSQL does not start again"
+            return
+        for _ in range(5):
+            if self._start(_free_port()):
+                return
+        raise AssertionError("PostgreSQL does not start")
+
+    def _start(self, port: int) -> bool:
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    self._binaries / "postgres", "-D", str(self._data), "-p", str(port),
+                    "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self._folder}",
+                    "-c", f"fsync={self._fsync}", "-c", "max_wal_size=4GB",
+                ],
+                stdout=log, stderr=log, user=self._user, cwd="/",
+            )  # fmt: skip
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if _answers(port):
+                self.port = port
+                return True
+            time.sleep(0.02)
+        self.stop()
+        return False
+
+    def stop(self, number: int = signal.SIGQUIT) -> None:
+        """End it; SIGQUIT is at once, without care: connections break."""
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            process.send_signal(number)
+            process.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _answers(port: int) -> bool:
+    """Whether it takes connections: an SSL request is answered, and a query for the user is not "starting up"."""
+    import psycopg
+
+    try:
+        with psycopg.connect(f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{port}/postgres", connect_timeout=2):
+            return True
+    except psycopg.OperationalError:
+        return False
+
+
+def need_postgres() -> None:
+    """Skip, with the reason, where there is no server to test with."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    if BINARIES is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    if not os.getuid() and _account() is None:
+        pytest.skip("PostgreSQL refuses root, and there is no other user to run it as")
+
+
+@pytest.fixture(scope="session")
+def shared_postgres() -> Iterator[PostgresServer]:
+    """One server for all tests that only use it; each takes a schema of its own."""
+    need_postgres()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        server = PostgresServer(Path(folder))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def postgres_server() -> Iterator[PostgresServer]:
+    """A server of one's own, to be stopped and started."""
+    need_postgres()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        server = PostgresServer(Path(folder))
+        server.start()
+        yield server
+        server.stop()
