@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvrep.errors import ProtocolError
 from kvrep.model.position import EPOCH_MEMBERS
 
-__all__ = ["OPEN", "Acks", "Configuration", "Voter"]
+__all__ = ["OPEN", "Acks", "Configuration", "Voter", "in_force"]
 
 OPEN = 0
 """The end of an unprotected span that goes on."""
@@ -233,6 +233,26 @@ class Configuration:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a configuration: {error}") from error
+
+
+def in_force(
+    logged: Sequence[tuple[int, Configuration]], committed: int
+) -> tuple[Configuration, tuple[int, Configuration] | None]:
+    """The configuration in effect, and the one (with its offset) that is perhaps not committed yet.
+
+    ``logged``: (offset, configuration) as the log holds them, at least one. The commit mark lags, so what
+    lies above ``committed`` is taken for uncommitted. Nobody proposes before the one before is committed:
+    only the last one can be uncommitted, and the one before it is in effect. (One that goes on without voters
+    may stand behind another; then it alone comes into force, or all do.)
+    """
+    distinct: list[tuple[int, Configuration]] = []
+    for offset, configuration in logged:
+        if not distinct or distinct[-1][1] != configuration:
+            distinct.append((offset, configuration))
+    offset, newest = distinct[-1]
+    if len(distinct) == 1 or offset <= committed or not distinct[-2][1].voters:
+        return newest, None
+    return distinct[-2][1], (offset, newest)
 
 
 def _voter(store_id: Any, name: Any, member: Any, address: Any, priority: Any, witness: Any) -> Voter:

@@ -158,6 +158,12 @@ class CommitTracker:
         return self.committed
 
     @property
+    def may_propose(self) -> bool:
+        """Whether a new configuration may be logged: none is on its way, and this epoch's start, hence every
+        configuration before it, is committed."""
+        return not self._proposed and self.committed >= self.epoch_start
+
+    @property
     def configuration(self) -> Configuration:
         """The one in effect."""
         return self._effective.configuration

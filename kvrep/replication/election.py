@@ -547,7 +547,7 @@ class Election:
             last=own.last,
             gone=self._gone,
             begun=begun,
-            peers=self._list() if own.empty or own.witness else (),
+            peers=self._list() if own.empty else (),
         )
         return Ask(to=to, question=question, asked_at=now, number=self._number)
 
@@ -624,6 +624,8 @@ class Election:
             if self._could and self._gives_way(now):
                 return []
             self.wants_permit = self._could
+            return self._later(now, self._why_not_standing(now))
+        if not self._could:  # it was taken off the voters, or lost its disk, since it asked
             return self._later(now, self._why_not_standing(now))
         yes = {self.own.store_id} | {a.store_id for a in self._answers.values() if a.would}
         if not self._sufficient(yes, now):

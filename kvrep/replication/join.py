@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvrep.model.position import EpochTable, Position
+from kvrep.model.configuration import Configuration
+from kvrep.model.position import ZERO, EpochTable, Position
 from kvrep.replication.messages import (
     PROTOCOL,
     PROTOCOL_MIN,
@@ -36,9 +37,11 @@ __all__ = [
     "LogView",
     "Superseded",
     "agreed_protocol",
+    "check_loss",
     "check_running",
     "plan_join",
     "refusal",
+    "voter_change",
 ]
 
 
@@ -94,7 +97,7 @@ def plan_join(hello: Hello, view: LogView) -> JoinPlan:
     seen = max(hello.promised_epoch, hello.last.epoch)
     if seen > view.epoch:
         return Superseded(epoch=seen)
-    if hello.lineage and hello.branch not in (view.branch, *view.ancestors):
+    if hello.last != ZERO and hello.branch not in (view.branch, *view.ancestors):
         text = f"{hello.name} holds a history that was forced apart from that of {view.name}"
         return _refused("lineage", text, view)
     return _by_history(hello, view)
@@ -142,6 +145,43 @@ def check_running(plan: Continue, hello: Hello, running: int, view: LogView) -> 
     if running == hello.running:
         return plan
     return NeedBootstrap(first=view.first, reason="checksum")
+
+
+def check_loss(hello: Hello, view: LogView) -> Refused | None:
+    """Refuse to replace what a follower knows to be committed, where that can only be our own loss.
+
+    Under a synchronous rule every promotion finds what is committed, so a primary that lacks it lost its
+    disk or was restored from an older copy. Only force may go on then; do not ask here after it, nor in
+    asynchronous mode.
+    """
+    shared = view.epochs.common(view.last, hello.epochs, hello.last.offset)
+    if shared >= hello.committed:
+        return None
+    if hello.branch != view.branch:
+        return None  # a branch that ours was forced out of, which is how it comes to lack them
+    text = (
+        f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
+        f" and {view.name} lacks them: it lost data"
+    )
+    return Refused(reason="unfenced", message=text, epoch=view.epoch)
+
+
+def voter_change(hello: Hello, configuration: Configuration) -> Configuration | None:
+    """The configuration with this follower, which has caught up, as a voter at its present address whose copy
+    counts; ``None`` if it is that already, or may not become one (unnamed, unwilling, removed by hand).
+
+    ``ValueError`` when it wants to and cannot: its name is another voter's, or member numbers are used up.
+    """
+    voter = configuration.voter(hello.store_id)
+    if voter is not None and voter.away:
+        return configuration.with_copy_of(hello.store_id)
+    if voter is None:
+        if not (hello.name and hello.voter) or hello.store_id in configuration.removed:
+            return None
+        return configuration.with_voter(hello.store_id, hello.name, hello.address)
+    if not hello.address or hello.address == voter.address:
+        return None
+    return configuration.changed(hello.store_id, address=hello.address)
 
 
 def refusal(hello: Hello, view: LogView) -> Refused | None:

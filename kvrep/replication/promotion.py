@@ -33,6 +33,17 @@ class Fetch:
     below_committed: bool
     """We know records above ``after`` as committed. No full fence leads here; do not go on without force."""
 
+    def problem(self, applied: int, *, may_drop: bool) -> str:
+        """What forbids to take that history over, where LMDB holds ``applied``; empty when nothing does.
+
+        ``may_drop``: what is known to be committed may go, by force or in asynchronous mode.
+        """
+        if self.after.offset < applied:
+            return f"part from ours at {self.after}, below what LMDB holds"
+        if self.below_committed and not may_drop:
+            return f"part from ours at {self.after}, below what is committed here"
+        return ""
+
 
 def most(rule: Configuration, stores: Collection[bytes], *, outside: bool) -> bool:
     """Whether ``stores`` are most voters, where a service outside may count as one voter more."""

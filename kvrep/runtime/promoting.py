@@ -412,10 +412,11 @@ def fetch_all(
 def _check_fetch(node: Node, promotion: Promotion, fetch: Fetch, *, forced: bool) -> None:
     """``UnsafePromotion`` when taking over that history would drop what may not, or cannot, be dropped."""
     engine = node.engine
-    if fetch.after.offset < engine.tree.state.applied.offset:
-        raise _unfetched(promotion, fetch, f"part from ours at {fetch.after}, below what LMDB holds")
-    if fetch.below_committed and not forced and engine.configuration.synchronous:
-        raise _unfetched(promotion, fetch, f"part from ours at {fetch.after}, below what is committed here")
+    problem = fetch.problem(
+        engine.tree.state.applied.offset, may_drop=forced or not engine.configuration.synchronous
+    )
+    if problem:
+        raise _unfetched(promotion, fetch, problem)
 
 
 def _unfetched(promotion: Promotion, fetch: Fetch, what: str) -> UnsafePromotion:

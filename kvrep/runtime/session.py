@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from kvrep.errors import Fenced, LogTrimmed, ProtocolError
 from kvrep.model.configuration import Configuration
-from kvrep.replication.join import Continue, LogView, Superseded, check_running, plan_join, refusal
+from kvrep.replication.join import (
+    Continue,
+    LogView,
+    Superseded,
+    check_loss,
+    check_running,
+    plan_join,
+    refusal,
+)
 from kvrep.replication.messages import (
     PROBES,
     Ack,
@@ -262,22 +270,12 @@ class FollowerSession:
             self._signal.set()
 
     def _check_loss(self, hello: Hello, view: LogView) -> Refused | None:
-        """Refuse to replace what a follower knows to be committed, where that can only be our own loss.
-
-        Under a synchronous rule every promotion finds what is committed, so a primary that lacks it lost its
-        disk or was restored from an older copy. Only force may go on then.
-        """
-        shared = view.epochs.common(view.last, hello.epochs, hello.last.offset)
-        if shared >= hello.committed or self._shipping.forced or not self._engine.configuration.synchronous:
+        if self._shipping.forced or not self._engine.configuration.synchronous:
             return None
-        if hello.branch != view.branch:
-            return None  # a branch that ours was forced out of, which is how it comes to lack them
-        text = (
-            f"{hello.name} knows records {shared + 1} to {hello.committed} as committed,"
-            f" and {view.name} lacks them: it lost data"
-        )
-        self._shipping.complain(text)
-        return Refused(reason="unfenced", message=text, epoch=view.epoch)
+        refused = check_loss(hello, view)
+        if refused is not None:
+            self._shipping.complain(refused.message)
+        return refused
 
     def _check_running(self, plan: Continue, hello: Hello, view: LogView) -> Continue | NeedBootstrap:
         try:
@@ -458,15 +456,3 @@ class FollowerSession:
             path=self._shipping.path(),
             behind_bytes=self._engine.committer.log.bytes_after(progress.sent) + progress.in_flight_bytes,
         )
-
-
-def wants_vote(session: FollowerSession, configuration: Configuration) -> bool:
-    """Whether this follower is to become a voter: named, direct, willing, and not one yet."""
-    hello = session.hello
-    return (
-        hello is not None
-        and bool(hello.name)
-        and hello.voter
-        and not session.vote_refused
-        and configuration.voter(hello.store_id) is None
-    )

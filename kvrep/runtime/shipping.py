@@ -24,11 +24,12 @@ from kvrep.errors import (
 from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import EPOCH_MAX, Position, member_of
 from kvrep.replication.acks import CommitTracker, Level
+from kvrep.replication.join import voter_change
 from kvrep.replication.messages import Ack, Promise, Refused, SlotState
 from kvrep.replication.promotion import Promotion
 from kvrep.replication.rounds import Rounds
 from kvrep.runtime.degrading import Degrading
-from kvrep.runtime.session import FollowerSession, wants_vote
+from kvrep.runtime.session import FollowerSession
 from kvrep.runtime.slots import Slots
 from kvrep.runtime.spooling import Spools
 from kvrep.status import EventKind, FollowerStatus
@@ -873,12 +874,7 @@ class Shipping:
     def _may_configure(self) -> bool:
         """Whether no other change is under way. The lock is held."""
         tracker, write = self._tracker, self._configuring
-        return (
-            tracker is not None
-            and tracker.proposed is None
-            and tracker.committed >= tracker.epoch_start
-            and (write is None or write.done)
-        )
+        return tracker is not None and tracker.may_propose and (write is None or write.done)
 
     def _on_configuration(self, offset: int, configuration: Configuration) -> None:
         """A configuration record is in the log, and not committed yet."""
@@ -894,21 +890,14 @@ class Shipping:
         already, or cannot be."""
         hello = session.hello
         assert hello is not None
-        voter = configuration.voter(hello.store_id)
-        if voter is not None and voter.away:
-            return configuration.with_copy_of(hello.store_id)
-        if voter is None:
-            if not wants_vote(session, configuration) or hello.store_id in configuration.removed:
-                return None
-            try:
-                return configuration.with_voter(hello.store_id, hello.name, hello.address)
-            except ValueError as error:
-                session.vote_refused = True
-                log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
-                return None
-        if not hello.address or hello.address == voter.address:
+        if session.vote_refused and configuration.voter(hello.store_id) is None:
             return None
-        return configuration.changed(hello.store_id, address=hello.address)
+        try:
+            return voter_change(hello, configuration)
+        except ValueError as error:
+            session.vote_refused = True
+            log.warning("%s: %s cannot become a voter: %s", self.node.label, hello.name, error)
+            return None
 
     def _admit_voter(self, session: FollowerSession) -> None:
         """Make a follower that has caught up a voter, or note where it is now; one change at a time."""

@@ -36,7 +36,7 @@ from kvrep.errors import (
     again,
 )
 from kvrep.model.codec import FRAME_BYTES, decode
-from kvrep.model.configuration import Configuration
+from kvrep.model.configuration import Configuration, in_force
 from kvrep.model.position import EPOCH_MAX, OFFSET_MAX, EpochTable, Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record, is_system, writes_in
 from kvrep.options import Options
@@ -284,20 +284,8 @@ class Engine:
         return self.configurations[max(0, i - 1)]
 
     def configurations_in_force(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
-        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet.
-
-        The commit mark lags, so what lies above it is taken for uncommitted. Nobody proposes before the one
-        before is committed: only the last one can be uncommitted, and the one before it is in effect. (One
-        that goes on without voters may stand behind another; then it alone comes into force, or all do.)
-        """
-        distinct: list[tuple[int, Configuration]] = []
-        for offset, configuration in self.configurations:
-            if not distinct or distinct[-1][1] != configuration:
-                distinct.append((offset, configuration))
-        offset, newest = distinct[-1]
-        if len(distinct) == 1 or offset <= self.committer.committed or not distinct[-2][1].voters:
-            return newest, None
-        return distinct[-2][1], (offset, newest)
+        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet."""
+        return in_force(self.configurations, self.committer.committed)
 
     @property
     def branch(self) -> bytes:

@@ -38,6 +38,7 @@ from kvrep.errors import (
     UpgradeRequired,
 )
 from kvrep.model.position import ZERO, Position
+from kvrep.replication.promises import Verdict, judge
 from kvrep.storage.log_file import fsync_directory
 
 __all__ = ["COPY", "Home", "write_atomically"]
@@ -299,12 +300,10 @@ class Home:
         could not be stored: then nothing was promised and nothing may be answered.
         """
         with self._promising:
-            if epoch < self.promised_epoch:
-                return False
-            if epoch == self.promised_epoch:
-                return store_id == self.promised_to
-            self._identity.store({**self._identity.data, "promised": epoch, "promised_to": store_id})
-            return True
+            verdict = judge(epoch, store_id, promised=self.promised_epoch, promised_to=self.promised_to)
+            if verdict is Verdict.NEW:
+                self._identity.store({**self._identity.data, "promised": epoch, "promised_to": store_id})
+            return verdict is not Verdict.REFUSED
 
     @property
     def lowered(self) -> Position:

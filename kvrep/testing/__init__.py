@@ -16,6 +16,7 @@
                  (trace, disk: what was recorded, and the model it is played back on; crashcheck: the workers)
     soak         a cluster under mixed load and random faults, for as long as you like:
                  python -m kvrep.testing.soak
+    simulate     whole clusters in virtual time, driven by one seed: python -m kvrep.testing.simulate
 
 Nothing in kvrep imports from here. ``pip install kvrep[testing]`` brings what it needs.
 """

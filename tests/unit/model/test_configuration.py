@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrep.errors import ProtocolError
-from kvrep.model.configuration import OPEN, Acks, Configuration, Voter
+from kvrep.model.configuration import OPEN, Acks, Configuration, Voter, in_force
 from kvrep.model.position import EPOCH_MEMBERS
 
 
@@ -201,3 +201,14 @@ def test_what_is_not_used_leaves_no_trace_in_the_log() -> None:
     for wrong in ({"unprotected": [[1]]}, {"degrade_after_ms": "x"}, {"away": 7}):
         with pytest.raises(ProtocolError):
             Configuration.from_wire({**group(3).to_wire(), **wrong})
+
+
+def test_which_rule_is_in_force() -> None:
+    """The newest, if it is known to be committed; else the one before is, and the newest may be."""
+    none, old, new = Configuration(), group(3), group(3, acks="all")
+    assert in_force([(0, none)], 0) == (none, None)
+    assert in_force([(0, none), (1, old)], 0) == (old, None), "nothing was in force before the first"
+    assert in_force([(1, old), (7, new)], 6) == (old, (7, new))
+    assert in_force([(1, old), (7, new)], 7) == (new, None)
+    assert in_force([(1, old), (5, old), (7, new), (9, new)], 8) == (new, None), "said again is not changed"
+    assert in_force([(1, old), (5, old), (7, new), (9, new)], 6) == (old, (7, new))

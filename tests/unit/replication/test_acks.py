@@ -222,6 +222,21 @@ def test_a_proposal_that_most_voters_know_of_takes_effect_alone() -> None:
     assert tracker.effect() == 13, "nothing is proposed"
 
 
+def test_a_configuration_may_be_proposed_once_the_epoch_start_is_committed() -> None:
+    """Not before it, and not while another one is on its way."""
+    tracker = CommitTracker(group("abc"), b"a", epoch_start=5, committed=3)
+    tracker.local_durable(6)
+    tracker.acked(b"b", 4)
+    assert not tracker.may_propose
+    tracker.acked(b"b", 5)
+    assert tracker.may_propose
+    tracker.propose(7, group("ab"))
+    assert not tracker.may_propose
+    tracker.local_durable(7)
+    tracker.acked(b"b", 7)
+    assert tracker.may_propose
+
+
 def test_going_on_without_voters_may_stand_behind_a_proposal() -> None:
     """The one before it can perhaps never commit: then it alone takes effect; or each in its turn does."""
     old = group("abC", 1)

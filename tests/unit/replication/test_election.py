@@ -296,6 +296,16 @@ def test_who_may_not_stand_only_looks(name: str, more: dict[str, Any]) -> None:
     assert one.election.problem
 
 
+def test_who_was_removed_while_it_asked_does_not_stand() -> None:
+    """The record that takes it off the voters may arrive between its question and the answers."""
+    one = One("b")
+    one.tick()
+    assert one.ask().question.purpose == "stand"
+    one.is_now(rules=(group("ac"),))
+    assert not only(one.answer("a"), GivePromise)
+    assert "not a voter" in one.election.problem
+
+
 def test_a_witness_asks_nobody() -> None:
     """It answers, promises, and never tries."""
     one = One("W", group("abW"), last=ZERO)

@@ -1,220 +1,159 @@
-"""Election, promotion and replication together, in virtual time: what is safe, and how fast it heals.
+"""Election, promotion and replication together, in virtual time: how fast it heals, and what changes nothing.
 
-See ``virtual_group.py`` for the model. Figures here are virtual: what decisions and timeouts cost, without
+The model is :mod:`kvrep.testing.simulate`; that nothing is lost whatever happens is tested with its seeds, in
+``tests/unit/testing/test_simulate.py``. Figures here are virtual: what decisions and timeouts cost, without
 disks and processors.
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import pytest
-from virtual_group import Group
 
 from kvrep.model.configuration import Acks
+from kvrep.model.record import Kind
+from kvrep.testing.simulate.node import Node
+from kvrep.testing.simulate.plan import live
+from kvrep.testing.simulate.world import Settings, World
 
 HEALED_WITHIN_S = 8.0
 
 
-def fault(group: Any) -> None:
-    """One random thing goes wrong, or right."""
-    chance = group.chance
-    names = list(group.nodes)
-    one, other = chance.sample(names, 2)
-    node = group.nodes[one]
-    match chance.choice(("kill", "start", "pause", "resume", "cut", "one-way", "isolate", "mend", "loss")):
-        case "kill" if node.up:
-            group.kill(one)
-        case "start" if not node.up:
-            group.start(one)
-        case "pause" if node.up:
-            group.pause(one)
-        case "resume" if node.paused:
-            group.resume(one)
-        case "cut":
-            group.cut(one, other)
-        case "one-way":
-            group.cut(one, other, both=False)
-        case "isolate":
-            group.isolate(one)
-        case "mend":
-            group.blocked.clear()
-        case "loss":
-            group.loss = chance.choice((0.0, 0.05, 0.3))
+def group(seed: int, names: str = "abc", acks: Acks = "majority") -> World:
+    """A group that is not started yet."""
+    return World(seed, Settings(names=names, acks=acks))
 
 
-def storm(seed: int, names: str, acks: Acks, faults: int, *, born: bool = False, **more: Any) -> Any:
-    """Faults, then peace; in the end one primary, equal logs, and no acknowledged write missing.
-
-    With ``born`` the faults begin while the group is being formed.
-    """
-    group = Group(seed, names, acks, **more)
-    if born:
-        group.start()
-    else:
-        group.form()
-    group.writing(0.02)
-    for _ in range(faults):
-        fault(group)
-        group.run(group.chance.choice((0.003, 0.01, 0.03, 0.1) if born else (0.01, 0.1, 0.5, 1.5)))
-    group.heal()
-    healed = group.now
-    leader = None
-
-    def well() -> bool:
-        nonlocal leader
-        leader = group.leader()
-        if leader is None or group.acknowledged_after(healed, 0) is None:
-            return False
-        data = [n for n in group.nodes.values() if not n.witness]
-        return all(n.committed > 0 and n.last.epoch == leader.primary_epoch for n in data)
-
-    assert group.until(well, HEALED_WITHIN_S), [
-        (n.name, n.election.phase.value, n.election.problem) for n in group.nodes.values()
-    ]
-    group.run(1.0)
-    assert len(group.primaries()) == 1
-    written = {e.value for e in leader.log}
-    if acks != 0:
-        assert group.acknowledged.keys() <= written
-        assert len(group.ledger) >= len(group.acknowledged)
-    for node in group.nodes.values():
-        if not node.witness:
-            shared = min(len(node.log), len(leader.log))
-            assert [e.value for e in node.log[:shared]] == [e.value for e in leader.log[:shared]]
-            assert shared >= len(leader.log) - 5
-    assert group.founded == 1
-    return group
+def kill(world: World, name: str) -> None:
+    world.nodes[name].crash(power=False)
 
 
-@pytest.mark.parametrize("names", ["abc", "abcde", "abW"])
-@pytest.mark.parametrize("seed", range(12))
-def test_nothing_acknowledged_is_lost_and_the_group_heals(seed: int, names: str) -> None:
-    """Crashes, pauses, partitions and loss: one history, and a working primary within seconds of peace."""
-    storm(seed, names, "majority", 25)
+def followers(world: World) -> list[Node]:
+    return [n for n in world.nodes.values() if not n.primary_epoch]
 
 
-@pytest.mark.parametrize("names", ["abc", "abcde", "abW"])
-@pytest.mark.parametrize("seed", range(20))
-def test_a_group_that_is_born_in_a_storm(seed: int, names: str) -> None:
-    """Whatever happens while it is formed, it is formed once, and works in the end."""
-    storm(2000 + seed, names, "majority", 12, born=True)
+def problem(node: Node) -> str:
+    """What keeps this node from knowing or being a primary."""
+    assert node.electing is not None
+    return node.electing.election.problem
+
+
+def joined(node: Node) -> bool:
+    """Whether it follows somebody."""
+    following = node.following
+    return following is not None and following.stream is not None and following.stream.receiver.epoch > 0
+
+
+def written(node: Node) -> set[int]:
+    """The users' writes in its log, by value."""
+    return {int(e.record.payload[1][1]) for e in node.disk.entries if e.record.kind == Kind.WRITE}
+
+
+def away(node: Node) -> bool:
+    """Whether the newest rule in its log goes on without somebody."""
+    return bool(node.disk.configurations[-1][1].away)
+
+
+def degrading(seed: int) -> World:
+    """Two data nodes and a witness, which may go on with fewer copies after half a second."""
+    return World(seed, Settings(names="abW", acks=1, degrade_after_s=0.5))
+
+
+def test_who_was_left_out_is_not_elected() -> None:
+    """b is away, a goes on alone with the witness's word, a dies, b returns: it waits for a."""
+    world = degrading(1)
+    a = world.form()
+    b = next(n for n in followers(world) if not n.witness)
+    kill(world, b.name)
+    assert world.until(lambda: world.degraded, 5.0)
+    value = world.write(a)
+    assert world.until(lambda: value in world.check.acknowledged, 1.0)
+    kill(world, a.name)
+    world.start(b.name)
+    world.run(20.0)
+    assert not world.primaries()
+    assert "without the candidate" in problem(b)
+    world.start(a.name)
+    assert world.until(lambda: value in written(b), 5.0)
+    assert world.until(lambda: a.feeding and not away(a) and a.committed == a.disk.end, 5.0)
+    world.run(0.5)
+    kill(world, a.name)
+    assert world.until(lambda: world.leader() is b, 5.0), "it holds all again"
+
+
+DEGRADING: list[tuple[str, Acks]] = [
+    ("abW", 1),
+    ("abW", "majority"),
+    ("abc", "all"),
+    ("abcW", "all"),
+    ("abcde", "all"),
+]
+
+
+@pytest.mark.parametrize(("names", "acks"), DEGRADING)
+def test_nothing_is_lost_where_the_rule_may_go_on_with_fewer_copies(names: str, acks: Acks) -> None:
+    """What was acknowledged without a voter is in every later primary, whoever dies in which order."""
+    degraded = 0
+    for seed in range(2000, 2012):
+        world = World(seed, Settings(names=names, acks=acks, degrade_after_s=0.1))
+        live(world)
+        degraded += world.degraded
+    assert degraded >= 3
 
 
 @pytest.mark.parametrize("how", ["kill", "isolate"])
 @pytest.mark.parametrize("names", ["abc", "abcde", "abW"])
 def test_the_founder_fails_before_anybody_has_joined(names: str, how: str) -> None:
     """The only node with data is put back by voters that are empty still: they never had any."""
-    group = Group(1, names)
-    group.start()
-    assert group.until(lambda: group.founded, 5.0)
+    world = group(1, names)
+    world.start()
+    assert world.until(lambda: world.begun, 5.0)
     if how == "kill":
-        group.kill("a")
+        kill(world, "a")
     else:
-        group.isolate("a")
-    group.run(5.0)
-    assert all(not node.log for node in group.nodes.values() if node.name != "a")
-    group.heal()
+        world.isolate("a")
+    world.run(5.0)
+    assert all(not node.disk.end for node in world.nodes.values() if node.name != "a")
+    world.heal()
 
-    assert group.until(lambda: group.leader() is not None, HEALED_WITHIN_S)
-    assert group.leader().name == "a"
-    assert group.founded == 1
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("acks", [0, 1, "all"])
-def test_other_ack_rules(seed: int, acks: Acks) -> None:
-    """The same under other rules; with acks=0 histories may differ, but the group ends in one."""
-    storm(1000 + seed, "abc", acks, 25)
-
-
-DEGRADING = [("abW", 1), ("abW", "majority"), ("abc", "all"), ("abcW", "all"), ("abcde", "all")]
-
-
-@pytest.mark.parametrize(("names", "acks"), DEGRADING)
-def test_nothing_is_lost_where_the_rule_may_go_on_with_fewer_copies(names: str, acks: Acks) -> None:
-    """What was acknowledged without a voter is in every later primary, whoever dies in which order."""
-    degraded = restored = 0
-    for seed in range(2000, 2008):
-        group = storm(seed, names, acks, 30, degrade_after_s=0.5)
-        assert not group.leader().rules[-1].away, "protection is back"
-        degraded, restored = degraded + group.degraded, restored + group.restored
-    assert degraded >= 3
-    assert restored >= 3
-
-
-@pytest.mark.prove
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("names", "acks"), DEGRADING)
-def test_nothing_is_lost_with_fewer_copies_for_long(names: str, acks: Acks) -> None:
-    """The same, many times over, with other deadlines."""
-    for seed in range(20_000, 20_300):
-        storm(seed, names, acks, 60, degrade_after_s=(0.05, 0.5, 2.0)[seed % 3])
-
-
-def test_who_was_left_out_is_not_elected() -> None:
-    """b is away, a goes on alone with the witness's word, a dies, b returns: it waits for a."""
-    group = Group(1, "abW", 1, degrade_after_s=0.5)
-    a = group.form()
-    b = next(n for n in group.followers() if not n.witness)
-    group.kill(b.name)
-    assert group.until(lambda: group.degraded, 5.0)
-    value = group.write(a)
-    assert group.until(lambda: value in group.acknowledged, 1.0)
-    group.kill(a.name)
-    group.start(b.name)
-    group.run(20.0)
-    assert not group.primaries()
-    assert "without the candidate" in b.election.problem
-    group.start(a.name)
-    assert group.until(lambda: any(e.value == value for e in b.log), 5.0)
-    assert group.until(lambda: group.restored, 5.0)
-    group.run(0.5)
-    group.kill(a.name)
-    assert group.until(lambda: group.leader() is b, 5.0), "it holds all again"
+    assert world.until(world.leader, HEALED_WITHIN_S)
+    leader = world.leader()
+    assert leader is not None
+    assert leader.name == "a"
+    assert world.lineages == 1
 
 
 def test_a_voter_that_comes_and_goes_stops_nobody() -> None:
     """b is back, counts again by a proposal, and is gone before that commits: a goes on alone once more."""
-    group = Group(1, "abW", 1, degrade_after_s=0.5)
-    leader = group.form()
-    other = next(n for n in group.followers() if not n.witness)
-    group.kill(other.name)
+    world = degrading(1)
+    leader = world.form()
+    other = next(n for n in followers(world) if not n.witness)
+    kill(world, other.name)
     for turn in range(8):
-        lowered = group.degraded
-        value = group.write(leader)
-        assert group.until(lambda value=value: value in group.acknowledged, 5.0), turn
-        assert group.degraded == lowered + 1
-        restored = group.restored
-        group.start(other.name)
-        assert group.until(lambda restored=restored: group.restored > restored, 5.0)
-        group.kill(other.name)
-    group.start(other.name)
-    assert group.until(lambda: len(leader.rules) == 1 and not leader.rules[-1].away, 5.0)
-    assert group.leader() is leader
+        lowered = world.degraded
+        assert world.until(lambda lowered=lowered: world.degraded > lowered, 8.0), turn
+        value = world.write(leader)
+        assert world.until(lambda value=value: value in world.check.acknowledged, 5.0), turn
+        world.start(other.name)
+        assert world.until(lambda: not away(leader), 5.0)
+        kill(world, other.name)
+    world.start(other.name)
+    assert world.until(lambda: not away(leader) and leader.committed == leader.disk.end, 8.0)
+    assert world.leader() is leader
 
 
 def test_a_minority_does_not_lower_the_rule() -> None:
     """Without the witness and the other data node nobody agrees: writes stay unacknowledged."""
-    group = Group(1, "abW", 1, degrade_after_s=0.5)
-    leader = group.form()
-    for name in group.nodes:
-        group.isolate(name)
-    value = group.write(leader)
-    group.run(10.0)
-    assert not group.degraded
-    assert value not in group.acknowledged
-
-
-@pytest.mark.prove
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("names", ["abc", "abcde", "abW", "abcdW"])
-def test_nothing_acknowledged_is_lost_for_long(names: str) -> None:
-    """The same, many times over."""
-    for seed in range(10_000, 10_400):
-        storm(seed, names, "majority", 60)
-        storm(seed, names, "majority", 12, born=True)
+    world = degrading(1)
+    leader = world.form()
+    for name in world.nodes:
+        world.isolate(name)
+    value = world.write(leader)
+    assert value
+    world.run(10.0)
+    assert not world.degraded
+    assert value not in world.check.acknowledged
 
 
 def measured(how: str, runs: int, names: str = "abc") -> tuple[list[float], list[float]]:
@@ -222,29 +161,29 @@ def measured(how: str, runs: int, names: str = "abc") -> tuple[list[float], list
     primary: list[float] = []
     acknowledged: list[float] = []
     for seed in range(runs):
-        group = Group(seed, names)
-        group.form()
-        group.writing(0.01)
-        group.run(0.5 + group.chance.random())
-        old = group.leader()
-        epoch, moment = old.primary_epoch, group.now
-        others = [n for n in group.nodes if n != old.name]
+        world = group(seed, names)
+        world.form()
+        world.writing(0.01)
+        world.run(0.5 + world.chance.random())
+        old = world.leader()
+        epoch, moment = old.primary_epoch, world.time.now
+        others = [n for n in world.nodes if n != old.name]
         match how:
             case "kill":
-                group.kill(old.name)
+                kill(world, old.name)
             case "pause":
-                group.pause(old.name)
+                old.pause()
             case "isolate":
-                group.isolate(old.name)
+                world.isolate(old.name)
             case "out":
                 for other in others:
-                    group.cut(old.name, other, both=False)
+                    world.cut(old.name, other, both=False)
             case "in":
                 for other in others:
-                    group.cut(other, old.name, both=False)
-        assert group.until(lambda: group.acknowledged_after(moment, epoch), 10.0)
-        acknowledged.append(group.now - moment)
-        primary.append(group.begun[-1][0] - moment)
+                    world.cut(other, old.name, both=False)
+        assert world.until(lambda: world.acknowledged_after(moment, epoch), 10.0)
+        acknowledged.append(world.time.now - moment)
+        primary.append(world.begun[-1][0] - moment)
     return primary, acknowledged
 
 
@@ -266,177 +205,177 @@ def test_a_silent_primary_is_replaced_after_its_limit(how: str) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_a_short_pause_changes_nothing(seed: int) -> None:
     """A primary that comes back within its heartbeat limit stays primary, and nobody stands."""
-    group = Group(seed)
-    leader = group.form()
-    group.writing(0.01)
-    group.run(group.chance.random())
-    before = group.elections
+    world = group(seed)
+    leader = world.form()
+    world.writing(0.01)
+    world.run(world.chance.random())
+    before = len(world.begun)
     for _ in range(5):
-        group.pause(leader.name)
-        group.run(0.7)
-        group.resume(leader.name)
-        group.run(0.5 + group.chance.random())
-    assert group.elections == before
-    assert group.leader() is leader
+        leader.pause()
+        world.run(0.7)
+        leader.resume()
+        world.run(0.5 + world.chance.random())
+    assert len(world.begun) == before
+    assert world.leader() is leader
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_pause_of_all_changes_nothing(seed: int) -> None:
     """When the whole group stood still, what nobody heard proves nothing about the primary."""
-    group = Group(seed)
-    leader = group.form()
-    before = group.elections
-    for name in group.nodes:
-        group.pause(name)
-    group.run(5.0)
-    for name in group.nodes:
-        group.resume(name)
-        group.run(0.01)
-    group.run(3.0)
-    assert group.elections == before
-    assert group.leader() is leader
+    world = group(seed)
+    leader = world.form()
+    before = len(world.begun)
+    for name in world.nodes:
+        world.nodes[name].pause()
+    world.run(5.0)
+    for name in world.nodes:
+        world.nodes[name].resume()
+        world.run(0.01)
+    world.run(3.0)
+    assert len(world.begun) == before
+    assert world.leader() is leader
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_primary_that_wakes_late_cannot_acknowledge(seed: int) -> None:
     """Frozen beyond its limit, it finds itself superseded, acknowledges nothing more, and follows."""
-    group = Group(seed)
-    old = group.form()
-    group.writing(0.01)
-    group.run(0.5)
+    world = group(seed)
+    old = world.form()
+    world.writing(0.01)
+    world.run(0.5)
     epoch = old.primary_epoch
-    group.pause(old.name)
-    assert group.until(lambda: group.acknowledged_after(group.now - 5, epoch), 10.0)
-    group.resume(old.name)
-    woken = group.now
-    group.run(2.0)
+    old.pause()
+    assert world.until(lambda: world.acknowledged_after(world.time.now - 5, epoch), 10.0)
+    old.resume()
+    woken = world.time.now
+    world.run(2.0)
     assert old.primary_epoch == 0
-    assert old.stream
-    assert not [t for t, e in group.acknowledged.values() if t > woken and e == epoch]
+    assert joined(old)
+    assert not [t for t, e in world.check.acknowledged.values() if t > woken and e == epoch]
 
 
 def test_a_cut_off_follower_disturbs_nobody() -> None:
     """It asks and asks; when it comes back the primary and its epoch are the same."""
-    group = Group(7)
-    leader = group.form()
-    follower = next(group.followers())
-    group.writing(0.01)
-    group.isolate(follower.name)
-    group.run(20.0)
-    before = group.elections
-    group.heal()
-    group.run(3.0)
-    assert group.leader() is leader
-    assert group.elections == before == 1
-    assert follower.stream
+    world = group(7)
+    leader = world.form()
+    follower = followers(world)[0]
+    world.writing(0.01)
+    world.isolate(follower.name)
+    world.run(20.0)
+    before = len(world.begun)
+    world.heal()
+    world.run(3.0)
+    assert world.leader() is leader
+    assert len(world.begun) == before == 1
+    assert joined(follower)
 
 
 def test_a_link_between_two_nodes_breaks() -> None:
     """A follower that alone cannot reach the primary does not become one: the others still hear it."""
-    group = Group(3)
-    leader = group.form()
-    follower = next(group.followers())
-    group.cut(leader.name, follower.name)
-    group.run(10.0)
-    assert group.leader() is leader
-    assert group.elections == 1
+    world = group(3)
+    leader = world.form()
+    follower = followers(world)[0]
+    world.cut(leader.name, follower.name)
+    world.run(10.0)
+    assert world.leader() is leader
+    assert len(world.begun) == 1
 
 
 def test_without_a_majority_there_is_no_primary() -> None:
     """A cut-off primary steps down within T; nobody takes over until most voters are there."""
-    group = Group(11)
-    leader = group.form()
-    for other in list(group.followers()):
-        group.kill(other.name)
-    assert group.until(lambda: not group.primaries(), 1.5)
-    group.run(5.0)
-    assert not group.primaries()
-    assert "no answer from" in leader.election.problem
-    group.heal()
-    assert group.until(group.leader, 3.0)
+    world = group(11)
+    leader = world.form()
+    for other in followers(world):
+        kill(world, other.name)
+    assert world.until(lambda: not world.primaries(), 1.5)
+    world.run(5.0)
+    assert not world.primaries()
+    assert "no answer from" in problem(leader)
+    world.heal()
+    assert world.until(world.leader, 3.0)
 
 
 def test_with_acks_0_the_loss_is_bounded_by_t() -> None:
     """Asynchronous: a primary that is cut off stops acknowledging T seconds after its last confirmation."""
-    group = Group(5, acks=0)
-    leader = group.form()
-    group.writing(0.01)
-    group.run(0.5)
-    cut_at = group.now
-    group.isolate(leader.name)
+    world = group(5, acks=0)
+    leader = world.form()
+    world.writing(0.01)
+    world.run(0.5)
+    cut_at = world.time.now
+    world.isolate(leader.name)
     epoch = leader.primary_epoch
-    group.run(5.0)
-    late = [t for t, e in group.acknowledged.values() if e == epoch]
-    assert max(late) <= cut_at + group.settings.step_down_s + 0.3
-    assert group.acknowledged_after(cut_at, epoch) is not None
+    world.run(5.0)
+    late = [t for t, e in world.check.acknowledged.values() if e == epoch]
+    assert max(late) <= cut_at + world.settings.election.step_down_s + 0.3
+    assert world.acknowledged_after(cut_at, epoch) is not None
 
 
 @pytest.mark.parametrize("names", ["abc", "abW"])
 def test_nodes_wiped_empty_never_outvote_the_one_with_the_data(names: str) -> None:
     """Two of three start empty: they form nothing, and the data comes back with the third."""
-    group = Group(2, names)
-    leader = group.form()
-    values = [group.write(leader) for _ in range(5)]
-    group.run(0.5)
-    for name in group.nodes:
-        group.kill(name)
-    group.run(1.0)
-    wiped = [n for n in group.nodes if n != leader.name]
+    world = group(2, names)
+    leader = world.form()
+    values = [world.write(leader) for _ in range(5)]
+    world.run(0.5)
+    for name in world.nodes:
+        kill(world, name)
+    world.run(1.0)
+    wiped = [n for n in world.nodes if n != leader.name]
     for name in wiped:
-        group.wipe(name)
-        group.start(name)
-    group.run(20.0)
-    assert group.founded == 1
-    assert not group.primaries()
-    group.start(leader.name)
-    group.run(10.0)
-    assert group.founded == 1
-    assert {e.value for e in leader.log} >= set(values)
-    assert not [n for n in group.primaries() if n.name in wiped]
+        world.wipe(name)
+        world.start(name)
+    world.run(20.0)
+    assert world.lineages == 1
+    assert not world.primaries()
+    world.start(leader.name)
+    world.run(10.0)
+    assert world.lineages == 1
+    assert written(leader) >= set(values)
+    assert not [n for n in world.primaries() if n.name in wiped]
 
 
 def test_one_wiped_node_joins_the_group_that_exists() -> None:
     """It comes back empty and follows; it does not count as the voter that it was."""
-    group = Group(4)
-    leader = group.form()
-    lost = next(group.followers())
-    group.kill(lost.name)
-    group.wipe(lost.name)
-    group.start(lost.name)
-    assert group.until(lambda: lost.stream, 5.0)
-    group.run(1.0)
-    assert lost.lineage == leader.lineage
-    assert lost.log
-    assert all(v.store_id != lost.store_id for v in leader.rules[-1].voters)
+    world = group(4)
+    leader = world.form()
+    lost = followers(world)[0]
+    kill(world, lost.name)
+    world.wipe(lost.name)
+    world.start(lost.name)
+    assert world.until(lambda: joined(lost), 5.0)
+    world.run(1.0)
+    assert lost.disk.lineage == leader.disk.lineage
+    assert lost.disk.end
+    assert all(v.store_id != lost.store_id for v in leader.disk.configurations[-1][1].voters)
 
 
 def test_a_group_waits_for_its_last_member() -> None:
     """Two of three listed nodes form nothing, however long, and say for whom they wait."""
-    group = Group(1)
-    group.start("a", "b")
-    group.run(30.0)
-    assert group.founded == 0
-    assert "no answer from c" in group.nodes["a"].election.problem
-    group.start("c")
-    assert group.until(group.leader, 2.0)
-    assert group.founded == 1
+    world = group(1)
+    world.start("a", "b")
+    world.run(30.0)
+    assert world.lineages == 0
+    assert "no answer from c" in problem(world.nodes["a"])
+    world.start("c")
+    assert world.until(world.leader, 2.0)
+    assert world.lineages == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_group_is_formed_once_whatever_happens_meanwhile(seed: int) -> None:
     """Crashes and loss while a group is formed: one lineage in the end, and all are in it."""
-    group = Group(seed, "abcd")
-    group.loss = 0.2
-    group.start()
+    world = group(seed, "abcd")
+    world.network.loss = 0.2
+    world.start()
     for _ in range(12):
-        group.run(group.chance.choice((0.001, 0.003, 0.01, 0.05)))
-        name = group.chance.choice("abcd")
-        if group.nodes[name].up:
-            group.kill(name)
+        world.run(world.chance.choice((0.001, 0.003, 0.01, 0.05)))
+        name = world.chance.choice("abcd")
+        if world.nodes[name].up:
+            kill(world, name)
         else:
-            group.start(name)
-    group.heal()
-    assert group.until(group.leader, HEALED_WITHIN_S)
-    group.run(3.0)
-    assert len({n.lineage for n in group.nodes.values()}) == 1
-    assert group.founded == 1
+            world.start(name)
+    world.heal()
+    assert world.until(world.leader, HEALED_WITHIN_S)
+    world.run(3.0)
+    assert len({n.disk.lineage for n in world.nodes.values()}) == 1
+    assert world.lineages == 1

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
+from kvrep.model.configuration import Configuration
 from kvrep.model.position import ZERO, EpochTable, Position
-from kvrep.replication.join import Continue, LogView, Superseded, check_running, plan_join
+from kvrep.replication.join import (
+    Continue,
+    LogView,
+    Superseded,
+    check_loss,
+    check_running,
+    plan_join,
+    voter_change,
+)
 from kvrep.replication.messages import PROTOCOL, Hello, NeedBootstrap, Refused, Truncate
 
 # Ours: epoch 1001 wrote 1..9, 2001 wrote 10..20, 3001 (now) from 21 on; the log is kept from 5 on.
@@ -78,6 +87,8 @@ E1, E2, E3 = (1001, 1), (2001, 10), (3001, 21)
         # … whose continuation is trimmed.
         (hello(3, E1), "bootstrap trimmed 5"),
         (hello(0), "bootstrap trimmed 5"),
+        # It had joined, and lost the stream before the first record: a lineage, and no branch yet.
+        (hello(0, branch=b""), "bootstrap trimmed 5"),
         (new_store(), "bootstrap trimmed 5"),
         # A tail that we do not have.
         (hello(12, E1), "cut 1001:9"),
@@ -179,3 +190,42 @@ def test_equal_epochs_need_equal_checksums() -> None:
 def test_a_new_follower_starts_at_zero() -> None:
     """The position before the first record is ZERO."""
     assert plan_join(new_store(), WHOLE) == Continue(at=ZERO, protocol=PROTOCOL)
+
+
+@pytest.mark.parametrize(
+    ("their", "lost"),
+    [
+        (hello(22, E1, E2, E3, committed=22), False),
+        (hello(28, E1, (2002, 24), committed=26), True),
+        (hello(28, E1, (2002, 24), committed=9), False),
+        (hello(28, E1, (2002, 24), committed=26, branch=b"A"), False),
+    ],
+)
+def test_a_loss_of_our_own_is_not_passed_on(their: Hello, lost: bool) -> None:
+    """What a follower knows as committed and we lack, in the same branch, we have lost."""
+    refused = check_loss(their, VIEW)
+    assert (refused is not None) is lost
+    if refused is not None:
+        assert refused.reason == "unfenced"
+        assert "it lost data" in refused.message
+
+
+def test_who_becomes_a_voter() -> None:
+    """Named, willing, not removed by hand; one that is known may have moved, or count again."""
+    rule = Configuration(acks=1).with_voter(b"a", "a", "a:1")
+    new = voter_change(hello(0, address="b:1"), rule)
+    assert new is not None
+    assert [(v.name, v.member, v.address) for v in new.voters] == [("a", 1, "a:1"), ("b", 2, "b:1")]
+    assert voter_change(hello(0, address="b:1"), new) is None
+    assert voter_change(hello(0), new) is None, "it does not say where it is"
+    moved = voter_change(hello(0, address="b:2"), new)
+    assert moved is not None
+    assert moved.need("b").address == "b:2"
+    back = voter_change(hello(0, address="b:1"), new.without([b"b"], 5))
+    assert back is not None
+    assert not back.away
+    for declined in (hello(0, voter=False), hello(0, name="")):
+        assert voter_change(declined, rule) is None
+    assert voter_change(hello(0), new.without_voter(b"b")) is None
+    with pytest.raises(ValueError, match="already"):
+        voter_change(hello(0, name="a"), rule)

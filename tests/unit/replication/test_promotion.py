@@ -9,7 +9,7 @@ import pytest
 from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import ZERO, EpochTable, Position
 from kvrep.replication.messages import Promise
-from kvrep.replication.promotion import Promotion
+from kvrep.replication.promotion import Fetch, Promotion
 
 
 def group(names: str, acks: Acks = "majority") -> Configuration:
@@ -236,6 +236,17 @@ def test_a_voter_that_is_away_counts_for_the_majority_only() -> None:
     other = Promotion(rule, b"b", 3001, OWN)
     other.on_promise(b"c", OWN)
     assert not other.enough, "only a is known to hold what was acknowledged"
+
+
+def test_what_may_not_be_taken_over() -> None:
+    """A history that parts from ours below what LMDB holds, or below what we know to be committed."""
+    fetch = Fetch(
+        voter=group("ab").voters[1], after=Position(1001, 9), to=Position(2002, 12), below_committed=True
+    )
+    assert "below what LMDB holds" in fetch.problem(10, may_drop=True)
+    assert "below what is committed here" in fetch.problem(9, may_drop=False)
+    assert not fetch.problem(9, may_drop=True)
+    assert not replace(fetch, below_committed=False).problem(9, may_drop=False)
 
 
 def test_what_others_know_to_be_committed_counts_for_our_own_records_only() -> None:
