@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lifeline import Lifeline
+
 START_S = 60.0
 USER, PASSWORD = "kvrep", "secret"
 _schemas = itertools.count(1)
@@ -56,6 +58,7 @@ class PostgresServer:
         self._data = folder / "data"
         self._user = _account()
         self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: Lifeline | None = None
         self.port = 0
         if self._user is not None:
             os.chown(folder, self._user, -1)
@@ -96,7 +99,9 @@ class PostgresServer:
                     "-c", f"fsync={self._fsync}", "-c", "max_wal_size=4GB",
                 ],
                 stdout=log, stderr=log, user=self._user, cwd="/",
+                start_new_session=True,  # Ctrl-C in a terminal is for the tests, which end it in order
             )  # fmt: skip
+        self._lifeline = Lifeline(self._process.pid)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self._process.poll() is None:
             if _answers(port):
@@ -109,6 +114,9 @@ class PostgresServer:
     def stop(self, number: int = signal.SIGQUIT) -> None:
         """End it; SIGQUIT is at once, without care: connections break."""
         process, self._process = self._process, None
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            lifeline.close()
         if process is not None and process.poll() is None:
             process.send_signal(number)
             process.wait(30)
@@ -148,9 +156,11 @@ def shared_postgres() -> Iterator[PostgresServer]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         server = PostgresServer(Path(folder))
-        server.start()
-        yield server
-        server.stop()
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 @pytest.fixture
@@ -160,6 +170,8 @@ def postgres_server() -> Iterator[PostgresServer]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         server = PostgresServer(Path(folder))
-        server.start()
-        yield server
-        server.stop()
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lifeline import Lifeline
+
 SERVER = next(
     (path for path in ("/usr/lib/rabbitmq/bin/rabbitmq-server",) if os.access(path, os.X_OK)),
     shutil.which("rabbitmq-server"),
@@ -37,6 +39,8 @@ class RabbitServer:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
+        self._lifeline: Lifeline | None = None
+        self._epmd_lifeline: Lifeline | None = None
         self.port = 0
 
     def url(self, topic: str, *, stream: bool = False, user: str = "guest:guest", vhost: str = "") -> str:
@@ -55,7 +59,9 @@ class RabbitServer:
                 ["epmd", "-port", str(epmd), "-address", "127.0.0.1"],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
+            self._epmd_lifeline = Lifeline(self._epmd.pid)
             if self._start():
                 return
             self._end_epmd()
@@ -97,6 +103,7 @@ class RabbitServer:
                 stderr=output,
                 start_new_session=True,  # the script starts the node as its child: both are this group
             )
+        self._lifeline = Lifeline(self._process.pid)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self._process.poll() is None:
             if _answers(self.port):
@@ -125,6 +132,7 @@ class RabbitServer:
         process, self._process = self._process, None
         if process is None:
             return
+        self._let_go()
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -135,8 +143,14 @@ class RabbitServer:
         """As an operator."""
         process, self._process = self._process, None
         assert process is not None
+        self._let_go()
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(START_S)
+
+    def _let_go(self) -> None:
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            lifeline.close()
 
     def control(self, *words: str) -> None:
         """``rabbitmqctl`` of this node."""
@@ -154,6 +168,9 @@ class RabbitServer:
         self._end_epmd()
 
     def _end_epmd(self) -> None:
+        lifeline, self._epmd_lifeline = self._epmd_lifeline, None
+        if lifeline is not None:
+            lifeline.close()
         epmd, self._epmd = self._epmd, None
         if epmd is not None:
             epmd.kill()
@@ -189,8 +206,8 @@ def shared_rabbitmq() -> Iterator[RabbitServer]:
     need_rabbitmq()
     with tempfile.TemporaryDirectory(prefix="kvrep-rabbitmq-") as folder:
         server = RabbitServer(Path(folder))
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.stop()

@@ -40,9 +40,11 @@ def rabbit() -> Iterator[RabbitServer]:
     """A RabbitMQ of this module's own, since it is killed."""
     with tempfile.TemporaryDirectory(prefix="kvrep-rabbitmq-") as folder:
         server = RabbitServer(Path(folder))
-        server.start()
-        yield server
-        server.stop()
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 def test_a_broker_killed_and_started_again_in_the_middle(
