@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrep.cli.arguments import add_security, count, is_address, seconds, size, tls_of, token_of
-from kvrep.cli.console import key_values, number, style, table
+from kvrep.cli.console import key_values, log_to_stderr, number, style, table
 from kvrep.cli.exits import Exit, UsageError
 
 __all__ = ["configure", "run"]
@@ -115,11 +113,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--from is missing", hint="name a broker, a node or a path")
     if args.numbers:
         raise UsageError(f"not understood: {' '.join(args.numbers)}")
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=args.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    log_to_stderr(args.log_level)
     made = _publication(args) if is_broker(args.to) else _agent(args)
     with _signals() as stop:
         try:
@@ -175,7 +169,7 @@ def _publication(args: argparse.Namespace) -> Any:
     upstream = upstream_at(args.source, feed=args.feed, tls=tls_of(args), token=token_of(args))
     return Publication(
         upstream, broker, cursor, topic=args.topic, name=args.name, one_line=args.order == "total",
-        log_interval_s=args.log_interval_s, keyspaces=args.keyspace, prefix=os.fsencode(args.prefix),
+        log_interval_s=args.log_interval_s, wait=args.wait, keyspaces=args.keyspace, prefix=os.fsencode(args.prefix),
     )  # fmt: skip
 
 
@@ -273,7 +267,7 @@ def _sink(args: argparse.Namespace) -> Any:
 
     if is_broker(args.to):
         raise UsageError("a broker keeps no dead letters and no place: name the secondary")
-    return sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
+    return sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args), create=False)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -370,7 +364,10 @@ def _settle(args: argparse.Namespace, *, discard: bool) -> int:
             sink.commit(place)
             print(json.dumps({"discarded": done}) if args.json else f"discarded {len(done)}")
             return Exit.OK
-        done, failed = retry_dead_letters(sink, numbers)
+        try:
+            done, failed = retry_dead_letters(sink, numbers)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if args.json:
         print(json.dumps({"done": done, "failed": {x.number: x.reason for x in failed}}))
     else:

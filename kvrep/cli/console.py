@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -10,7 +11,18 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-__all__ = ["Live", "Progress", "binary", "duration", "key_values", "megabytes", "number", "style", "table"]
+__all__ = [
+    "Live",
+    "Progress",
+    "binary",
+    "duration",
+    "key_values",
+    "log_to_stderr",
+    "megabytes",
+    "number",
+    "style",
+    "table",
+]
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -25,6 +37,18 @@ def style(text: str, *names: str, stream: TextIO | None = None) -> str:
     if not colourful(stream or sys.stdout):
         return text
     return f"\x1b[{';'.join(_CODES[n] for n in names)}m{text}\x1b[0m"
+
+
+def log_to_stderr(level: str) -> None:
+    """The log of a command that goes on until it is ended. ``level``: ``debug``, ``info``, …"""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if level != "debug":
+        # A dozen lines for every broken connection, which we tell in one.
+        logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 # -- numbers ---------------------------------------------------------------------------------------

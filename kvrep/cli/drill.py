@@ -7,9 +7,9 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from kvrep.cli.arguments import add_security, add_timeout, count, seconds, tls_of, token_of
+from kvrep.cli.arguments import add_security, add_timeout, count, is_address, seconds, tls_of, token_of
 from kvrep.cli.console import key_values, number, style
-from kvrep.cli.exits import Exit
+from kvrep.cli.exits import Exit, UsageError
 
 if TYPE_CHECKING:
     from kvrep.sinks.drilling import DrillReport
@@ -56,6 +56,8 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 def run(args: argparse.Namespace) -> int:
     from kvrep.sinks.drilling import drill
 
+    if not is_address(args.source):
+        raise UsageError(f"--from takes HOST:PORT of a running node, not {args.source!r}")
     report = drill(
         args.source, args.to, sample=args.sample, seed=args.seed, rpo_max_s=args.rpo_max_s,
         rto_max_s=args.rto_max_s, timeout_s=args.timeout_s, folder=args.dir, tls=tls_of(args), token=token_of(args),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrep.cli.arguments import add_security, is_address, security
+from kvrep.cli.console import log_to_stderr
 from kvrep.cli.exits import Exit, UsageError
 
 if TYPE_CHECKING:
@@ -68,11 +68,7 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=args.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    log_to_stderr(args.log_level)
     from kvrep import brokers
 
     paths = [one for one in args.source if not is_address(one)]

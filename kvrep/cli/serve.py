@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 from kvrep.cli.arguments import add_options, add_security, options_of, tls_of, token_of
+from kvrep.cli.console import log_to_stderr
 from kvrep.cli.exits import Exit
 
 if TYPE_CHECKING:
@@ -95,11 +94,7 @@ class _Stop:
 def run(args: argparse.Namespace) -> int:
     import kvrep
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=args.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    log_to_stderr(args.log_level)
     stop = _Stop()
     before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

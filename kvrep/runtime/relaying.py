@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -302,7 +303,8 @@ class Relay:
                     now=time.monotonic(),
                 )
                 self._stream = stream
-            stream.send(hello)
+            with suppress(StreamEnded):  # receiving says why
+                stream.send(hello)
             return self._follow(receiver, stream, connection)
         finally:
             with self._lock:

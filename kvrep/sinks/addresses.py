@@ -56,10 +56,18 @@ def _is_node(address: str) -> bool:
 
 
 def sink_at(
-    address: str, *, tables: Mapping[str, Table] | None = None, tls: Any = None, token: str | None = None
+    address: str,
+    *,
+    tables: Mapping[str, Table] | None = None,
+    tls: Any = None,
+    token: str | None = None,
+    create: bool = True,
 ) -> Sink:
-    """The secondary at ``address``, not yet connected. ``OpenError`` for what is not understood."""
+    """The secondary at ``address``, not yet connected. ``OpenError`` for what is not understood, and, without
+    ``create``, for a path where nothing is: opening it would make it."""
     scheme = _scheme(address)
+    if not create:
+        _check_there(scheme, address)
     if scheme in ("postgresql", "postgres"):
         from kvrep.sinks.postgres import PostgresSink
 
@@ -81,6 +89,16 @@ def sink_at(
         f"no secondary is known for {scheme}:",
         hint=f"known are postgresql://, sqlite:, kvrep: and what packages add as entry points {ENTRY_POINTS!r}",
     )
+
+
+def _check_there(scheme: str, address: str) -> None:
+    """A folder that is missing is named by what opens the file in it."""
+    if scheme not in ("", "kvrep", "sqlite"):
+        return
+    rest = _path(address) if scheme == "sqlite" else address.removeprefix("kvrep:").removeprefix("//")
+    path = Path(rest)
+    if not _is_node(rest) and path.parent.exists() and not path.exists():
+        raise OpenError(f"there is no secondary at {path}", hint="check the path")
 
 
 def _path(address: str) -> str:

@@ -178,7 +178,7 @@ def _verified(copy: kvrep.Store) -> str:
 @contextmanager
 def _from_database(report: DrillReport, scratch: Path, security: dict[str, Any]) -> Iterator[kvrep.Store]:
     """A store out of the rows of a database as of one moment."""
-    with sink_at(report.secondary, **security) as sink:
+    with sink_at(report.secondary, **security, create=False) as sink:
         sink.open()
         began = time.monotonic()
         place = sink.hold()

@@ -116,6 +116,7 @@ class Publication:
         one_line: bool = True,
         mark_interval_s: float = 5.0,
         log_interval_s: float = 60.0,
+        wait: bool = False,
         **selection: Any,
     ) -> None:
         self.name = name
@@ -125,6 +126,7 @@ class Publication:
         self._one_line = one_line
         self._mark_interval_s = mark_interval_s
         self._log_interval_s = log_interval_s
+        self._wait = wait
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -150,17 +152,22 @@ class Publication:
     # -- its life ----------------------------------------------------------------------------------
 
     def start(self) -> Publication:
-        """Connect, and go on in a thread. Wrong credentials and addresses raise here, at once."""
+        """Connect, and go on in a thread. Wrong credentials and addresses raise here, at once.
+
+        With ``wait``, sides that do not answer are awaited in the thread instead.
+        """
         if self._thread is not None:
             raise ClosedError("a publication is started once")
-        self._connect()
+        if not self._wait:
+            self._connect()
         self._thread = threading.Thread(target=self._guarded, name=f"kvrep-publish-{self.name}", daemon=True)
         self._thread.start()
         return self
 
     def run(self) -> None:
         """Run in this thread until :meth:`close`; raises what ends it."""
-        self._connect()
+        if not self._wait:
+            self._connect()
         self._guarded()
         self.raise_error()
 
@@ -207,7 +214,7 @@ class Publication:
             self._disconnect()
 
     def _sessions(self) -> None:
-        backoff_s, connected = BACKOFF_S, True
+        backoff_s, connected = BACKOFF_S, not self._wait
         while not self._stop.is_set():
             confirmed = self._confirmed
             try:

@@ -174,3 +174,49 @@ def test_mistakes_are_named(
     assert done.code == code, done.err
     assert words in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("action", ["status", "dead-letters", "retry", "discard"])
+@pytest.mark.parametrize("scheme", ["sqlite", "kvrep"])
+def test_looking_at_a_secondary_that_is_not_there_does_not_make_it(
+    action: str, scheme: str, tmp_path: Path, capfdbinary: Any
+) -> None:
+    """A mistyped path is named as such and leaves nothing behind that looks like a secondary."""
+    path = tmp_path / "typo"
+    numbers = ["all"] if action in ("retry", "discard") else []
+    done = run_here(capfdbinary, "agent", action, *numbers, "--to", f"{scheme}:{path}")
+    assert done.code == 2
+    assert "there is no secondary at" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("action", ["retry", "discard"])
+def test_a_dead_letter_that_does_not_exist(action: str, tmp_path: Path, capfdbinary: Any) -> None:
+    """A wrong number is wrong usage, for both ways of settling a dead letter."""
+    with SqliteSink(tmp_path / "copy.db") as sink:
+        sink.open()
+    done = run_here(capfdbinary, "agent", action, "77", "--to", f"sqlite:{tmp_path / 'copy.db'}")
+    assert (done.code, "no dead letter 77" in done.err) == (2, True), done.err
+
+
+def test_the_log_is_ours_alone(tmp_path: Path) -> None:
+    """A broker that is not there gives one line, without the log of the library that talks to it."""
+    pytest.importorskip("pika", reason="pika is not installed")
+    to = f"sqlite:{tmp_path / 'copy.db'}"
+    done = subprocess.run(
+        [*command("agent"), "--from", "amqp://guest:guest@127.0.0.1:1/?topic=t", "--to", to],
+        capture_output=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_publication_waits_for_its_broker_too(tmp_path: Path) -> None:
+    """With ``--wait`` a broker that does not answer at the start is awaited, in both directions."""
+    pytest.importorskip("pika", reason="pika is not installed")
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+        flags = ["--wait", "--state", tmp_path / "place.json"]
+        with Running("--from", db.address, "--to", "amqp://127.0.0.1:1/?topic=t", *flags) as running:
+            wait_until(lambda: running.status()["state"] == "waiting", "it waits")
+            assert "cannot be reached" in running.status()["problem"]
+            assert running.end() == 0

@@ -100,3 +100,20 @@ def test_a_path_where_no_store_is(shared_kafka: KafkaCluster, capfdbinary: Any, 
     result = run_here(capfdbinary, "publish", tmp_path, "--to", shared_kafka.url(Site.topic()))
     assert result.code == Exit.USAGE
     assert "there is no store" in result.err
+
+
+def test_a_source_that_is_not_there(shared_rabbitmq: RabbitServer) -> None:
+    """It waits for one of the nodes, and says which one does not answer and why; nothing else is printed."""
+    to = shared_rabbitmq.url(Site.topic())
+    process = subprocess.Popen(
+        [*command("publish", "127.0.0.1:1", "--to", to, "--json"), "--until-stdin-closes"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        assert "127.0.0.1:1 cannot be reached" in said["problem"], said
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert not err, err

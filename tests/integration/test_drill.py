@@ -138,3 +138,15 @@ def test_another_store_is_refused(tmp_path: Path, capfdbinary: Any) -> None:
         assert done.code == 7
         assert "another store" in done.err
         assert run_here(capfdbinary, "drill", "--from", "127.0.0.1:1", "--to", other.address).code == 5
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "kvrep"])
+def test_a_secondary_that_is_not_there(scheme: str, tmp_path: Path, capfdbinary: Any) -> None:
+    """A mistyped path is refused and not made; so is a source that is no address."""
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+        to = f"{scheme}:{tmp_path / 'typo'}"
+        done = run_here(capfdbinary, "drill", "--from", db.address, "--to", to)
+    assert (done.code, "there is no secondary at" in done.err) == (2, True), done.err
+    assert not (tmp_path / "typo").exists()
+    done = run_here(capfdbinary, "drill", "--from", "nowhere", "--to", to)
+    assert (done.code, "--from takes HOST:PORT" in done.err) == (2, True), done.err

@@ -43,7 +43,8 @@ def test_a_server_ends_with_who_started_it(number: int) -> None:
         [sys.executable, "-c", _CHILD],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    assert tests.stdin is not None and tests.stdout is not None
+    assert tests.stdin is not None
+    assert tests.stdout is not None
     group = int(tests.stdout.readline())
     try:
         wait_until(lambda: len(_members(group)) == 2, "the server and its child run")
