@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -37,9 +38,12 @@ UPSERT = "INSERT INTO bare.t VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET val
 
 @contextmanager
 def _server(bench: Bench) -> Iterator[PostgresServer]:
-    with bench.path("postgres") as folder:
-        folder.chmod(0o755)
+    with bench.path("postgres") as wanted, tempfile.TemporaryDirectory(prefix="kvrep-bench-") as instead:
         bench.folder.chmod(0o755)
+        # The server runs as a user of its own, who must be able to come to its folder.
+        reachable = all(parent.stat().st_mode & 0o001 for parent in wanted.parents)
+        folder = wanted if reachable else Path(instead)
+        folder.chmod(0o755)
         server = PostgresServer(folder, fsync=True)
         server.start()
         try:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrep import codecs as codecs
 from kvrep import errors as errors
+from kvrep.batch import Batch as Batch
 from kvrep.codecs import Codec as Codec
 from kvrep.coordinators import Etcd as Etcd
 from kvrep.coordinators import Quorum as Quorum
@@ -80,10 +81,7 @@ from kvrep.errors import ValueTooLarge as ValueTooLarge
 from kvrep.feeds.changes import Changes as Changes
 from kvrep.feeds.named import Feed as Feed
 from kvrep.feeds.named import FeedInfo as FeedInfo
-from kvrep.keyspace import Batch as Batch
 from kvrep.keyspace import Keyspace as Keyspace
-from kvrep.keyspace import Snapshot as Snapshot
-from kvrep.keyspace import Transaction as Transaction
 from kvrep.keyspace import WriteFuture as WriteFuture
 from kvrep.model.change import Change as Change
 from kvrep.model.configuration import Configuration as Configuration
@@ -92,6 +90,7 @@ from kvrep.model.event import Event as CloudEvent
 from kvrep.model.position import Position as Position
 from kvrep.model.sessions import RequestId as RequestId
 from kvrep.options import Options as Options
+from kvrep.snapshot import Snapshot as Snapshot
 from kvrep.status import Event as Event
 from kvrep.status import EventKind as EventKind
 from kvrep.status import FollowerStatus as FollowerStatus
@@ -101,6 +100,7 @@ from kvrep.status import SourceStatus as SourceStatus
 from kvrep.status import Status as Status
 from kvrep.store import Store as Store
 from kvrep.store import open as open
+from kvrep.transaction import Transaction as Transaction
 
 if TYPE_CHECKING:
     from kvrep import aio

@@ -14,7 +14,7 @@ from kvrep.feeds.changes import Changes, Held
 from kvrep.feeds.named import Feed, FeedInfo, Feeds
 from kvrep.feeds.selection import Selection, Transform
 from kvrep.feeds.serving import calls_of
-from kvrep.keyspace import Consistency, Keyspace, Snapshot
+from kvrep.keyspace import Consistency, Keyspace
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE
@@ -25,6 +25,7 @@ from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
 from kvrep.runtime.promoting import Force
 from kvrep.runtime.replaying import check_address
+from kvrep.snapshot import Snapshot
 from kvrep.status import Event, EventKind, Outcome, Status
 
 __all__ = ["Store", "open"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -13,6 +14,12 @@ from pathlib import Path
 import pytest
 
 LEFT_OVER_S = 5.0
+
+
+def pytest_configure() -> None:
+    """A shell starts jobs in the background with Ctrl-C ignored, and the processes of the tests would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _threads() -> set[str]:

@@ -13,6 +13,7 @@ from kvrep import keyspace as sync
 from kvrep.aio.core import Core
 from kvrep.errors import ClosedError
 from kvrep.model.position import Position
+from kvrep.snapshot import Snapshot as PlainSnapshot
 
 if TYPE_CHECKING:
     from kvrep.aio.keyspace import Keyspace
@@ -89,16 +90,16 @@ class Snapshot:
     __iter__: ClassVar[None] = None
 
     def __init__(
-        self, core: Core, take: Callable[[], sync.Snapshot], linearizable: tuple[float | None] | None = None
+        self, core: Core, take: Callable[[], PlainSnapshot], linearizable: tuple[float | None] | None = None
     ) -> None:
         """``linearizable``: the time that the primary has to confirm the position."""
         self._core = core
         self._take = take
         self._linearizable = linearizable
-        self._held: sync.Snapshot | None = None
+        self._held: PlainSnapshot | None = None
 
     @property
-    def _view(self) -> sync.Snapshot:
+    def _view(self) -> PlainSnapshot:
         if self._held is None:
             raise ClosedError("the snapshot is not open", hint='use "async with", or await it')
         return self._held
@@ -168,7 +169,7 @@ class Snapshot:
         if self._held is None:
             if self._linearizable is not None:
                 await self._core.linearize(*self._linearizable)
-            self._held = await self._core.acquire(self._take, sync.Snapshot.close)
+            self._held = await self._core.acquire(self._take, PlainSnapshot.close)
         return self
 
     def __await__(self) -> Generator[Any, None, Snapshot]:

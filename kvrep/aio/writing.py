@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mappi
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from kvrep import keyspace as sync
 from kvrep.aio.core import Core
 from kvrep.aio.reading import _plain, paced
+from kvrep.batch import Batch as PlainBatch
 from kvrep.errors import Error, TransactionExpired, again
 from kvrep.model.position import Position
 from kvrep.storage.view import Snapshot as PinnedView
 from kvrep.storage.write import Write
+from kvrep.transaction import Transaction as PlainTransaction
 
 if TYPE_CHECKING:
     from kvrep.aio.keyspace import Keyspace
@@ -94,7 +95,7 @@ class Batch(Generic[V]):
         self.position: Position | None = None
         """Where it was committed; ``None`` until then, and when it was empty."""
         self._core = keyspace._core
-        self._plain = sync.Batch(keyspace._plain, timeout_s)
+        self._plain = PlainBatch(keyspace._plain, timeout_s)
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Batch[V]:
@@ -148,7 +149,7 @@ class Transaction(Generic[V]):
         """Where it was committed; ``None`` until then, and when it wrote nothing."""
         self._core = keyspace._core
         self._space = keyspace
-        self._plain = sync.Transaction(keyspace._plain, timeout_s)
+        self._plain = PlainTransaction(keyspace._plain, timeout_s)
         self._timeout_s = timeout_s
         # Held while the place is asked for, so that concurrent reads ask once.
         self._placing = asyncio.Lock()

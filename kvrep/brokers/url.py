@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote
 
 from kvrep.errors import ConfigurationMismatch, OpenError
 
@@ -11,6 +12,12 @@ __all__ = ["DEFAULT_TOPIC", "BrokerUrl", "is_broker_url"]
 
 DEFAULT_TOPIC = "kvrep"
 _URL_CHARS_MAX = 4096
+# RFC 3986, appendix B; ``urlsplit`` of some Python versions refuses lists of hosts.
+_PARTS = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<places>[^/?#]*)(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?",
+    re.IGNORECASE,
+)
+_PLACE = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.%]+)\]|(?P<host>[^][:]+))(?::(?P<port>[0-9]{1,5}))?")
 
 
 def is_broker_url(text: object) -> bool:
@@ -37,25 +44,20 @@ class BrokerUrl:
             raise TypeError(f"a broker's address is text, not {type(text).__name__}")
         if len(text) > _URL_CHARS_MAX:
             raise OpenError(f"a broker's address has at most {_URL_CHARS_MAX} characters")
-        try:
-            parts = urlsplit(text)
-        except ValueError as error:
-            raise OpenError(f"not a broker's address: {error}") from None
-        if not parts.scheme or "://" not in text:
-            raise OpenError(
-                "not a broker's address: no scheme", hint='give "amqp://host/…" or "kafka://host/…"'
-            )
-        credentials, _, places = parts.netloc.rpartition("@")
+        parts = _PARTS.fullmatch(text)
+        if parts is None:
+            raise OpenError("not a broker's address", hint='give "amqp://host/…" or "kafka://host/…"')
+        credentials, _, places = parts["places"].rpartition("@")
         user, _, password = credentials.partition(":")
-        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        pairs = parse_qsl(parts["query"] or "", keep_blank_values=True)
         if len({name for name, _ in pairs}) != len(pairs):
             raise OpenError("an option stands twice in the broker's address")
         return cls(
-            scheme=parts.scheme,
+            scheme=parts["scheme"].lower(),
             hosts=tuple(_place(place) for place in places.split(",") if place),
             user=unquote(user),
             password=unquote(password),
-            path=unquote(parts.path.removeprefix("/")),
+            path=unquote((parts["path"] or "").removeprefix("/")),
             options=dict(pairs),
         )
 
@@ -79,12 +81,10 @@ class BrokerUrl:
 
 
 def _place(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
-    if not colon:
-        host, port = text, "0"
-    if not (port.isascii() and port.isdecimal() and int(port) <= 65535) or not host:
+    match = _PLACE.fullmatch(text)
+    if match is None or int(match["port"] or 0) > 65535:
         raise OpenError(f"not a host and port in a broker's address: {text[:300]!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return match["v6"] or match["host"], int(match["port"] or 0)
 
 
 def _shown(host: str, port: int) -> str:

@@ -184,7 +184,7 @@ class LocalReader:
         return value
 
     def scan(self, wanted: Range, at_least: Position | None = None) -> Iterator[list[tuple[bytes, bytes]]]:
-        from kvrep.keyspace import bounds
+        from kvrep.pairs import bounds
         from kvrep.runtime.checks import check_name
 
         self._check_reached(at_least)

@@ -13,13 +13,14 @@ from kvrep.errors import ClosedError, ConfigurationMismatch, Error, NoSuchFeed, 
 from kvrep.feeds.changes import LOOK_UP_S, Changes, Held
 from kvrep.feeds.reader import LogReader
 from kvrep.feeds.selection import Selection
-from kvrep.keyspace import Keyspace, Transaction
+from kvrep.keyspace import Keyspace
 from kvrep.model.change import Change
 from kvrep.model.feed_state import FeedState, check_feed_name
 from kvrep.model.position import ZERO, Position
 from kvrep.model.record import FEEDS_KEYSPACE
 from kvrep.model.token import Token
 from kvrep.runtime.node import Node
+from kvrep.transaction import Transaction
 
 __all__ = ["Feed", "FeedInfo", "Feeds"]
 
