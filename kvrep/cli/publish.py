@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
-import sys
 import threading
 import time
 from contextlib import closing
@@ -165,6 +165,6 @@ def _report(args: argparse.Namespace, relay: Relay) -> None:
 
 
 def _watch_stdin(stop: threading.Event) -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # sys.stdin's lock, held here, would abort the end of the interpreter
         pass
     stop.set()

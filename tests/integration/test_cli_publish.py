@@ -114,6 +114,7 @@ def test_a_source_that_is_not_there(shared_rabbitmq: RabbitServer) -> None:
         said = json.loads(process.stdout.readline())
         assert "127.0.0.1:1 cannot be reached" in said["problem"], said
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # standard input stays open: it may be watched until the very end
+        assert process.wait(30) == Exit.INTERRUPTED
         _, err = process.communicate(timeout=30)
     assert not err, err
