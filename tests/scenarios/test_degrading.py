@@ -178,7 +178,15 @@ def test_three_data_nodes_by_hand(tmp_path: Path) -> None:
         with pytest.raises(kvrep.UnsafePromotion, match="most voters"):
             c.promote(timeout_s=3.0)
         b = start("b", follow=c.address)
-        c.promote(timeout_s=WAIT_S)
+
+        def promoted() -> bool:
+            try:
+                c.promote(timeout_s=WAIT_S)
+            except kvrep.UnsafePromotion:  # b has only just started
+                return False
+            return True
+
+        until(promoted)
         assert c[b"k"] == b"v"
         until(lambda: c.status().away == ("a",))
         b.wait_for(c.put(b"k", b"w"), WAIT_S)
