@@ -32,6 +32,8 @@ SMALL = {
     "map_bytes": 64 << 20,
     "retention_bytes": 0,
     "retention_age_s": 0,
+    "transaction_age_max_s": 600.0,  # a transaction stays open over many steps, on a machine that may be busy
+    "snapshot_age_max_s": 600.0,
 }
 
 keys = st.one_of(

@@ -54,6 +54,8 @@ class Invariants:
         self.newest = (0.0, 0)
         """The last of them."""
         self._end = 0
+        self._committed_in: dict[int, int] = {}
+        """The epoch in which a record was committed first, by its offset."""
         self._written: dict[Position, int] = {}
         self._begun: dict[int, _Begun] = {}
         self._promised: dict[bytes, int] = {}
@@ -67,9 +69,14 @@ class Invariants:
         if rival is not None:
             raise Violation("one primary per epoch", f"{node.name} and {rival.name} in epoch {epoch}")
         self._begun[epoch] = _Begun(node.name, start, node.disk.epochs.cut(start - 1))
-        if not self.synchronous or not self._end:
+        # Raft's leader completeness (Ongaro, section 3.6.3): what was committed in epochs below. A primary that
+        # was frozen after it got its promises may begin late, and lack what a newer epoch has committed.
+        end = self._end
+        while end and self._committed_in[end] >= epoch:
+            end -= 1
+        if not self.synchronous or not end:
             return
-        lost = self._first_lost(node)
+        lost = self._first_lost(node, end)
         if lost:
             entry = self.ledger[lost]
             raise Violation(
@@ -78,12 +85,12 @@ class Invariants:
                 f" which was committed (its log ends at {start - 1})",
             )
 
-    def _first_lost(self, node: Node) -> int:
+    def _first_lost(self, node: Node, end: int) -> int:
         disk = node.disk
-        if disk.running_at(self._end) == self.ledger[self._end].running or self._end < disk.first:
+        if disk.running_at(end) == self.ledger[end].running or end < disk.first:
             return 0
         return next(
-            (o for o in range(disk.first, self._end + 1) if disk.running_at(o) != self.ledger[o].running), 0
+            (o for o in range(disk.first, end + 1) if disk.running_at(o) != self.ledger[o].running), 0
         )
 
     # -- log matching ------------------------------------------------------------------------------
@@ -172,6 +179,7 @@ class Invariants:
                 f"{node.name} commits {position}, where {kept.record.position} was committed",
             )
         self._end = max(self._end, position.offset)
+        self._committed_in.setdefault(position.offset, epoch)
         for newer, begun in self._begun.items():
             if newer > epoch and not begun.holds(position):
                 raise Violation(

@@ -89,6 +89,12 @@ def test_no_promise_is_broken(block: int) -> None:
     clean(range(block * size, (block + 1) * size))
 
 
+@pytest.mark.parametrize("seed", [1_018_601])
+def test_a_seed_that_was_found_stays_clean(seed: int) -> None:
+    """1018601: a node that was frozen with its promises begins its epoch late, below one that has committed."""
+    assert not run_seed(seed).problem
+
+
 @pytest.mark.parametrize("plant", sorted(PLANTS))
 def test_a_planted_fault_is_found(plant: str) -> None:
     """Each is found, as a rule at the seed where it was found before."""
