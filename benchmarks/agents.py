@@ -107,7 +107,7 @@ def upserts(bench: Bench) -> Outcome:
 
 
 def snapshot(bench: Bench) -> Outcome:
-    """All rows of a store, against COPY of the same rows from a list."""
+    """All rows of a store, against COPY of the same rows from a list, in the binary format that the agent uses."""
     count = bench.size(300_000, 2000)
     with _server(bench) as server, bench.path("store") as path, kvrep.open(path) as db:
         for start in range(0, count, BATCH):
@@ -127,7 +127,8 @@ def snapshot(bench: Bench) -> Outcome:
             with _bare(server) as connection:
                 began = time.perf_counter()
                 with connection.cursor() as cursor:
-                    with cursor.copy("COPY bare.t (key, value) FROM STDIN") as copy:
+                    with cursor.copy("COPY bare.t (key, value) FROM STDIN (FORMAT BINARY)") as copy:
+                        copy.set_types(("bytea", "bytea"))
                         for number in range(count):
                             copy.write_row((key(number), VALUE))
                 connection.commit()

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from replication_kit import FAST, WAIT_S, processes, proxy, until
 
 import kvrep
 from kvrep import Role
+from kvrep.replication.rounds import Rounds
+from kvrep.runtime.shared import Shared
+from kvrep.runtime.shipping import Shipping
 from kvrep.testing.checkers import assert_none, check_linearizable
 from kvrep.testing.cluster import Cluster
 from kvrep.testing.history import History
@@ -128,27 +132,56 @@ def test_a_frozen_primary_never_shows_its_old_state(tmp_path: Path) -> None:
             assert a.run("db.get(b'k', consistency='linearizable')") == b"new"
 
 
-def test_readers_share_rounds(tmp_path: Path) -> None:
-    """Readers that ask at once share questions, on the primary and on a follower; how many, depends on the machine."""
+def test_readers_share_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen readers that wait at once cost one round on the primary; on a follower, few questions to it."""
+    readers = 16
+    gate = threading.Event()
+    probing = Shipping.probing
+
+    def probing_at_the_gate(shipping: Shipping) -> int:
+        assert gate.wait(WAIT_S)
+        return probing(shipping)
+
+    monkeypatch.setattr(Shipping, "probing", probing_at_the_gate)
     with group(tmp_path, names="ab") as (_, (a, b)):
         a.put(b"k", b"v")
-        shipping = a._node.shipping
-        for store in (a, b):
-            rounds = shipping._rounds.wanted
-            barrier = threading.Barrier(16)
+        rounds, questions = a._node.shipping._rounds, 0
+        ask = b._node._reads._ask
 
-            def read(store: kvrep.Store = store, barrier: threading.Barrier = barrier) -> None:
-                barrier.wait(WAIT_S)
-                for _ in range(20):
-                    assert store.get(b"k", consistency="linearizable") == b"v"
+        def counted_ask(deadline_s: float) -> kvrep.Position:
+            nonlocal questions
+            questions += 1
+            return ask(deadline_s)
 
-            threads = [threading.Thread(target=read) for _ in range(16)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(WAIT_S)
-            asked = shipping._rounds.wanted - rounds
-            assert 0 < asked < 16 * 20
+        monkeypatch.setattr(b._node._reads, "_ask", counted_ask)
+        for store, entered_in, entered_at in ((a, Rounds, "ask"), (b, Shared, "run")):
+            entered = threading.Semaphore(0)
+            gate.clear()
+            before = rounds.wanted
+            with monkeypatch.context() as patched:
+                patched.setattr(entered_in, entered_at, announced(getattr(entered_in, entered_at), entered))
+                with ThreadPoolExecutor(readers) as pool:
+                    reads = [pool.submit(store.get, b"k", consistency="linearizable") for _ in range(readers)]
+                    try:
+                        for _ in range(readers):
+                            assert entered.acquire(timeout=WAIT_S)
+                    finally:
+                        gate.set()
+                    assert [read.result(WAIT_S) for read in reads] == [b"v"] * readers
+            if store is a:
+                assert rounds.wanted - before == 1
+            else:
+                assert 1 <= questions <= readers // 2
+
+
+def announced(function: Any, calls: threading.Semaphore) -> Any:
+    """``function``, which says so when it is called."""
+
+    def call(*arguments: Any) -> Any:
+        calls.release()
+        return function(*arguments)
+
+    return call
 
 
 def test_a_restarted_primary_waits_for_its_epoch(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,42 @@ import pytest
 from replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 import kvrep
+from kvrep.errors import UpgradeRequired
+from kvrep.model.record import Kind
+from kvrep.runtime.shipping import Shipping
 from kvrep.storage.write import Write
 
 
 @pytest.mark.parametrize("acks", [0, 1])
-def test_a_promise_that_nobody_used_is_overcome(tmp_path: Path, acks: Any) -> None:
+def test_a_promise_that_nobody_used_is_overcome(
+    tmp_path: Path, acks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A voter that promised a higher epoch fences the primary, which then begins again above that epoch."""
+    seen = threading.Event()
+    renew = Shipping.renew
+
+    def renew_once_seen(shipping: Shipping, now: float) -> None:
+        if seen.is_set():
+            renew(shipping, now)
+
+    monkeypatch.setattr(Shipping, "renew", renew_once_seen)
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=acks, **FAST) as p:
         with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST) as b:
             voters(p, "a", "b")
             before = p.put(b"k", b"1")
             assert b._node.engine.home.promise(before.epoch + 5000, b"x" * 16)
-        events: list[kvrep.Event] = []
-        p.on_event(events.append)
+        refused: list[kvrep.Error] = []
+
+        def fenced() -> bool:
+            try:
+                p.put(b"k", b"2")
+            except kvrep.RefusedError as error:
+                refused.append(error)
+            return any(isinstance(error, kvrep.Fenced) for error in refused)
+
         with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST) as b:
-            until(lambda: any(event.kind is kvrep.EventKind.FENCED for event in events))
+            until(fenced)
+            seen.set()
             assert "newer" in p.status().not_writable or p.status().epoch > before.epoch
             writable(p)
             voters(p, "a", "b")
@@ -56,8 +79,8 @@ def test_a_higher_promise_met_at_the_start_is_asked_again_above(tmp_path: Path) 
             same(p, b, c)
 
 
-def test_an_unknown_kind_of_record_stops_a_follower(tmp_path: Path) -> None:
-    """What a newer primary logs and this version does not know is never skipped: the follower says so."""
+def test_an_unknown_kind_of_record_stops_a_follower_and_an_open(tmp_path: Path) -> None:
+    """What a newer primary logs and this version does not know is never skipped: a follower stops, an open fails."""
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=0, **FAST) as p:
         with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST) as b:
             b.wait_for(p.put(b"k", b"1"), WAIT_S)
@@ -69,6 +92,10 @@ def test_an_unknown_kind_of_record_stops_a_follower(tmp_path: Path) -> None:
             assert b.status().source.state == "refused"
             assert b.get(b"k") == b"1"
             assert p.get(b"k") == b"2"
+            shutil.copytree(tmp_path / "a", tmp_path / "crashed")  # as kill -9 would have left it
+    with pytest.raises(UpgradeRequired, match="kind 9") as caught:
+        kvrep.open(tmp_path / "crashed", name="a").close()
+    assert (caught.value.found, caught.value.supported) == (9, max(Kind))
 
 
 def test_the_epoch_table_and_promise_survive_on_every_node(tmp_path: Path) -> None:
