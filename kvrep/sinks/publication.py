@@ -405,16 +405,26 @@ class Publication:
         with self._lock:
             self._state, self._problem = state, problem
 
+    def _standing(self) -> tuple[AgentState, str]:
+        """State and problem. A publisher reconnects by itself, so that its broker is away shows in it alone."""
+        state, publisher = self._state, self._publisher
+        if publisher is not None and state not in (AgentState.FAILED, AgentState.CLOSED):
+            there = publisher.status()
+            if there.state in ("connecting", "blocked"):
+                return AgentState.WAITING, there.problem or f"{self._broker.url} is {there.state}"
+        return state, self._problem
+
     def status(self) -> PublicationStatus:
         """How far it is, as one frozen value. Any thread."""
         now_s, behind = time.monotonic(), self._behind()
         backlog = None if behind is None else behind + len(self._waiting)
         speed = self._speed.per_s(now_s)
         until = None if backlog is None else catch_up_s(backlog, speed, self._growth.per_s(now_s))
+        state, problem = self._standing()
         return PublicationStatus(
             name=self.name,
-            state=self._state,
-            problem=self._problem,
+            state=state,
+            problem=problem,
             source=self._upstream.url,
             broker=self._broker.url,
             topic=self.topic,

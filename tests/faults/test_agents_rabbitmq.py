@@ -66,7 +66,8 @@ def test_a_broker_killed_and_started_again_in_the_middle(
             try:
                 wait_until(lambda: agent.status().commits > 3, "it applies")
                 rabbit.kill()
-                wait_until(lambda: agent.status().state == "waiting", "it notices")
+                wait_until(lambda: publication.status().state == "waiting", "it notices")
+                assert publication.status().problem
                 rabbit.start()
                 before = agent.status().commits
                 wait_until(lambda: agent.status().commits > before + 3, "it goes on", 60)
