@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from replication_kit import FAST, voters
+from replication_kit import Open, stores, voters
 
 import kvrep
 
-Open = Callable[..., kvrep.Store]
-
-
-@contextmanager
-def stores(folder: Path) -> Iterator[Open]:
-    """Open stores under ``folder`` by name, each again at its address; all are closed at the end."""
-    opened: list[kvrep.Store] = []
-    addresses: dict[str, str] = {}
-
-    def open_one(name: str, **options: Any) -> kvrep.Store:
-        listen = addresses.get(name, "127.0.0.1:0")
-        store = kvrep.open(folder / name, name=name, listen=listen, **{**FAST, **options})
-        addresses[name] = store.address
-        opened.append(store)
-        return store
-
-    try:
-        yield open_one
-    finally:
-        for store in opened:
-            store.close()
+__all__ = ["forwarded_records", "group", "stores"]
 
 
 @contextmanager

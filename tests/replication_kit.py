@@ -294,3 +294,26 @@ def acknowledged(path: Path) -> dict[bytes, kvrep.Position]:
         if position:
             found[key.encode()] = kvrep.Position.parse(position)
     return found
+
+
+Open = Callable[..., kvrep.Store]
+
+
+@contextmanager
+def stores(folder: Path) -> Iterator[Open]:
+    """Open stores under ``folder`` by name, each again at its address; all are closed at the end."""
+    opened: list[kvrep.Store] = []
+    addresses: dict[str, str] = {}
+
+    def open_one(name: str, **options: Any) -> kvrep.Store:
+        listen = addresses.get(name, "127.0.0.1:0")
+        store = kvrep.open(folder / name, name=name, listen=listen, **{**FAST, **options})
+        addresses[name] = store.address
+        opened.append(store)
+        return store
+
+    try:
+        yield open_one
+    finally:
+        for store in opened:
+            store.close()

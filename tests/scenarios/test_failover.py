@@ -5,39 +5,17 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, same, until, voters, writable
+from replication_kit import FAST, WAIT_S, Open, same, stores, until, voters, writable
 
 import kvrep
 from kvrep import EventKind, Outcome, Role
 from kvrep.storage.rescue import load_rescue
-
-Open = Callable[..., kvrep.Store]
-
-
-@contextmanager
-def stores(folder: Path) -> Iterator[Open]:
-    """Open stores under ``folder`` by name; all of them are closed at the end."""
-    opened: list[kvrep.Store] = []
-    addresses: dict[str, str] = {}
-
-    def open_one(name: str, **options: Any) -> kvrep.Store:
-        listen = addresses.get(name, "127.0.0.1:0")
-        store = kvrep.open(folder / name, name=name, listen=listen, **{**FAST, **options})
-        addresses[name] = store.address
-        opened.append(store)
-        return store
-
-    try:
-        yield open_one
-    finally:
-        for store in opened:
-            store.close()
 
 
 @contextmanager
