@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import kvrep
-from kvrep.sinks.agent import Agent, AgentState
+from kvrep.sinks.agent import Agent
 from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.interface import Sink
+from kvrep.sinks.running import AgentState
 from kvrep.sinks.upstream import Local
 
 WAIT_S = 30.0

@@ -14,12 +14,13 @@
 from __future__ import annotations
 
 from kvrep.sinks.addresses import sink_at, source_at, upstream_at
-from kvrep.sinks.agent import Agent, AgentState, AgentStatus, retry_dead_letters
+from kvrep.sinks.agent import Agent, AgentStatus, retry_dead_letters
 from kvrep.sinks.cursor import FileCursor
 from kvrep.sinks.drilling import DrillReport, drill
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.publication import Publication, PublicationStatus
+from kvrep.sinks.running import AgentState
 from kvrep.sinks.source import Source
 from kvrep.sinks.tables import Table
 from kvrep.sinks.upstream import Local, Remote

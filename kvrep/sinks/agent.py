@@ -11,20 +11,14 @@ the place that it finds there, and what arrives again is dropped: every change t
 from __future__ import annotations
 
 import logging
-import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from math import inf
-from types import TracebackType
 from typing import Any
 
 from kvrep.errors import (
-    ClosedError,
-    Error,
     LineageMismatch,
     Overloaded,
     PeerUnavailable,
@@ -32,7 +26,6 @@ from kvrep.errors import (
     StaleRead,
     StorageFull,
     StoreInUse,
-    again,
 )
 from kvrep.model.change import BEGIN, DELETE, END, PUT, Change
 from kvrep.model.event import Event
@@ -40,6 +33,7 @@ from kvrep.model.position import Position
 from kvrep.model.record import Op
 from kvrep.sinks.delays import Delays, Rate, catch_up_s
 from kvrep.sinks.interface import DeadLetter, Place, Sink
+from kvrep.sinks.running import AgentState, Running
 from kvrep.sinks.source import Incoming, Source, SourceState, Unreadable
 
 __all__ = ["Agent", "AgentState", "AgentStatus", "retry_dead_letters"]
@@ -52,26 +46,8 @@ UNIT_WAIT_S = 0.25
 FLUSH_CHANGES, FLUSH_BYTES = 20_000, 8 << 20
 """What of a large transaction is kept before it goes to the secondary, uncommitted."""
 SNAPSHOT_BATCHES, SNAPSHOT_BYTES = 16, 4 << 20
-BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 RETRYABLE = (PeerUnavailable, StorageFull, StoreInUse, StaleRead, TimeoutError)
 """What may pass by itself. Everything else waits for somebody to fix it, so it ends the agent."""
-
-
-class AgentState(StrEnum):
-    """What an agent does now."""
-
-    NEW = "new"
-    SNAPSHOT = "snapshot"
-    """A whole copy is arriving."""
-    APPLYING = "applying"
-    """Changes are there to be applied."""
-    CURRENT = "current"
-    """Everything that is known of is applied."""
-    WAITING = "waiting"
-    """Source or secondary do not answer; ``problem`` says which and why. It tries again by itself."""
-    FAILED = "failed"
-    """Somebody has to fix what ``problem`` names."""
-    CLOSED = "closed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +92,7 @@ class AgentStatus:
         return {**asdict(self), "state": str(self.state), "position": str(self.position)}
 
 
-class Agent:
+class Agent(Running):
     """Keeps a secondary up to date. ``start()`` runs it in a thread, ``run()`` in the calling one.
 
     Source and secondary may be given by their addresses (:mod:`kvrep.sinks.addresses`). The agent closes both.
@@ -125,6 +101,8 @@ class Agent:
     error there, too, unless ``wait`` is set. Later, what may pass by itself is tried again for ever.
     ``status`` and ``close`` may be called on any thread.
     """
+
+    kind, retryable = "agent", RETRYABLE
 
     def __init__(
         self,
@@ -142,74 +120,22 @@ class Agent:
             raise ValueError("a batch has at least one change and one byte")
         from kvrep.sinks.addresses import sink_at, source_at
 
-        self.name = name
+        super().__init__(name, wait=wait)
         self.sink = sink_at(sink) if isinstance(sink, str) else sink
         self.source = source_at(source) if isinstance(source, str) else source
         self._batch_changes, self._batch_bytes = batch_changes, batch_bytes
         self._letters_max = dead_letters_max
-        self._wait = wait
         self._log_interval_s = log_interval_s
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        # Announces every commit and change of state, for those who wait.
-        self._moved = threading.Condition()
-        self._state = AgentState.NEW
-        self._problem = ""
-        self._error: BaseException | None = None
         self._place = Place()
         self._batch = _Batch()
         self._letters: dict[tuple[str, bytes], list[int]] = {}
         self._letter_count = 0
-        self._applied = self._commits = self._snapshots = self._reconnects = 0
+        self._applied = self._commits = self._snapshots = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
         self._logged_s = time.monotonic()
 
-    # -- the life of an agent ----------------------------------------------------------------------
-
-    def start(self) -> Agent:
-        """Connect to both sides and go on in a thread. Raises what :meth:`Sink.open` and its source raise."""
-        if self._thread is not None:
-            raise ClosedError("an agent is started once")
-        if not self._wait:
-            self._connect()
-        self._thread = threading.Thread(target=self._guarded, name=f"kvrep-agent-{self.name}", daemon=True)
-        self._thread.start()
-        return self
-
-    def run(self) -> None:
-        """Run in this thread until :meth:`close`; raises what ends it."""
-        if not self._wait:
-            self._connect()
-        self._guarded()
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what ended it; nothing while it runs."""
-        error = self._error
-        if error is not None:
-            raise again(error) if isinstance(error, Error) else error
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """End it: what is in the secondary's hands is committed or forgotten. Idempotent."""
-        self._stop.set()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout_s)
-            if thread.is_alive():
-                raise TimeoutError(f"the agent did not end within {timeout_s:g} s")
-        elif thread is None:
-            self._disconnect()
-        self.source.end()
-        self._say(AgentState.FAILED if self._error is not None else AgentState.CLOSED, self._problem)
-
-    def __enter__(self) -> Agent:
-        return self if self._thread is not None else self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    # -- waiting -----------------------------------------------------------------------------------
 
     def wait_for(self, position: Position, timeout_s: float = 10.0) -> None:
         """Return once the secondary is consistent at or after ``position``.
@@ -228,38 +154,13 @@ class Agent:
                     )  # fmt: skip
                 self._moved.wait(left)
 
+    def _close_sides(self) -> None:
+        self.source.end()
+
+    def _progress(self) -> int:
+        return self._commits
+
     # -- the loop ----------------------------------------------------------------------------------
-
-    def _guarded(self) -> None:
-        try:
-            self._sessions()
-        except BaseException as error:
-            self._error = error
-            self._say(AgentState.FAILED, _words(error))
-            log.error("agent %s ends: %s", self.name, _words(error))
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._disconnect()
-
-    def _sessions(self) -> None:
-        backoff_s = BACKOFF_S
-        connected = not self._wait
-        while not self._stop.is_set():
-            commits = self._commits
-            try:
-                if not connected:
-                    self._connect()
-                self._session()
-                return
-            except RETRYABLE as error:
-                self._reconnects += 1
-                self._say(AgentState.WAITING, _words(error))
-                log.warning("agent %s waits: %s", self.name, _words(error))
-            connected = False
-            self._disconnect()
-            backoff_s = BACKOFF_S if self._commits > commits else min(backoff_s * 2, BACKOFF_MAX_S)
-            self._stop.wait(backoff_s * random.uniform(0.5, 1.0))
 
     def _connect(self) -> None:
         """Both sides open, at the place that the secondary knows."""
@@ -457,11 +358,6 @@ class Agent:
 
     # -- what it says ------------------------------------------------------------------------------
 
-    def _say(self, state: AgentState, problem: str) -> None:
-        with self._moved:
-            self._state, self._problem = state, problem
-            self._moved.notify_all()
-
     def status(self) -> AgentStatus:
         """Where the secondary stands, as one frozen value."""
         place, source, now_s = self._place, self.source.state(), time.monotonic()
@@ -557,10 +453,6 @@ def _letter(change: Change | Event, reason: str) -> DeadLetter:
         position=":".join(map(str, change.sequence)), keyspace=change.keyspace, key=change.key, value=change.value,
         reason=reason,
     )  # fmt: skip
-
-
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
 
 
 def retry_dead_letters(

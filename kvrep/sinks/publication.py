@@ -12,18 +12,13 @@ again, and never leaves one out; receivers drop repeats. Receivers that miss som
 from __future__ import annotations
 
 import logging
-import random
-import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 
 from kvrep.brokers.interface import Broker, Publisher, Subscriber
 from kvrep.errors import (
-    ClosedError,
-    Error,
     InvalidToken,
     LineageMismatch,
     LogTrimmed,
@@ -31,15 +26,14 @@ from kvrep.errors import (
     PeerUnavailable,
     ProtocolError,
     Truncated,
-    again,
 )
 from kvrep.model.change import Change, Sequence
 from kvrep.model.event import Event
 from kvrep.model.token import Token
-from kvrep.sinks.agent import AgentState
 from kvrep.sinks.cursor import Cursor
 from kvrep.sinks.delays import Delays, Rate, catch_up_s
 from kvrep.sinks.interface import NOTHING
+from kvrep.sinks.running import AgentState, Running
 from kvrep.sinks.stream import REQUESTS, Mark, Request, message_of
 from kvrep.sinks.upstream import Selected, Stream, Upstream
 
@@ -53,7 +47,6 @@ PUBLISH_S = 30.0
 IDLE_S = 0.25
 SNAPSHOT_REST_S = 2.0
 """Requests for a snapshot that come so soon after one began were sent before it: who still lacks it asks again."""
-BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 
 
 class _Held:
@@ -94,7 +87,7 @@ class PublicationStatus:
         return {**asdict(self), "state": str(self.state), "sequence": ":".join(map(str, self.sequence))}
 
 
-class Publication:
+class Publication(Running):
     """Publishes the changes of a store, those of ``selection`` (see :class:`Selected`), for ever.
 
     Its place is in ``cursor``; without one, in the named feed of a :class:`~kvrep.sinks.upstream.Local`.
@@ -104,6 +97,8 @@ class Publication:
     often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`;
     it closes ``upstream`` and ``broker``.
     """
+
+    kind, retryable = "publication", (PeerUnavailable, Overloaded, TimeoutError)
 
     def __init__(
         self,
@@ -119,19 +114,13 @@ class Publication:
         wait: bool = False,
         **selection: Any,
     ) -> None:
-        self.name = name
+        super().__init__(name, wait=wait)
         self.topic = topic or broker.topic
         self._upstream, self._broker, self._cursor = upstream, broker, cursor or _Held(upstream)
         self._selected = Selected(**selection)
         self._one_line = one_line
         self._mark_interval_s = mark_interval_s
         self._log_interval_s = log_interval_s
-        self._wait = wait
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._state, self._problem = AgentState.NEW, ""
-        self._error: BaseException | None = None
         self._publisher: Publisher | None = None
         self._requests: Subscriber | None = None
         self._stream: Stream | None = None
@@ -144,92 +133,19 @@ class Publication:
         self._marked = False
         self._snapshotting = False
         self._begun_s = -SNAPSHOT_REST_S
-        self._published = self._confirmed = self._snapshots = self._replays = self._reconnects = 0
+        self._published = self._confirmed = self._snapshots = self._replays = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
         self._logged_s = time.monotonic()
 
-    # -- its life ----------------------------------------------------------------------------------
-
-    def start(self) -> Publication:
-        """Connect, and go on in a thread. Wrong credentials and addresses raise here, at once.
-
-        With ``wait``, sides that do not answer are awaited in the thread instead.
-        """
-        if self._thread is not None:
-            raise ClosedError("a publication is started once")
-        if not self._wait:
-            self._connect()
-        self._thread = threading.Thread(target=self._guarded, name=f"kvrep-publish-{self.name}", daemon=True)
-        self._thread.start()
-        return self
-
-    def run(self) -> None:
-        """Run in this thread until :meth:`close`; raises what ends it."""
-        if not self._wait:
-            self._connect()
-        self._guarded()
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what ended it; nothing while it runs."""
-        error = self._error
-        if error is not None:
-            raise again(error) if isinstance(error, Error) else error
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """End it; what is unconfirmed is sent again by the next one. Idempotent."""
-        self._stop.set()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout_s)
-            if thread.is_alive():
-                raise TimeoutError(f"the publication did not end within {timeout_s:g} s")
-        elif thread is None:
-            self._disconnect()
+    def _close_sides(self) -> None:
         self._broker.close()
         self._upstream.close()
-        self._say(AgentState.FAILED if self._error is not None else AgentState.CLOSED, self._problem)
 
-    def __enter__(self) -> Publication:
-        return self if self._thread is not None else self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _progress(self) -> int:
+        return self._confirmed
 
     # -- the loop ----------------------------------------------------------------------------------
-
-    def _guarded(self) -> None:
-        try:
-            self._sessions()
-        except BaseException as error:
-            self._error = error
-            self._say(AgentState.FAILED, str(error) or type(error).__name__)
-            log.error("publication %s ends: %s", self.name, error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._disconnect()
-
-    def _sessions(self) -> None:
-        backoff_s, connected = BACKOFF_S, not self._wait
-        while not self._stop.is_set():
-            confirmed = self._confirmed
-            try:
-                if not connected:
-                    self._connect()
-                self._session()
-                return
-            except (PeerUnavailable, Overloaded, TimeoutError) as error:
-                self._reconnects += 1
-                self._say(AgentState.WAITING, str(error))
-                log.warning("publication %s waits: %s", self.name, error)
-            connected = False
-            self._disconnect()
-            backoff_s = BACKOFF_S if self._confirmed > confirmed else min(backoff_s * 2, BACKOFF_MAX_S)
-            self._stop.wait(backoff_s * random.uniform(0.5, 1.0))
 
     def _connect(self) -> None:
         try:
@@ -400,10 +316,6 @@ class Publication:
         return request.sequence < self._sent or self._sent == NOTHING
 
     # -- what it says ------------------------------------------------------------------------------
-
-    def _say(self, state: AgentState, problem: str) -> None:
-        with self._lock:
-            self._state, self._problem = state, problem
 
     def _standing(self) -> tuple[AgentState, str]:
         """State and problem. A publisher reconnects by itself, so that its broker is away shows in it alone."""

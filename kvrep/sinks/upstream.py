@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, Protocol
 
-from kvrep.errors import ClosedError, Error, NotPrimary, PeerUnavailable, RefusedError
+from kvrep.errors import ClosedError, Error, NotPrimary, Overloaded, PeerUnavailable, RefusedError
 from kvrep.feeds.serving import RemoteChanges
 from kvrep.model.change import Change
 from kvrep.model.position import ZERO, Position
@@ -197,9 +197,9 @@ class Remote:
         connection = self._connection
         try:
             return connection.call(method, request, timeout_s + CALL_GRACE_S)
-        except (PeerUnavailable, ClosedError) as error:
+        except (PeerUnavailable, ClosedError, Overloaded) as error:
             self._next(connection)
-            if isinstance(error, ClosedError):  # the node is closing
+            if not isinstance(error, PeerUnavailable):  # the node is closing, or has no room for another call
                 raise PeerUnavailable(error.message, address=connection.address) from error
             raise
 

@@ -282,6 +282,8 @@ class GrpcServer:
 
     def _take_call_slot(self, context: grpc.ServicerContext) -> None:
         if not self._call_slots.acquire(blocking=False):
+            if self._stopped:  # stop() took the slots: the caller goes to another node, it does not try again
+                self._abort(context, ClosedError("the node is closing"))
             hint = "try again, or raise the number of calls the server may run at once"
             self._abort(context, Overloaded(f"{self._max_calls} calls run already", hint=hint))
 

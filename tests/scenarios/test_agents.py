@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import kvrep
-from kvrep.sinks.agent import Agent, AgentState, retry_dead_letters
+from kvrep.sinks.agent import Agent, retry_dead_letters
 from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.memory import MemorySink
+from kvrep.sinks.running import AgentState
 from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.upstream import Local, Remote
 from tests.agent_kit import agent_of, content, copy_of, wait_current, wait_until
@@ -369,3 +370,29 @@ def test_an_agent_finds_the_next_node_when_the_primary_is_lost(tmp_path: Path) -
     assert status.snapshots <= 1
     assert status.reconnects >= 1
     assert status.consistent
+
+
+class BusyConnection:
+    """To a node that has no room for another call."""
+
+    address = "busy:1"
+
+    def call(self, method: str, request: object, timeout_s: float) -> dict[str, object]:
+        raise kvrep.Overloaded("16 calls run already")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_node_without_room_for_another_call_is_left_for_the_next_one(tmp_path: Path) -> None:
+    """A busy node is something that passes: the next node is asked, and an agent would go on."""
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as a:
+        remote = Remote(f"{a.address},{a.address}")
+        try:
+            remote._connection.close()
+            remote._connection = BusyConnection()  # type: ignore[assignment]
+            with pytest.raises(kvrep.PeerUnavailable, match="already"):
+                remote.call("status", {})
+            assert remote.lineage() == a.status().lineage
+        finally:
+            remote.close()

@@ -13,12 +13,13 @@ import kvrep
 from kvrep.brokers.interface import Message
 from kvrep.brokers.memory import Faults, MemoryBrokers
 from kvrep.model.event import Event
-from kvrep.sinks.agent import Agent, AgentState
+from kvrep.sinks.agent import Agent
 from kvrep.sinks.broker import BrokerSource
 from kvrep.sinks.cursor import FileCursor
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.metrics import exposition
 from kvrep.sinks.publication import Publication
+from kvrep.sinks.running import AgentState
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.scenarios.test_agents import MemoryView

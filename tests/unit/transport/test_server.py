@@ -33,6 +33,26 @@ class Service:
         raise AssertionError
 
 
+class Aborted(Exception):
+    """What gRPC's abort raises."""
+
+
+class AbortingContext:
+    """As much of a call's context as a refusal needs."""
+
+    code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def set_trailing_metadata(self, metadata: object) -> None:
+        pass
+
+    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        self.code = code
+        raise Aborted(details)
+
+
 @pytest.fixture
 def server() -> Iterator[GrpcServer]:
     server = GrpcServer(Service(), "127.0.0.1:0", name="a")  # type: ignore[arg-type]
@@ -56,6 +76,15 @@ def test_noise_is_refused(channel: grpc.Channel, method: str, noise: bytes) -> N
     with pytest.raises(grpc.RpcError) as caught:
         list(call(noise, timeout=5))
     assert caught.value.code() is grpc.StatusCode.ABORTED
+
+
+def test_a_call_while_the_server_stops_is_not_told_to_try_again(server: GrpcServer) -> None:
+    """stop() takes every slot for calls; who comes then hears that the node is closing, not that it is busy."""
+    server.stop()
+    context = AbortingContext()
+    with pytest.raises(Aborted):
+        server._call(b"", context)  # type: ignore[arg-type]
+    assert context.code is grpc.StatusCode.UNAVAILABLE
 
 
 def test_unknown_methods(channel: grpc.Channel) -> None:
