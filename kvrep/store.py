@@ -74,6 +74,10 @@ class Store(Keyspace[bytes]):
         they follow each other. Raises ``InvalidKeyspace``.
         """
         check_name(name)
+        if not isinstance(codec, Codec):
+            raise TypeError(
+                f"codec={codec!r} is no codec: give one of kvrep.codecs (TEXT, JSON, MSGPACK), or a kvrep.Codec"
+            )
         self._node.engine.need_alive()
         key = (name, codec.name, keep_before)
         space = self._spaces.get(key)

@@ -190,18 +190,20 @@ class Heartbeat(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., last: _Optional[int] = ..., committed: _Optional[int] = ..., stamp_us: _Optional[int] = ..., time_us: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotState, _Mapping]]] = ..., path: _Optional[_Iterable[str]] = ..., behind_bytes: _Optional[int] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
-    __slots__ = ("snapshot_id", "offset", "store_id", "name", "lineage")
+    __slots__ = ("snapshot_id", "offset", "store_id", "name", "lineage", "of_follower")
     SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    OF_FOLLOWER_FIELD_NUMBER: _ClassVar[int]
     snapshot_id: str
     offset: int
     store_id: bytes
     name: str
     lineage: bytes
-    def __init__(self, snapshot_id: _Optional[str] = ..., offset: _Optional[int] = ..., store_id: _Optional[bytes] = ..., name: _Optional[str] = ..., lineage: _Optional[bytes] = ...) -> None: ...
+    of_follower: bool
+    def __init__(self, snapshot_id: _Optional[str] = ..., offset: _Optional[int] = ..., store_id: _Optional[bytes] = ..., name: _Optional[str] = ..., lineage: _Optional[bytes] = ..., of_follower: bool = ...) -> None: ...
 
 class SnapshotItem(_message.Message):
     __slots__ = ("info", "chunk")

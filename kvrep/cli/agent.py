@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvrep.cli.arguments import add_security, count, is_address, seconds, size, tls_of, token_of
+from kvrep.cli.arguments import add_security, count, seconds, size, tls_of, token_of
 from kvrep.cli.console import key_values, log_to_stderr, number, style, table
 from kvrep.cli.exits import Exit, UsageError
 
@@ -138,7 +138,6 @@ def _agent(args: argparse.Namespace) -> Any:
     selection: dict[str, Any] = {}
     if not is_broker(args.source):
         selection = {"keyspaces": args.keyspace, "prefix": os.fsencode(args.prefix)}
-        _check_path(args.source)
     elif args.keyspace or args.prefix:
         raise UsageError("--keyspace and --prefix are given where the stream is published")
     source = source_at(
@@ -163,7 +162,6 @@ def _publication(args: argparse.Namespace) -> Any:
         raise UsageError("--table is for PostgreSQL and SQLite")
     if args.feed and args.state:
         raise UsageError("--feed and --state exclude each other: the place is kept once")
-    _check_path(args.source)
     broker = brokers.connect(args.to)
     cursor = None if args.feed else FileCursor(args.state or _state_file(args.source, broker.url))
     upstream = upstream_at(args.source, feed=args.feed, tls=tls_of(args), token=token_of(args))
@@ -171,14 +169,6 @@ def _publication(args: argparse.Namespace) -> Any:
         upstream, broker, cursor, topic=args.topic, name=args.name, one_line=args.order == "total",
         log_interval_s=args.log_interval_s, wait=args.wait, keyspaces=args.keyspace, prefix=os.fsencode(args.prefix),
     )  # fmt: skip
-
-
-def _check_path(source: str) -> None:
-    """A store of a group is not opened alone: that would make it a primary."""
-    from kvrep.cli.target import check_alone
-
-    if not all(map(is_address, source.split(","))):
-        check_alone(source.removeprefix("kvrep:"))
 
 
 def _state_file(source: str, broker: str) -> Path:
@@ -267,13 +257,13 @@ def _sink(args: argparse.Namespace) -> Any:
 
     if is_broker(args.to):
         raise UsageError("a broker keeps no dead letters and no place: name the secondary")
-    return sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args), create=False)
+    return sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
 
 
 def _status(args: argparse.Namespace) -> int:
     """What the secondary knows of itself, whether or not its agent runs."""
     with _sink(args) as sink:
-        place = sink.open()
+        place = sink.look()
         letters = sink.dead_letters()
         keyspaces = sink.keyspaces()
     status = {
@@ -317,7 +307,7 @@ def _dead_letters(args: argparse.Namespace) -> int:
     from kvrep.cli.forms import TEXT
 
     with _sink(args) as sink:
-        sink.open()
+        sink.look()
         letters = sink.dead_letters()
     if args.json:
         for x in letters:
@@ -355,7 +345,7 @@ def _settle(args: argparse.Namespace, *, discard: bool) -> int:
     numbers = _numbers(args)
     with _sink(args) as sink:
         if discard:
-            place = sink.open()
+            place = sink.look()
             known = [letter.number for letter in sink.dead_letters()]
             done = known if numbers is None else numbers
             if missing := sorted(set(done) - set(known)):

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kvrep.cli.arguments import add_security, add_timeout, count, is_address, seconds, tls_of, token_of
-from kvrep.cli.console import key_values, number, style
+from kvrep.cli.console import key_values, log_to_stderr, number, style
 from kvrep.cli.exits import Exit, UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not is_address(args.source):
         raise UsageError(f"--from takes HOST:PORT of a running node, not {args.source!r}")
+    log_to_stderr("error")  # that a promotion is forced is no news here
     report = drill(
         args.source, args.to, sample=args.sample, seed=args.seed, rpo_max_s=args.rpo_max_s,
         rto_max_s=args.rto_max_s, timeout_s=args.timeout_s, folder=args.dir, tls=tls_of(args), token=token_of(args),
@@ -67,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown(report: DrillReport) -> list[str]:
-    lost = (
-        f"{report.rpo_s:.3f} s: {number(report.missing_records)} records"
-        if report.missing_records
-        else "nothing"
-    )
+    lost = "nothing"
+    if report.rpo_s is None:
+        lost = "not known"
+    elif report.missing_records:
+        lost = f"{report.rpo_s:.3f} s: {number(report.missing_records)} records"
     if report.newest_missing_s:
         lost += f", the newest of {time.strftime('%H:%M:%S UTC', time.gmtime(report.newest_missing_s))}"
     facts = [

@@ -18,7 +18,7 @@ class Exit(IntEnum):
     USAGE = 2
     """The arguments make no sense, or no store is at the path."""
     REFUSED = 3
-    """The node refused; nothing was written, trying again is safe."""
+    """The other side refused, or holds another store; nothing was written, trying again is safe."""
     UNKNOWN = 4
     """The write may or may not survive."""
     UNAVAILABLE = 5
@@ -32,9 +32,9 @@ class Exit(IntEnum):
 
 
 EXIT_HELP = """\
-exit codes: 0 done; 1 no such key; 2 wrong usage; 3 refused, nothing was written; 4 unknown outcome;
-5 unavailable; 6 damage or a difference was found, or a check could not be made; 7 another failure;
-130 interrupted"""
+exit codes: 0 done; 1 no such key or feed; 2 wrong usage; 3 refused, or another store: nothing was written;
+4 unknown outcome; 5 unavailable; 6 damage or a difference was found, or a check could not be made;
+7 another failure; 130 interrupted"""
 
 
 class UsageError(errors.Error):
@@ -58,6 +58,7 @@ _CODES: tuple[tuple[type[BaseException], Exit], ...] = (
     (errors.OpenError, Exit.USAGE),
     (errors.RefusedError, Exit.REFUSED),
     (errors.AuthenticationFailed, Exit.REFUSED),
+    (errors.LineageMismatch, Exit.REFUSED),
     (errors.PermissionDenied, Exit.REFUSED),
     (TimeoutError, Exit.UNAVAILABLE),
     (FileNotFoundError, Exit.USAGE),

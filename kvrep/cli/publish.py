@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if not paths:
             return _publish(args, args.source, publisher)
         import kvrep
-        from kvrep.cli.target import check_alone
+        from kvrep.runtime.offline import check_alone
 
         check_alone(paths[0])
         with kvrep.open(paths[0], create=False, listen="127.0.0.1:0") as store:

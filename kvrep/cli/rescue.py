@@ -296,7 +296,7 @@ def _target(args: argparse.Namespace) -> Iterator[Call]:
 @contextmanager
 def _opened(args: argparse.Namespace) -> Iterator[Call]:
     import kvrep
-    from kvrep.cli.target import check_alone
+    from kvrep.runtime.offline import check_alone
     from kvrep.runtime.service import NodeService
 
     check_alone(args.target)

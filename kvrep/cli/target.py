@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvrep.cli.arguments import is_address, security
 from kvrep.cli.exits import UsageError
-from kvrep.errors import ClosedError, NotAStore, NotPrimary, PeerUnavailable, StoreInUse, UnknownOutcome
+from kvrep.errors import ClosedError, PeerUnavailable, UnknownOutcome
 from kvrep.model.position import Position
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
-    from kvrep.storage.engine import Engine
     from kvrep.store import Store
     from kvrep.transport.security import Security
 
@@ -27,7 +26,6 @@ __all__ = [
     "Reader",
     "RemoteTarget",
     "Writer",
-    "check_alone",
     "connect",
     "open_reader",
     "open_writer",
@@ -171,8 +169,10 @@ class LocalReader:
     """
 
     def __init__(self, path: str) -> None:
-        self._engine = _open_engine(path)
-        if not _has_peers(self._engine):
+        from kvrep.runtime.offline import has_peers, open_engine
+
+        self._engine = open_engine(path)
+        if not has_peers(self._engine):
             self._engine.committer.advance()
 
     def get(self, keyspace: str, key: bytes, at_least: Position | None = None) -> bytes | None:
@@ -229,6 +229,7 @@ class LocalWriter:
 
     def __init__(self, path: str, *, create: bool, timeout_s: float) -> None:
         import kvrep
+        from kvrep.runtime.offline import check_alone
 
         if not create or (Path(path) / "STORE").is_file():
             check_alone(path)
@@ -252,44 +253,6 @@ class LocalWriter:
 
     def close(self) -> None:
         self._store.close(CLOSE_S)
-
-
-def _open_engine(path: str) -> Engine:
-    """The store at ``path`` without a role; ``NotAStore`` or ``StoreInUse`` with a hint for the command."""
-    from kvrep.options import Options
-    from kvrep.storage.engine import Engine
-
-    if not (Path(path) / "STORE").is_file():
-        raise NotAStore(f"there is no store at {path}", path=path, hint="check the path")
-    try:
-        return Engine.open(Path(path), Options(create=False), lineage=b"")
-    except StoreInUse as error:
-        error.hint = "ask the node that has it open, by its address"
-        raise
-
-
-def check_alone(path: str) -> None:
-    """Refuse to write a store that belongs to a group."""
-    engine = _open_engine(path)
-    try:
-        if _has_peers(engine):
-            raise NotPrimary(
-                f"the store at {path} belongs to a group of nodes, so it is not written alone",
-                hint="start it with 'kvrep serve' and write to the primary's address",
-                primary_address=None,
-                epoch=None,
-            )
-    finally:
-        engine.close(CLOSE_S)
-
-
-def _has_peers(engine: Engine) -> bool:
-    """Whether somebody else may have a say in what this store holds."""
-    configuration = engine.configuration
-    if not configuration.voters:
-        return not engine.home.lineage  # empty: either new, or a follower that has not joined yet
-    others = [voter for voter in configuration.voters if voter.store_id != engine.home.store_id]
-    return bool(others) or configuration.synchronous
 
 
 def chunked(pairs: Iterable[tuple[bytes, bytes]], limit: int | None) -> Iterator[list[tuple[bytes, bytes]]]:

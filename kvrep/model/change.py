@@ -7,7 +7,19 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 from kvrep.model.position import Position
 
-__all__ = ["BEGIN", "DELETE", "EMIT", "END", "PUT", "ROW_INDEX", "Change", "ChangeKind", "Resume", "Sequence"]
+__all__ = [
+    "BEGIN",
+    "DELETE",
+    "EMIT",
+    "END",
+    "PUT",
+    "ROW_INDEX",
+    "Change",
+    "ChangeKind",
+    "Resume",
+    "Sequence",
+    "sequence_text",
+]
 
 ChangeKind = Literal["put", "delete", "emit", "begin", "end"]
 """``put`` and ``delete`` of a key, ``emit`` of a message; ``begin`` and ``end`` enclose a snapshot."""
@@ -25,6 +37,11 @@ ROW_INDEX: Final = 1 << 32
 
 Sequence = tuple[int, int, int]
 """(epoch, offset, index): where a change stands; they order all changes of one stream."""
+
+
+def sequence_text(sequence: Sequence) -> str:
+    """``epoch:offset:index``, for people."""
+    return ":".join(map(str, sequence))
 
 
 class Resume(Protocol):

@@ -59,14 +59,22 @@ _PIECE = struct.Struct(">II")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def bootstrap(replaying: Replaying, connection: Connection, need: NeedBootstrap) -> None:
-    """Fetch a copy over ``connection`` and make it live. Called on the replay thread.
+def bootstrap(
+    replaying: Replaying,
+    connection: Connection,
+    need: NeedBootstrap,
+    *,
+    of_follower: bool = False,
+    timeout_s: float = TRANSFER_TIMEOUT_S,
+) -> None:
+    """Fetch a copy over ``connection``, whose other end is a primary unless ``of_follower``, and make it live.
+    Called on the replay thread.
 
     Raises what ends the connection (the rest is fetched next time), :class:`StorageFull` (what had arrived is
     given up, to leave the room to the live copy), :class:`StorageFailed`, or what the primary answers. Unless
     it returns, the old copy is live.
     """
-    _Bootstrap(replaying, connection, need).run()
+    _Bootstrap(replaying, connection, need, of_follower, timeout_s).run()
 
 
 @dataclass(slots=True)
@@ -167,8 +175,16 @@ class _Syncer:
 
 
 class _Bootstrap:
-    def __init__(self, replaying: Replaying, connection: Connection, need: NeedBootstrap) -> None:
+    def __init__(
+        self,
+        replaying: Replaying,
+        connection: Connection,
+        need: NeedBootstrap,
+        of_follower: bool,
+        timeout_s: float,
+    ) -> None:
         self._replaying = replaying
+        self._of_follower, self._timeout_s = of_follower, timeout_s
         self._connection = connection
         self._need = need
         self._engine: Engine = replaying.engine
@@ -210,8 +226,9 @@ class _Bootstrap:
             snapshot_id=arrived.snapshot_id,
             offset=arrived.length,
             lineage=self._home.lineage,
+            of_follower=self._of_follower,
         )
-        items = self._connection.snapshot(request, TRANSFER_TIMEOUT_S)
+        items = self._connection.snapshot(request, self._timeout_s)
         try:
             info = next(items)
             if not isinstance(info, SnapshotInfo):

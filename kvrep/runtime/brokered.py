@@ -10,7 +10,7 @@ The link to the broker outlives the streams, because what was delivered can be a
 Options in the address, besides the broker's own::
 
     group=NAME           under which the broker keeps our position (default: this store's id)
-    bootstrap=HOST:PORT  a node to fetch a whole copy from; else one sent with ``kvrep publish --snapshot``
+    bootstrap=HOST:PORT  a node (of any role) to fetch a whole copy from; else one of ``kvrep publish --snapshot``
     park_s=SECONDS       how long records may wait for others that they overtook (default 10)
 """
 
@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 from zlib import crc32
@@ -274,7 +275,8 @@ class _Connection:
         link = self._link
         if link.bootstrap:
             self._node = link.transport.connect(link.bootstrap, name=link.label)
-            items: ClosableIterator[SnapshotItem] = self._node.snapshot(request, timeout_s)
+            of_any = replace(request, of_follower=True)
+            items: ClosableIterator[SnapshotItem] = self._node.snapshot(of_any, timeout_s)
             return items
         return _Pieces(link, self, request)
 

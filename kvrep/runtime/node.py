@@ -84,6 +84,7 @@ class Node:
         self.coordinator: Coordinator | None = None
         """Who decides when this node tries to be primary; ``None``: people do."""
         self.events = Events(engine.home.name or engine.home.path.name)
+        engine.committer.on_committed = self._on_committed
         engine.on_rollback = self._on_rollback
         engine.feeds_from = HeldByFeeds(self)
         self.calls: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
@@ -162,7 +163,6 @@ class Node:
                 )
 
     def _start(self, follower: bool) -> None:
-        self.engine.committer.on_committed = self._on_committed
         coordinated = self.options.coordinator is not None
         if not follower and not coordinated:
             self.engine.home.drop_unfinished()

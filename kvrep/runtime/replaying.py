@@ -48,6 +48,7 @@ from kvrep.replication.receiver import (
 )
 from kvrep.runtime.brokered import BrokerLink, check_broker_url, is_broker_url
 from kvrep.runtime.compression import decompressor, have_zstd
+from kvrep.runtime.spooling import Spools
 from kvrep.status import SourceStatus
 from kvrep.transport.address import Address
 from kvrep.transport.interface import StreamEnded
@@ -89,6 +90,8 @@ class Replaying:
         """Where the primary was last seen; ``None`` before the first join."""
         self.slots: tuple[SlotState, ...] = ()
         """The primary's slots as last heard: should this node become primary, it keeps log for them."""
+        self.spools = Spools(self.engine, node.label)
+        """Copies that others fetch from this node while it is a follower."""
         self.bootstrap_bytes = 0
         self.bootstrap_bytes_total = 0
         self._own_sources = len(sources)
@@ -138,7 +141,7 @@ class Replaying:
             thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the stream and both threads."""
+        """End the stream, both threads, and what others fetch."""
         deadline = time.monotonic() + timeout_s
         self._stop.set()
         self._wake.set()
@@ -153,6 +156,7 @@ class Replaying:
                 thread.join(max(0.1, deadline - time.monotonic()))
         for link in list(self._links.values()):
             link.close()
+        self.spools.close(max(0.1, deadline - time.monotonic()))
 
     @property
     def alive(self) -> bool:

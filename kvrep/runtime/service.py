@@ -85,9 +85,6 @@ class NodeService:
     def snapshot(self, request: SnapshotRequest) -> Iterator[SnapshotItem]:
         from kvrep.runtime.spooling import serve_snapshot
 
-        if self._node.shipping is None:
-            raise NotPrimary("snapshots come from the primary", primary_address=self._node.primary_address,
-                             epoch=None)  # fmt: skip
         return serve_snapshot(self._node, request)
 
     def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -66,7 +66,7 @@ class Shipping:
         # Until an epoch begins, nothing that is logged here may be taken for committed.
         self.engine.committer.rule = nothing_commits
         self.slots = Slots(self.engine.home.path / "SLOTS")
-        self.spools = Spools(self)
+        self.spools = Spools(self.engine, node.label, self.slots)
         # Protects everything below. Taken inside the committer's ``lead`` and before its ``_order``, never
         # the other way round; no session is called while it is held.
         self._lock = threading.Lock()

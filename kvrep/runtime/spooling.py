@@ -39,7 +39,7 @@ from kvrep.errors import (
     StorageFull,
     again,
 )
-from kvrep.model.position import Position
+from kvrep.model.position import OFFSET_MAX, Position
 from kvrep.storage.copying import HEAD_BYTES, TreeCopy, copy_bytes, free_bytes
 from kvrep.transport.interface import (
     CHUNK_BYTES_MAX,
@@ -51,7 +51,8 @@ from kvrep.transport.interface import (
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
-    from kvrep.runtime.shipping import Shipping
+    from kvrep.runtime.slots import Slots
+    from kvrep.storage.engine import Engine
 
 __all__ = ["META_VERSION", "Spools", "serve_snapshot"]
 
@@ -71,26 +72,32 @@ _F_SETPIPE_SZ = 1031
 
 
 def serve_snapshot(node: Node, request: SnapshotRequest) -> Iterator[SnapshotItem]:
-    """The items of a copy for one follower; see :meth:`kvrep.transport.interface.Service.snapshot`."""
-    shipping = node.shipping
-    if shipping is None:
+    """The items of a copy for one node; see :meth:`kvrep.transport.interface.Service.snapshot`.
+
+    A primary keeps the log behind the copy for those who will follow it. A follower promises nothing about its
+    log, and gives a copy only to those who ask for that.
+    """
+    role = node.shipping or (node.replaying if request.of_follower else None)
+    if role is None:
         raise NotPrimary("snapshots come from the primary", primary_address=node.primary_address, epoch=None)
-    _check(shipping, request)
-    spool = shipping.spools.take(request)
+    _check(node, request)
+    spool = role.spools.take(request)
     try:
-        info = _info(shipping, spool)
+        info = _info(node, spool)
         yield info
         yield from spool.chunks(info.start(request))
     finally:
-        shipping.spools.give_back(spool, request.store_id)
+        role.spools.give_back(spool, request.store_id)
 
 
-def _check(shipping: Shipping, request: SnapshotRequest) -> None:
-    home = shipping.engine.home
+def _check(node: Node, request: SnapshotRequest) -> None:
+    home, shipping = node.engine.home, node.shipping
     if request.store_id == home.store_id:
         raise ReplicationError("a node cannot bootstrap from itself")
     if request.lineage and request.lineage != home.lineage:
         raise LineageMismatch(f"{request.name} holds another store than {home.name}")
+    if shipping is None:
+        return
     closed = shipping.engine.committer.closed
     if isinstance(closed, Fenced):
         raise again(closed)
@@ -98,18 +105,21 @@ def _check(shipping: Shipping, request: SnapshotRequest) -> None:
         raise NotPrimary("this node is not a primary yet", primary_address=None, epoch=None)
 
 
-def _info(shipping: Shipping, spool: Spool) -> SnapshotInfo:
+def _info(node: Node, spool: Spool) -> SnapshotInfo:
+    engine, shipping = node.engine, node.shipping
     meta: bytes = msgpack.packb(
         {
             "version": META_VERSION,
-            "lineage": shipping.engine.home.lineage,
+            "lineage": engine.home.lineage,
             "branch": spool.branch,
             "applied": tuple(spool.tail),
-            "epoch": shipping.epoch,
-            "last": shipping.engine.tail.offset,
+            "epoch": engine.epochs.last_epoch if shipping is None else shipping.epoch,
+            # Whoever has confirmed more than this gets no vote until it has all of it again. Only a primary
+            # knows that there is nothing more.
+            "last": OFFSET_MAX if shipping is None else engine.tail.offset,
             # For those who pass the copy on: who gives it, and which history it is of.
-            "store_id": shipping.engine.home.store_id,
-            "name": shipping.engine.home.name,
+            "store_id": engine.home.store_id,
+            "name": engine.home.name,
             "branches": spool.branches,
             "epochs": spool.epochs,
         }
@@ -139,6 +149,7 @@ class Spool:
         """Transfers under way. Guarded by Spools, as is the closing of the file."""
         self.path = directory / f"{self.snapshot_id}.copy"
         self._copy = copy
+        self._label = label
         self._directory = directory
         self._reserve_bytes = reserve_bytes
         # Protects the five below and announces their changes.
@@ -259,8 +270,8 @@ class Spool:
     def _full(self, total: int | None = None) -> StorageFull:
         size = "" if total is None else f" of {total >> 20} MiB"
         return StorageFull(
-            f"the primary has no room to spool a copy{size}",
-            hint=f"make room on the primary's disk (spool/ in its directory), {self._reserve_bytes >> 20} MiB"
+            f"{self._label} has no room to spool a copy{size}",
+            hint=f"make room on its disk (spool/ in its directory), {self._reserve_bytes >> 20} MiB"
             " beyond the copy itself",
         )
 
@@ -343,12 +354,15 @@ class Spool:
 
 
 class Spools:
-    """The copies of one primary. Any thread."""
+    """The copies that one node makes, in its present role. Any thread."""
 
-    def __init__(self, shipping: Shipping) -> None:
-        self._shipping = shipping
-        self._engine = shipping.engine
-        self._directory = shipping.engine.home.spool
+    def __init__(self, engine: Engine, label: str, slots: Slots | None = None) -> None:
+        """``slots`` are those of a primary. Without them nobody joins where a copy ends, so each is forgotten
+        when its last reader has gone."""
+        self._engine = engine
+        self._label = label
+        self._slots = slots
+        self._directory = engine.home.spool
         # Protects everything below and the counts of every spool.
         self._lock = threading.Lock()
         self._spools: list[Spool] = []
@@ -357,9 +371,9 @@ class Spools:
         self._closed = False
 
     def take(self, request: SnapshotRequest) -> Spool:
-        """A copy for this follower: the one it asks to go on with, else one that is fit, else a new one.
+        """A copy for this node: the one it asks to go on with, else one that is fit, else a new one.
 
-        From now on the log is kept from the copy's position on. :class:`Overloaded` when too many copies are
+        From now on a primary keeps the log from the copy's position on. :class:`Overloaded` when too many copies are
         under way, what :class:`TreeCopy` raises, :class:`ClosedError` at the end.
         """
         if self._engine.tree.state.applied.offset == 0:
@@ -399,7 +413,7 @@ class Spools:
 
     def _make(self, request: SnapshotRequest) -> Spool:
         self._make_room()
-        shipping, engine = self._shipping, self._engine
+        engine = self._engine
         # The slot first: nothing above it is trimmed between here and the copy.
         self._keep_log(request, engine.tree.state.applied.offset)
         copy = TreeCopy(engine.tree)
@@ -408,19 +422,19 @@ class Spools:
             spool = Spool(
                 copy,
                 self._directory,
-                shipping.node.label,
+                self._label,
                 reserve_bytes=engine.options.log_file_bytes + (4 << 20),
             )
         except OSError as error:
             copy.close()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull("the primary has no room to spool a copy",
-                                  hint="make room on the primary's disk") from error  # fmt: skip
-            raise ReplicationError(f"the primary cannot spool a copy: {error}") from error
+                raise StorageFull(f"{self._label} has no room to spool a copy",
+                                  hint="make room on its disk") from error  # fmt: skip
+            raise ReplicationError(f"{self._label} cannot spool a copy: {error}") from error
         except BaseException:
             copy.close()
             raise
-        log.info("%s: copying the state at %d for %s", shipping.node.label, spool.tail.offset, request.name)
+        log.info("%s: copying the state at %d for %s", self._label, spool.tail.offset, request.name)
         self._spools.append(spool)
         return spool
 
@@ -442,7 +456,9 @@ class Spools:
 
     def _keep_log(self, request: SnapshotRequest, above: int) -> None:
         """Have the follower's slot keep the log above an offset, be it named or not."""
-        slots = self._shipping.slots
+        slots = self._slots
+        if slots is None:
+            return
         old = slots.get(request.store_id)
         slots.note(
             request.store_id,
@@ -461,7 +477,7 @@ class Spools:
             close = spool in self._leaving and not spool.readers
             if close:
                 self._leaving.remove(spool)
-            elif spool.failed and spool in self._spools:
+            elif spool in self._spools and (spool.failed or (self._slots is None and not spool.readers)):
                 self._remove(spool)
         if close:
             spool.close()

@@ -61,13 +61,9 @@ def sink_at(
     tables: Mapping[str, Table] | None = None,
     tls: Any = None,
     token: str | None = None,
-    create: bool = True,
 ) -> Sink:
-    """The secondary at ``address``, not yet connected. ``OpenError`` for what is not understood, and, without
-    ``create``, for a path where nothing is: opening it would make it."""
+    """The secondary at ``address``, not yet connected. ``OpenError`` for what is not understood."""
     scheme = _scheme(address)
-    if not create:
-        _check_there(scheme, address)
     if scheme in ("postgresql", "postgres"):
         from kvrep.sinks.postgres import PostgresSink
 
@@ -91,16 +87,6 @@ def sink_at(
     )
 
 
-def _check_there(scheme: str, address: str) -> None:
-    """A folder that is missing is named by what opens the file in it."""
-    if scheme not in ("", "kvrep", "sqlite"):
-        return
-    rest = _path(address) if scheme == "sqlite" else address.removeprefix("kvrep:").removeprefix("//")
-    path = Path(rest)
-    if not _is_node(rest) and path.parent.exists() and not path.exists():
-        raise OpenError(f"there is no secondary at {path}", hint="check the path")
-
-
 def _path(address: str) -> str:
     """``sqlite:PATH``, ``sqlite:///PATH`` (absolute)."""
     rest = address.partition(":")[2]
@@ -111,21 +97,23 @@ def _store_at(address: str, tls: Any, token: str | None) -> Sink:
     from kvrep.sinks.store import LocalStore, RemoteStore, StoreSink
 
     if _is_node(address):
-        return StoreSink(f"kvrep://{address}", lambda: RemoteStore(address, tls=tls, token=token))
+        return StoreSink(f"kvrep://{address}", lambda **_: RemoteStore(address, tls=tls, token=token))
     if not address:
         raise OpenError("kvrep: needs a path or host:port")
-    return StoreSink(f"kvrep:{address}", lambda: LocalStore(address))
+    return StoreSink(f"kvrep:{address}", lambda **options: LocalStore(address, **options))
 
 
 def upstream_at(address: str, *, feed: str = "", tls: Any = None, token: str | None = None) -> Upstream:
-    """The store at an address or path, connected or opened."""
+    """The store at an address or path, connected or opened; one of a group is not opened alone."""
     address = address.removeprefix("kvrep:").removeprefix("//")
     if all(map(_is_node, address.split(","))):
         return Remote(address, tls=tls, token=token)
     import kvrep
+    from kvrep.runtime.offline import check_alone
 
     if "://" in address:
         raise OpenError(f"{address.partition(':')[0]}:// is nothing to read changes from")
+    check_alone(address)
     return Local(kvrep.open(address, create=False), feed=feed, close_store=True)
 
 

@@ -19,6 +19,7 @@ from math import inf
 from typing import Any
 
 from kvrep.errors import (
+    ConfigurationMismatch,
     LineageMismatch,
     Overloaded,
     PeerUnavailable,
@@ -27,11 +28,11 @@ from kvrep.errors import (
     StorageFull,
     StoreInUse,
 )
-from kvrep.model.change import BEGIN, DELETE, END, PUT, Change
+from kvrep.model.change import BEGIN, DELETE, END, PUT, Change, sequence_text
 from kvrep.model.event import Event
 from kvrep.model.position import Position
 from kvrep.model.record import Op
-from kvrep.sinks.delays import Delays, Rate, catch_up_s
+from kvrep.sinks.delays import Delays, Rate, catch_up_s, known
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.running import AgentState, Running
 from kvrep.sinks.source import Incoming, Source, SourceState, Unreadable
@@ -174,12 +175,21 @@ class Agent(Running):
                     ours=place.lineage, theirs=self.source.lineage,
                     hint="check both addresses; for a new copy, give an empty schema or file",
                 )  # fmt: skip
+            self._refuse_itself()
         except BaseException:
             self._disconnect()
             raise
         self._place = place
         self._batch = _Batch()
         self._say(AgentState.SNAPSHOT if place.staging else AgentState.APPLYING, "")
+
+    def _refuse_itself(self) -> None:
+        """A store that is copied into itself changes with every change that is copied."""
+        if self.sink.own_lineage and self.sink.own_lineage == self.source.lineage:
+            raise ConfigurationMismatch(
+                f"{self.sink.url} is the source itself, or a node of its group", option="to",
+                given=self.sink.url, hint="give another store",
+            )  # fmt: skip
 
     def _disconnect(self) -> None:
         for one in (self.source, self.sink):
@@ -321,6 +331,7 @@ class Agent(Running):
         )
 
     def _commit(self) -> None:
+        self._refuse_itself()  # behind a broker it is known only now whose changes they are
         self._flush()
         batch, place, staging = self._batch, self._place, self._staging
         if batch.last is not None:
@@ -397,8 +408,8 @@ class Agent(Running):
         s = self.status()
         log.info(
             "agent %s: %s at %s, consistent %s, %.0f changes/s, backlog %s, delay p50 %s p99 %s, dead letters %d",
-            s.name, s.state, s.position, s.consistent, s.applied_per_s, s.backlog, s.delay_p50_s, s.delay_p99_s,
-            s.dead_letters,
+            s.name, s.state, s.position, s.consistent, s.applied_per_s, known(s.backlog), known(s.delay_p50_s, " s"),
+            known(s.delay_p99_s, " s"), s.dead_letters,
         )  # fmt: skip
 
 
@@ -450,7 +461,7 @@ def _as_of_us(place: Place, source: SourceState, backlog: int | None) -> int:
 
 def _letter(change: Change | Event, reason: str) -> DeadLetter:
     return DeadLetter(
-        position=":".join(map(str, change.sequence)), keyspace=change.keyspace, key=change.key, value=change.value,
+        position=sequence_text(change.sequence), keyspace=change.keyspace, key=change.key, value=change.value,
         reason=reason,
     )  # fmt: skip
 
@@ -458,13 +469,14 @@ def _letter(change: Change | Event, reason: str) -> DeadLetter:
 def retry_dead_letters(
     sink: Sink, numbers: Iterable[int] | None = None
 ) -> tuple[list[int], list[DeadLetter]]:
-    """Apply dead letters again: all, or those of these numbers. ``sink`` is open.
+    """Apply dead letters again: all, or those of these numbers. Tables that ``sink`` was not told of stay mapped
+    as their agent maps them.
 
     Returns the numbers that took effect, and those that failed again with their new reasons (they stay).
     ``ValueError`` for a number that does not exist; :class:`StoreInUse` when an agent committed meanwhile
     (nothing was done; try again).
     """
-    place = sink.open()
+    place = sink.look()
     letters = {letter.number: letter for letter in sink.dead_letters()}
     wanted = sorted(letters) if numbers is None else list(numbers)
     for number in wanted:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvrep.brokers.interface import Broker, Delivery, Publisher, Subscriber
 from kvrep.errors import Error, ProtocolError
-from kvrep.model.change import Sequence
+from kvrep.model.change import Sequence, sequence_text
 from kvrep.model.event import Event
 from kvrep.sinks.interface import NOTHING, Place
 from kvrep.sinks.ordering import Inbox, Verdict
@@ -161,15 +161,16 @@ class BrokerSource(Source):
         """Ask the publisher to go back to what has taken effect; it may be away, so it is asked again later."""
         place = self._place
         request = Request(place.lineage, place.token, place.sequence)
+        after = sequence_text(place.sequence)
         try:
             if self._requests is None:
                 self._requests = self._broker.publisher(self._topic + REQUESTS)
             self._requests.publish(request.message(), ASK_TIMEOUT_S)
             self._requests.flush(ASK_TIMEOUT_S)
         except Error as error:
-            log.warning("%s: asking for what is missing after %s failed: %s", self.url, place.sequence, error)
+            log.warning("%s: asking for what is missing after %s failed: %s", self.url, after, error)
             return
-        log.warning("%s: something is missing after %s; asked for it", self.url, place.sequence)
+        log.warning("%s: something is missing after %s; asked for it", self.url, after)
         self._asked += 1
         self._dropped = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-__all__ = ["BUCKETS_S", "Delays", "Rate", "catch_up_s"]
+__all__ = ["BUCKETS_S", "Delays", "Rate", "catch_up_s", "known"]
 
 STEPS = 8
 """Buckets for each doubling: a percentile is at most 9 % above the truth."""
@@ -115,3 +115,8 @@ def catch_up_s(backlog: int, applied_per_s: float, grown_per_s: float) -> float:
     if backlog <= 0:
         return 0.0
     return backlog / (applied_per_s - grown_per_s) if applied_per_s > grown_per_s else inf
+
+
+def known(value: float | None, unit: str = "") -> str:
+    """A figure of a status in a line of the log."""
+    return "not known" if value is None else f"{value:g}{unit}"

@@ -1,8 +1,8 @@
 """A disaster, rehearsed: what would be there if the primary site were gone now, and how soon would it answer?
 
 Nothing of production is touched. What has really arrived at the secondary becomes a scratch copy in a temporary
-folder: of a follower, a copy that follows it; of a database, a store made from its rows. The scratch copy is
-promoted in isolation (it listens nowhere and knows no other node), read, written to, and compared with the source
+folder: of a follower, whatever feeds it, a copy of its files; of a database, a store made from its rows. The scratch
+copy is promoted in isolation (it listens nowhere and reaches nobody), read, written to, and compared with the source
 at the position that it had.
 """
 
@@ -12,26 +12,32 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kvrep
-from kvrep.errors import ConfigurationMismatch, LineageMismatch, PeerUnavailable
+from kvrep.errors import ConfigurationMismatch, LineageMismatch, LogTrimmed, PeerUnavailable, ReadError
 from kvrep.model.change import DELETE, PUT, Change
 from kvrep.model.position import ZERO, EpochTable, Position
 from kvrep.model.record import is_system
 from kvrep.model.token import WHOLE, Token
+from kvrep.runtime.cloning import clone
 from kvrep.sinks.addresses import sink_at
 from kvrep.sinks.interface import Sink
-from kvrep.sinks.upstream import Remote, Selected
+from kvrep.sinks.upstream import MESSAGE_BYTES_MAX, Remote, Selected
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
+from kvrep.store import Store
+from kvrep.transport.network import GrpcTransport
+from kvrep.transport.security import Security
+
+if TYPE_CHECKING:
+    from kvrep.transport.interface import Connection
 
 __all__ = ["Check", "DrillReport", "drill"]
 
-NOWHERE = "127.0.0.1:1"
-"""What the scratch copy follows once it is cut off: nobody is there."""
+CALL_S = 10.0
 PROBE = b"kvrep-drill"
 LOAD_ROWS = 2000
 CHANGES_S = 120.0
@@ -58,11 +64,14 @@ class DrillReport:
     """What was committed at the source when the disaster was called."""
     position: Position = ZERO
     """What had arrived at the secondary by then."""
+    copied: Position = ZERO
+    """What the scratch copy holds: ``position``, or a little more that arrived while it was made."""
     missing_records: int = 0
     newest_missing_s: float = 0.0
     """The commit time of the newest change that would be lost; 0: none."""
-    rpo_s: float = 0.0
-    """How far back the secondary was: the age of the oldest change that would be lost; 0: none."""
+    rpo_s: float | None = None
+    """How far back the secondary was: the age of the oldest change that would be lost; 0: none; ``None``: the source
+    cannot tell what is missing."""
     copy_s: float = 0.0
     """Time to make the scratch copy of a follower: part of the drill, not of a disaster."""
     rto_s: float = 0.0
@@ -82,7 +91,7 @@ class DrillReport:
         """As JSON takes it."""
         return {
             **asdict(self), "ok": self.ok, "position": str(self.position),
-            "source_position": str(self.source_position),
+            "source_position": str(self.source_position), "copied": str(self.copied),
         }  # fmt: skip
 
 
@@ -112,7 +121,9 @@ def drill(
     finally:
         upstream.close()
     if rpo_max_s is not None:
-        report.add("RPO", report.rpo_s <= rpo_max_s, f"{report.rpo_s:.3f} s, at most {rpo_max_s:g} s wanted")
+        measured = "not known" if report.rpo_s is None else f"{report.rpo_s:.3f} s"
+        kept = report.rpo_s is not None and report.rpo_s <= rpo_max_s
+        report.add("RPO", kept, f"{measured}, at most {rpo_max_s:g} s wanted")
     if rto_max_s is not None:
         report.add("RTO", report.rto_s <= rto_max_s, f"{report.rto_s:.3f} s, at most {rto_max_s:g} s wanted")
     return report
@@ -142,44 +153,58 @@ def _rehearse(
 def _from_follower(
     report: DrillReport, scratch: Path, timeout_s: float, security: dict[str, Any]
 ) -> Iterator[kvrep.Store]:
-    """A copy that follows the secondary until it holds what was there, then is cut off and promoted."""
-    far = Remote(report.secondary, **security)
-    try:
-        there = far.call("status", {"timeout_s": 10.0})["status"]
-    finally:
-        far.close()
-    if there["lineage"] != report.lineage:
-        raise LineageMismatch(
-            f"{report.secondary} holds another store than {report.source}",
-            ours=report.lineage, theirs=there["lineage"], hint="check both addresses",
-        )  # fmt: skip
-    report.position = Position.parse(there["position"])
+    """What the secondary itself holds, whatever feeds it; promoted where nobody can be reached."""
+    transport = GrpcTransport(security=Security(**security), message_bytes_max=MESSAGE_BYTES_MAX)
     began = time.monotonic()
-    with kvrep.open(scratch / "copy", follow=report.secondary, voter=False, **security) as copy:
-        copy.wait_for(report.position, timeout_s)
-        report.add("digests on arrival", not copy.status().diverged_at, _verified(copy))
-    report.copy_s = time.monotonic() - began
-    began = time.monotonic()
-    with kvrep.open(scratch / "copy", name="drill", follow=NOWHERE, voter=False) as copy:
-        report.position = copy.position
+    with closing(transport.connect(report.secondary, name="drill")) as far:
+        report.position = _arrived(report, far)
+        node = clone(scratch / "copy", far, through=report.position.offset, name="drill", timeout_s=timeout_s)
+    with Store(node) as copy:
+        report.copied = Position(node.engine.tail.epoch, node.engine.tail.offset)
+        report.copy_s = time.monotonic() - began
+        began = time.monotonic()
         copy.promote(force=True, voters=["drill"], acks=0)
         _answer(report, copy, began)
         yield copy
 
 
-def _verified(copy: kvrep.Store) -> str:
-    status = copy.status()
-    if status.diverged_at:
-        return f"they differ from the primary's at record {status.diverged_at}"
-    through = status.verified_through
+def _arrived(report: DrillReport, far: Connection) -> Position:
+    """The last record at the secondary: a promotion by force keeps all that is there."""
+    standing = far.call("standing", {}, CALL_S)
+    lineage = bytes(standing["lineage"]).hex()
+    if not lineage:
+        raise PeerUnavailable(
+            f"{report.secondary} holds nothing yet", address=report.secondary,
+            hint="'kvrep status' says what it waits for",
+        )  # fmt: skip
+    if lineage != report.lineage:
+        raise LineageMismatch(
+            f"{report.secondary} holds another store than {report.source}",
+            ours=report.lineage, theirs=lineage, hint="check both addresses",
+        )  # fmt: skip
+    if standing["primary_epoch"]:
+        raise ConfigurationMismatch(
+            f"{report.secondary} is the primary", option="to", given=report.secondary,
+            hint="give the address of a follower at the far site",
+        )  # fmt: skip
+    status = far.call("status", {"timeout_s": CALL_S}, CALL_S)["status"]
+    report.add("digests on arrival", not status["diverged_at"], _verified(status))
+    return Position(*standing["last"])
+
+
+def _verified(status: dict[str, Any]) -> str:
+    """What the secondary found when it compared itself with its primary, at every digest mark."""
+    if status["diverged_at"]:
+        return f"they differ from the primary's at record {status['diverged_at']}"
+    through = status["verified_through"]
     return f"equal to the primary's through record {through}" if through else "no mark was reached; see below"
 
 
 @contextmanager
 def _from_database(report: DrillReport, scratch: Path, security: dict[str, Any]) -> Iterator[kvrep.Store]:
     """A store out of the rows of a database as of one moment."""
-    with sink_at(report.secondary, **security, create=False) as sink:
-        sink.open()
+    with sink_at(report.secondary, **security) as sink:
+        sink.look()
         began = time.monotonic()
         place = sink.hold()
         if place.lineage and place.lineage != report.lineage:
@@ -187,7 +212,7 @@ def _from_database(report: DrillReport, scratch: Path, security: dict[str, Any])
                 f"{sink.url} holds another store than {report.source}",
                 ours=report.lineage, theirs=place.lineage, hint="check both addresses",
             )  # fmt: skip
-        report.secondary, report.position = sink.url, place.position
+        report.secondary, report.position, report.copied = sink.url, place.position, place.position
         letters = sink.dead_letters()
         whole = place.whole and not letters
         report.add("consistent", whole, _consistency(place.whole, len(letters)))
@@ -257,6 +282,16 @@ def _check(
     report: DrillReport, upstream: Remote, copy: kvrep.Store, sample: int, seed: int, called_s: float
 ) -> None:
     """Every key that has not changed since, by digests; a sample of them, by their values."""
+    try:
+        upstream.call("wait", {"position": str(report.copied), "timeout_s": CALL_S})
+        _compare(report, upstream, copy, sample, seed, called_s)
+    except (ReadError, LogTrimmed) as error:
+        report.add("history", False, f"it cannot be compared with {report.source}: {error.message}")
+
+
+def _compare(
+    report: DrillReport, upstream: Remote, copy: kvrep.Store, sample: int, seed: int, called_s: float
+) -> None:
     hasher = Hasher(bytes.fromhex(report.lineage))
     theirs = upstream.call("digests", {"timeout_s": 60.0})
     since = _missing(report, upstream, hasher, Position.parse(theirs["position"]), called_s)
@@ -290,9 +325,8 @@ def _missing(
             newest_us = max(newest_us, change.time_us)
             oldest_us = min(oldest_us, change.time_us) if oldest_us else change.time_us
     report.missing_records = max(0, report.source_position.offset - report.position.offset)
-    if oldest_us:
-        report.rpo_s = max(0.0, called_s - oldest_us / 1e6)
-        report.newest_missing_s = newest_us / 1e6
+    report.rpo_s = max(0.0, called_s - oldest_us / 1e6) if oldest_us else 0.0
+    report.newest_missing_s = newest_us / 1e6
     return since
 
 

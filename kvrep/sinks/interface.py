@@ -74,6 +74,11 @@ class Sink(ABC):
 
     url: str = ""
 
+    @property
+    def own_lineage(self) -> str:
+        """Of the store that this secondary is itself, once open; empty for other systems."""
+        return ""
+
     @abstractmethod
     def open(self) -> Place:
         """Connect, make what is missing, and return the stored place.
@@ -82,6 +87,10 @@ class Sink(ABC):
         :class:`PermissionDenied`, :class:`ConfigurationMismatch`: somebody has to fix what the text names.
         :class:`StoreInUse`: another agent writes there.
         """
+
+    def look(self) -> Place:
+        """Like :meth:`open`, for those who look after a copy: it makes nothing. :class:`NotAStore` where none is."""
+        return self.open()
 
     @abstractmethod
     def apply(self, ops: SequenceOf[Op]) -> None:

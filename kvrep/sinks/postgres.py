@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote
 
+from kvrep.brokers.url import BrokerUrl
 from kvrep.errors import (
     AuthenticationFailed,
     ClosedError,
@@ -27,6 +29,7 @@ from kvrep.sinks.tables import Table, table_name
 
 try:
     import psycopg
+    from psycopg.conninfo import make_conninfo
 except ImportError as missing:
     raise OpenError(
         "postgresql:// needs the package psycopg", hint='pip install "kvrep[postgres]"'
@@ -56,12 +59,28 @@ class PostgresSink(SqlSink):
 
     def __init__(self, url: str, *, tables: Mapping[str, Table] | None = None) -> None:
         super().__init__(tables)
-        self._conninfo, self._schema = _parsed(url)
-        self.url = _shown(url)
+        self._conninfo, self._schema, self.url = _parsed(url)
         self._connection: psycopg.Connection[Any] | None = None
         self._copying: _Copying | None = None
 
     def open(self) -> Place:
+        with self._connecting():
+            self._make_tables()
+            place = self._load_place()
+            self._need().commit()
+        return place
+
+    def look(self) -> Place:
+        with self._connecting():
+            place = self._find_place()
+            if place is None:
+                raise self._nothing_there(f"in schema {self._schema!r} of {self.url}", self._other_schemas())
+            self._need().commit()
+        return place
+
+    @contextmanager
+    def _connecting(self) -> Iterator[None]:
+        """Connect anew; closed again if what is done first fails."""
         self.close()
         try:
             self._connection = psycopg.connect(
@@ -75,17 +94,20 @@ class PostgresSink(SqlSink):
             )
         except psycopg.OperationalError as error:
             raise _refused(error, self.url) from error
-        except psycopg.ProgrammingError as error:
-            raise ConfigurationMismatch(f"{self.url}: {_line(error)}", option="to", given=self.url) from error
         try:
             with self._errors():
-                self._make_tables()
-                place = self._load_place()
-                self._need().commit()
+                yield
         except BaseException:
             self.close()
             raise
-        return place
+
+    def _other_schemas(self) -> str:
+        """Where agents have been in this database, as a hint."""
+        rows = self._run(
+            "SELECT schemaname FROM pg_tables WHERE tablename = %s ORDER BY 1 LIMIT 10", (PLACE,)
+        ).fetchall()
+        names = ", ".join(name for (name,) in rows)
+        return f"check ?schema= in the address: {names or 'no schema'} of that database has one"
 
     def _make_tables(self) -> None:
         found = self._run(
@@ -105,7 +127,9 @@ class PostgresSink(SqlSink):
             " position text NOT NULL, keyspace text NOT NULL, key bytea NOT NULL, value bytea, raw bytea NOT NULL,"
             " reason text NOT NULL, time_us bigint NOT NULL)"
         )
-        self._run(f"CREATE TABLE IF NOT EXISTS {self._name(TABLES)} (name text PRIMARY KEY)")
+        self._run(
+            f"CREATE TABLE IF NOT EXISTS {self._name(TABLES)} (name text PRIMARY KEY, mapping text NOT NULL)"
+        )
 
     def commit(self, place: Place) -> None:
         with self._errors():
@@ -118,7 +142,7 @@ class PostgresSink(SqlSink):
             connection = self._need()
             connection.rollback()
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            return self._load_place()
+            return self._read_place() or Place()
 
     def rollback(self) -> None:
         self._known.clear()
@@ -195,7 +219,9 @@ class PostgresSink(SqlSink):
     def stage(self, ops: Sequence[Op]) -> None:
         """Plain rows go straight into a COPY that stays open until something else is done."""
         spaces = set(map(_KEYSPACE_OF, ops))
-        if None in map(_VALUE_OF, ops) or not all(self._table(keyspace).plain for keyspace in spaces):
+        with self._errors():
+            plain = all(self._table(keyspace).plain for keyspace in spaces)
+        if not plain or None in map(_VALUE_OF, ops):
             super().stage(ops)
             return
         with self._errors():
@@ -326,23 +352,31 @@ class _Copying:
             log.debug("ending a COPY: %s", problem)
 
 
-def _parsed(url: str) -> tuple[str, str]:
-    """The address without our own option ``schema``, and that."""
-    parts = urlsplit(url)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    schema = dict(pairs).get("schema", "kvrep")
+def _parsed(url: str) -> tuple[str, str, str]:
+    """What libpq takes, our own option ``schema``, and the address without password and options."""
+    try:
+        parts = BrokerUrl.parse(url)
+    except OpenError as error:
+        raise ConfigurationMismatch(
+            "not the address of a PostgreSQL database", option="to",
+            hint="write postgresql://user@host:5432/database?schema=name",
+        ) from error  # fmt: skip
+    ports = [port for _, port in parts.hosts]
+    options = dict(parts.options)
+    schema = options.pop("schema", "kvrep")
     if not schema or len(schema.encode()) > 63 or set(schema) & set("\0%") or schema.startswith("pg_"):
         raise ConfigurationMismatch(f"{schema!r} cannot be the name of a schema", option="to", given=schema)
-    rest = urlencode([pair for pair in pairs if pair[0] != "schema"], quote_via=quote)
-    return urlunsplit(("postgresql", parts.netloc, parts.path, rest, "")), schema
-
-
-def _shown(url: str) -> str:
-    """The address without password and options."""
-    parts = urlsplit(url)
-    credentials, at, hosts = parts.netloc.rpartition("@")
-    user = credentials.partition(":")[0]
-    return f"postgresql://{user}{at}{hosts}{parts.path}"
+    shown = str(replace(parts, scheme="postgresql", options={}))
+    named = {
+        "host": ",".join(unquote(host) for host, _ in parts.hosts),
+        "port": ",".join(str(port or "") for port in ports) if any(ports) else "",
+        "user": parts.user, "password": parts.password, "dbname": parts.path,
+    }  # fmt: skip
+    try:
+        conninfo = make_conninfo(**{**{k: v for k, v in named.items() if v}, **options})
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationMismatch(f"{shown}: {_line(error)}", option="to", given=shown) from error
+    return conninfo, schema, shown
 
 
 def _line(error: BaseException) -> str:

@@ -27,11 +27,11 @@ from kvrep.errors import (
     ProtocolError,
     Truncated,
 )
-from kvrep.model.change import Change, Sequence
+from kvrep.model.change import Change, Sequence, sequence_text
 from kvrep.model.event import Event
 from kvrep.model.token import Token
 from kvrep.sinks.cursor import Cursor
-from kvrep.sinks.delays import Delays, Rate, catch_up_s
+from kvrep.sinks.delays import Delays, Rate, catch_up_s, known
 from kvrep.sinks.interface import NOTHING
 from kvrep.sinks.running import AgentState, Running
 from kvrep.sinks.stream import REQUESTS, Mark, Request, message_of
@@ -84,7 +84,7 @@ class PublicationStatus:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return {**asdict(self), "state": str(self.state), "sequence": ":".join(map(str, self.sequence))}
+        return {**asdict(self), "state": str(self.state), "sequence": sequence_text(self.sequence)}
 
 
 class Publication(Running):
@@ -302,7 +302,9 @@ class Publication(Running):
             elif self._is_behind(request) and (back is None or request.sequence < back.sequence):
                 back = request
         if back is not None:
-            log.warning("publication %s goes back to %s: it was asked to", self.name, back.sequence)
+            log.warning(
+                "publication %s goes back to %s: it was asked to", self.name, sequence_text(back.sequence)
+            )
             self._replays += 1
             whole = back.token and Token.parse(back.token).scan is None
             self._go_to(back.token if whole else "")
@@ -361,5 +363,6 @@ class Publication(Running):
         s = self.status()
         log.info(
             "publication %s: %s at %s, %.0f events/s, backlog %s, delay p50 %s p99 %s, confirmed %d",
-            s.name, s.state, s.sequence, s.published_per_s, s.backlog, s.delay_p50_s, s.delay_p99_s, s.confirmed,
+            s.name, s.state, sequence_text(s.sequence), s.published_per_s, known(s.backlog),
+            known(s.delay_p50_s, " s"), known(s.delay_p99_s, " s"), s.confirmed,
         )  # fmt: skip

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from kvrep.errors import RejectedChange, StoreInUse
+from kvrep.errors import NotAStore, RejectedChange, StoreInUse
 from kvrep.model.record import Op
 from kvrep.sinks.interface import NOTHING, DeadLetter, Place, Sink
-from kvrep.sinks.tables import Table, by_keyspace, table_name
+from kvrep.sinks.tables import Table, by_keyspace, mapping_of, table_from, table_name
 
 __all__ = ["PLACE", "SqlSink", "identifier"]
 
@@ -42,6 +42,10 @@ class SqlSink(Sink):
 
     def __init__(self, tables: Mapping[str, Table] | None) -> None:
         self._tables = dict(tables or {})
+        self._mapped: dict[str, Table] = {}
+        """The tables of keyspaces met since the last :meth:`open`."""
+        self._looking = False
+        """Whether somebody looks after the copy of an agent: the mapping stays the agent's."""
         self._version = 0
         self._known: set[str] = set()
         """Tables that exist, as far as this transaction sees."""
@@ -169,26 +173,33 @@ class SqlSink(Sink):
         return RejectedChange(f"{keyspace}: {reason}", index=index, keyspace=keyspace, key=key)
 
     def _table(self, keyspace: str) -> Table:
-        return self._tables.get(keyspace, _PLAIN)
+        """As it is mapped by those who opened this, else as its agent mapped it when it wrote last."""
+        table = self._mapped.get(keyspace)
+        if table is None:
+            table = self._tables.get(keyspace) or table_from(self._own().get(table_name(keyspace), "bytes"))
+            self._mapped[keyspace] = table
+        return table
 
     def _make(self, keyspace: str, suffix: str) -> None:
         name = table_name(keyspace) + suffix
         if name not in self._known:
-            self._create(name, self._table(keyspace))
-            self._adopt(name)
+            table = self._table(keyspace)
+            self._create(name, table)
+            self._adopt(name, mapping_of(table))
             self._known.add(name)
 
-    def _adopt(self, name: str) -> None:
-        """Note that a table is this sink's: made by it, or by people for it."""
+    def _adopt(self, name: str, mapping: str) -> None:
+        """Note that a table is this sink's (made by it, or by people for it), and how its agent maps it."""
+        on_conflict = "NOTHING" if self._looking else "UPDATE SET mapping = excluded.mapping"
         self._run(
-            f"INSERT INTO {self._name(TABLES)} (name) VALUES ({self.mark}) ON CONFLICT DO NOTHING", (name,)
+            f"INSERT INTO {self._name(TABLES)} (name, mapping) VALUES ({self.mark}, {self.mark})"
+            f" ON CONFLICT (name) DO {on_conflict}",
+            (name, mapping),
         )
 
-    def _own(self) -> list[str]:
-        """The tables that this sink made or took over; it never touches others."""
-        return [
-            name for (name,) in self._run(f"SELECT name FROM {self._name(TABLES)} ORDER BY name").fetchall()
-        ]
+    def _own(self) -> dict[str, str]:
+        """The tables that this sink made or took over, with their mappings; it never touches others."""
+        return dict(self._run(f"SELECT name, mapping FROM {self._name(TABLES)} ORDER BY name").fetchall())
 
     def _disown(self, name: str) -> None:
         self._run(f"DELETE FROM {self._name(TABLES)} WHERE name = {self.mark}", (name,))
@@ -207,7 +218,7 @@ class SqlSink(Sink):
                 if name == staged:
                     continue
                 if name in own or self._exists(name):
-                    self._replace(name)
+                    self._replace(name, own[staged])
                 else:
                     self._rename(staged, name)
             self._known.clear()
@@ -218,22 +229,23 @@ class SqlSink(Sink):
             f"UPDATE {self._name(TABLES)} SET name = {self.mark} WHERE name = {self.mark}", (name, staged)
         )
 
-    def _replace(self, name: str) -> None:
+    def _replace(self, name: str, mapping: str) -> None:
         """Bring a table that people may have built upon to what was staged, row by row where it differs."""
         live, staged = self._name(name), self._name(name + STAGED)
         self._run(f"DELETE FROM {live} WHERE NOT EXISTS (SELECT 1 FROM {staged} s WHERE s.key = {live}.key)")
-        self._merge(live, staged, self._columns(name))
+        self._merge(live, staged, self._columns(name, mapping))
         self._drop(name + STAGED)
-        self._adopt(name)
+        self._adopt(name, mapping)
 
     def _drop(self, name: str) -> None:
         self._run(f"DROP TABLE {self._name(name)}")
         self._disown(name)
 
-    def _columns(self, name: str) -> list[str]:
+    def _columns(self, name: str, mapping: str) -> list[str]:
         """The columns of a live table beside its key."""
-        found = (table for keyspace, table in self._tables.items() if table_name(keyspace) == name)
-        return [column for column in next(found, _PLAIN).types if column != "key"]
+        given = (table for keyspace, table in self._tables.items() if table_name(keyspace) == name)
+        table = next(given, None) or table_from(mapping)
+        return [column for column in table.types if column != "key"]
 
     @abstractmethod
     def _merge(self, live: str, staged: str, columns: Sequence[str]) -> None:
@@ -249,9 +261,21 @@ class SqlSink(Sink):
 
     # -- the agent's own tables --------------------------------------------------------------------
 
+    def _find_place(self) -> Place | None:
+        """The place, where an agent has been; the tables need not be there."""
+        self._looking = True
+        self._mapped.clear()
+        return self._read_place() if self._exists(PLACE) else None
+
+    def _nothing_there(self, where: str, hint: str) -> NotAStore:
+        return NotAStore(f"there is no secondary {where}", path=self.url, hint=hint)
+
     def _load_place(self) -> Place:
-        row = self._run(f"SELECT version, {_COLUMNS} FROM {self._name(PLACE)}").fetchone()
-        if row is None:
+        """The place; an empty one is made where none is."""
+        self._looking = False
+        self._mapped.clear()
+        place = self._read_place()
+        if place is None:
             self._version = 0
             marks = ", ".join([self.mark] * 10)
             self._run(
@@ -259,6 +283,12 @@ class SqlSink(Sink):
                 (1, 0, "", *NOTHING, 0, "", False, False),
             )
             return Place()
+        return place
+
+    def _read_place(self) -> Place | None:
+        row = self._run(f"SELECT version, {_COLUMNS} FROM {self._name(PLACE)}").fetchone()
+        if row is None:
+            return None
         self._version, lineage, epoch, offset, index, time_us, token, staging, whole = row
         return Place(
             lineage=lineage, sequence=(epoch, offset, index), time_us=time_us, token=token,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 from kvrep.errors import (
@@ -28,7 +29,7 @@ _SCHEMA = (
     f'CREATE TABLE IF NOT EXISTS "{LETTERS}" (number INTEGER PRIMARY KEY AUTOINCREMENT, position TEXT NOT NULL,'
     " keyspace TEXT NOT NULL, key BLOB NOT NULL, value BLOB, raw BLOB NOT NULL, reason TEXT NOT NULL,"
     " time_us INTEGER NOT NULL)",
-    f'CREATE TABLE IF NOT EXISTS "{TABLES}" (name TEXT PRIMARY KEY)',
+    f'CREATE TABLE IF NOT EXISTS "{TABLES}" (name TEXT PRIMARY KEY, mapping TEXT NOT NULL)',
 )
 _KINDS = {"bytea": "BLOB", "jsonb": "TEXT", "json": "TEXT"}
 
@@ -46,29 +47,47 @@ class SqliteSink(SqlSink):
         if not path:
             raise ConfigurationMismatch("sqlite: needs a path", option="to", given="sqlite:")
         self.url = f"sqlite:{path}"
-        self._path = path
+        self._path = str(path)
         self._busy_timeout_s = busy_timeout_s
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> Place:
+        with self._connecting(self._path):
+            self._run("PRAGMA journal_mode=WAL")
+            self._run("PRAGMA synchronous=FULL")
+            self._begin()
+            for statement in _SCHEMA:
+                self._run(statement)
+            place = self._load_place()
+            self._run("COMMIT")
+        return place
+
+    def look(self) -> Place:
+        path = Path(self._path)
+        if not path.exists():
+            raise self._nothing_there(f"at {path}", "check the path, and that its folder exists")
+        with self._connecting(f"{path.absolute().as_uri()}?mode=rw", uri=True):
+            self._run("PRAGMA synchronous=FULL")
+            place = self._find_place()
+            if place is None:
+                raise self._nothing_there(
+                    f"at {path}", "no agent has written into that database: check the path"
+                )
+        return place
+
+    @contextmanager
+    def _connecting(self, where: str, *, uri: bool = False) -> Iterator[None]:
+        """Connect anew; closed again if what is done first fails."""
         self.close()
         with self._errors():
-            connection = sqlite3.connect(
-                self._path, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False
+            self._connection = sqlite3.connect(
+                where, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False, uri=uri
             )
-            self._connection = connection
             try:
-                self._run("PRAGMA journal_mode=WAL")
-                self._run("PRAGMA synchronous=FULL")
-                self._begin()
-                for statement in _SCHEMA:
-                    self._run(statement)
-                place = self._load_place()
-                self._run("COMMIT")
+                yield
             except BaseException:
                 self.close()
                 raise
-        return place
 
     def commit(self, place: Place) -> None:
         with self._errors():
@@ -81,7 +100,7 @@ class SqliteSink(SqlSink):
         self.rollback()
         with self._errors():
             self._run("BEGIN")
-            return self._load_place()
+            return self._read_place() or Place()
 
     def rollback(self) -> None:
         self._known.clear()

@@ -10,16 +10,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgpack
 
-from kvrep.errors import ClosedError, PeerUnavailable, RejectedChange, UnknownOutcome
+from kvrep.errors import (
+    ClosedError,
+    ConfigurationMismatch,
+    NotAStore,
+    PeerUnavailable,
+    RejectedChange,
+    UnknownOutcome,
+)
 from kvrep.model.record import Op
 from kvrep.options import KEY_BYTES_MAX, check_keyspace_name
+from kvrep.runtime.offline import check_alone
 from kvrep.sinks.interface import DeadLetter, Place, Sink
+from kvrep.sinks.upstream import MESSAGE_BYTES_MAX
 
 __all__ = ["NOTES", "LocalStore", "RemoteStore", "StoreSink"]
 
@@ -33,6 +44,7 @@ class _Target(Protocol):
     """The store that is written, here or elsewhere."""
 
     value_bytes_max: int
+    lineage: str
 
     def get(self, keyspace: str, key: bytes) -> bytes | None: ...
     def scan(self, keyspace: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]: ...
@@ -45,9 +57,15 @@ class LocalStore:
     """A store at a path, opened by this process."""
 
     def __init__(self, path: str, **options: Any) -> None:
+        """One of a group of nodes is refused: a second primary would come of it."""
         import kvrep
 
+        if (Path(path) / "STORE").is_file():
+            check_alone(path)
+        elif not options.get("create", True):
+            raise NotAStore(f"there is no secondary at {path}", path=path, hint="check the path")
         self._store = kvrep.open(path, **options)
+        self.lineage = self._store.status().lineage
         self.value_bytes_max = kvrep.Options.of(options).value_bytes_max  # type: ignore[arg-type]
 
     def get(self, keyspace: str, key: bytes) -> bytes | None:
@@ -82,11 +100,11 @@ class RemoteStore:
         from kvrep.transport.security import Security
 
         transport = GrpcTransport(
-            security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20)
+            security=Security(tls=tls, token=token), message_bytes_max=MESSAGE_BYTES_MAX
         )
         self._connection = transport.connect(address, name="agent")
         try:
-            self._call("status", {})
+            self.lineage: str = self._call("status", {})["status"]["lineage"]
         except BaseException:
             self._connection.close()
             raise
@@ -128,7 +146,8 @@ class StoreSink(Sink):
     """Changes, notes and place as one record. A snapshot is laid over the old copy, which is not whole meanwhile."""
 
     def __init__(self, url: str, connect: Any) -> None:
-        """``connect()`` gives a :class:`LocalStore` or :class:`RemoteStore`, anew at each :meth:`open`."""
+        """``connect()`` gives a :class:`LocalStore` or :class:`RemoteStore`, anew at each :meth:`open`;
+        ``connect(create=False)`` one that is there already."""
         self.url = url
         self._connect = connect
         self._target: _Target | None = None
@@ -137,16 +156,55 @@ class StoreSink(Sink):
         self._numbered = 0
 
     def open(self) -> Place:
+        with self._connecting() as target:
+            place = self._place()
+            if place is None and next(target.scan(NOTES), None) is None:
+                self._need_empty(target)
+        return place or Place()
+
+    def look(self) -> Place:
+        with self._connecting(create=False):
+            place = self._place()
+            if place is None:
+                raise NotAStore(f"there is no secondary at {self.url}", path=self.url,
+                                hint="no agent has written into that store: check the address")  # fmt: skip
+        return place
+
+    def hold(self) -> Place:
+        return self._place() or Place()
+
+    @property
+    def own_lineage(self) -> str:
+        return self._need().lineage
+
+    @contextmanager
+    def _connecting(self, **options: Any) -> Iterator[_Target]:
+        """Connect anew; closed again if what is done first fails."""
         self.close()
-        target = self._target = self._connect()
-        numbers = [int.from_bytes(key[len(_LETTER) :]) for key, _ in target.scan(NOTES, _LETTER)]
-        self._numbered = max(numbers, default=0)
-        self._merge = target.get(NOTES, _MERGE) is not None
-        found = target.get(NOTES, _PLACE)
+        target: _Target = self._connect(**options)
+        self._target = target
+        try:
+            numbers = [int.from_bytes(key[len(_LETTER) :]) for key, _ in target.scan(NOTES, _LETTER)]
+            self._numbered = max(numbers, default=0)
+            self._merge = target.get(NOTES, _MERGE) is not None
+            yield target
+        except BaseException:
+            self.close()
+            raise
+
+    def _need_empty(self, target: _Target) -> None:
+        """The first snapshot would replace what others have put there."""
+        for space in self.keyspaces():
+            if next(target.scan(space), None) is not None:
+                raise ConfigurationMismatch(
+                    f"{self.url} holds data that no agent put there, in keyspace {space}", option="to",
+                    given=self.url, hint="give a new or empty store: an agent replaces what is there",
+                )  # fmt: skip
+
+    def _place(self) -> Place | None:
+        found = self._need().get(NOTES, _PLACE)
         if found is None:
-            # What stands there already is no part of the copy: it goes when the first snapshot is whole.
-            self._merge = any(True for space in self.keyspaces() for _ in target.scan(space))
-            return Place()
+            return None
         fields = msgpack.unpackb(found)
         return Place(**{**fields, "sequence": tuple(fields["sequence"])})
 

@@ -13,8 +13,9 @@ from kvrep import codecs
 from kvrep.codecs import BYTES, Codec
 from kvrep.errors import ConfigurationMismatch, RejectedChange
 from kvrep.model.record import Op
+from kvrep.options import check_keyspace_name
 
-__all__ = ["Table", "by_keyspace", "parse_table", "table_name"]
+__all__ = ["Table", "by_keyspace", "mapping_of", "parse_table", "table_from", "table_name"]
 
 NAME_BYTES_MAX = 48
 """Leaves room for the suffix of a staged table below PostgreSQL's 63."""
@@ -25,7 +26,8 @@ _CODECS: dict[str, Codec[Any]] = {
 _NAME = r"[A-Za-z_][A-Za-z0-9_]{0,62}"
 _TYPE = r"[A-Za-z][A-Za-z0-9_ ]*(?:\(\s*\d+(?:\s*,\s*\d+)?\s*\))?"
 _COLUMN = re.compile(rf"({_NAME})\s+({_TYPE})")
-_TABLE = re.compile(r"([a-z0-9_-]{1,64})=(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+_MAPPING = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+_FORM = f"KEYSPACE=CODEC(COLUMN TYPE, …), the codec one of {', '.join(sorted(_CODECS))}"
 _WHOLE = {"bytes": "bytea", "text": "text", "json": "jsonb", "msgpack": "jsonb"}
 
 
@@ -119,12 +121,36 @@ def parse_table(text: str) -> tuple[str, Table]:
 
     A column ``key text`` shows keys as text. ``ConfigurationMismatch`` for anything else.
     """
-    found = _TABLE.fullmatch(text.strip())
-    codec = _CODECS.get(found[2]) if found else None
+    keyspace, _, mapping = text.strip().partition("=")
+    if not check_keyspace_name(keyspace):
+        raise _wrong(text, _FORM)
+    return keyspace, table_from(mapping, text)
+
+
+def mapping_of(table: Table) -> str:
+    """What :func:`table_from` makes the same table of; a codec that it does not know has a mark."""
+    mark = "" if _CODECS.get(table.codec.name) is table.codec else "?"
+    columns = [f"{name} {kind}" for name, kind in table.columns.items()]
+    if table.text_keys:
+        columns.insert(0, "key text")
+    shown = f"({', '.join(columns)})" if columns else ""
+    return f"{table.codec.name}{mark}{shown}"
+
+
+def table_from(mapping: str, text: str = "") -> Table:
+    """``json(customer text, total numeric(10,2))``, ``text``, ``bytes``; ``ConfigurationMismatch`` shows ``text``."""
+    text = text or mapping
+    if "?" in mapping:
+        raise ConfigurationMismatch(
+            f"the values of a table were read by the codec {mapping.partition('?')[0]!r} of an application",
+            option="table", given=text, hint="give the table its codec where its agent gets it, as tables=",
+        )  # fmt: skip
+    found = _MAPPING.fullmatch(mapping)
+    codec = _CODECS.get(found[1]) if found else None
     if found is None or codec is None:
-        raise _wrong(text, f"KEYSPACE=CODEC(COLUMN TYPE, …), the codec one of {', '.join(sorted(_CODECS))}")
+        raise _wrong(text, _FORM)
     columns: dict[str, str] = {}
-    for part in re.split(r",(?![^()]*\))", found[3] or ""):
+    for part in re.split(r",(?![^()]*\))", found[2] or ""):
         if not part.strip():
             continue
         column = _COLUMN.fullmatch(part.strip())
@@ -136,7 +162,7 @@ def parse_table(text: str) -> tuple[str, Table]:
         raise _wrong(text, "the key is bytea or text")
     if columns and codec is BYTES:
         raise _wrong(text, "values of bytes have no fields to make columns of")
-    return found[1], Table(codec, columns, text_keys=key == "text")
+    return Table(codec, columns, text_keys=key == "text")
 
 
 def _wrong(text: str, wanted: str) -> ConfigurationMismatch:

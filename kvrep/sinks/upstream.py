@@ -16,6 +16,8 @@ from kvrep.store import Store
 __all__ = ["Local", "Remote", "Selected", "Stream", "Upstream"]
 
 CALL_GRACE_S = 5.0
+MESSAGE_BYTES_MAX = (1 << 30) + (1 << 20)
+"""Whatever a node may hold; its own limits are the tighter ones."""
 HEAD_S = 0.5
 """How old the answer to "how far are you?" may be."""
 
@@ -166,7 +168,7 @@ class Remote:
         self._addresses = addresses.split(",")
         self._timeout_s = timeout_s
         self._transport = GrpcTransport(
-            security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20)
+            security=Security(tls=tls, token=token), message_bytes_max=MESSAGE_BYTES_MAX
         )
         # Protects the connection, which is replaced when its node does not answer.
         self._lock = threading.Lock()

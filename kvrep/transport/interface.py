@@ -63,6 +63,8 @@ class SnapshotRequest:
     snapshot_id: str = ""
     offset: int = 0
     lineage: bytes = b""
+    of_follower: bool = False
+    """A follower may give it, too, without keeping the log behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,6 +138,7 @@ def encode_snapshot_request(request: SnapshotRequest) -> bytes:
         store_id=request.store_id,
         name=request.name,
         lineage=request.lineage,
+        of_follower=request.of_follower,
     ).SerializeToString()
     return _prefix(len(header)) + header
 
@@ -344,6 +345,7 @@ def decode_snapshot_request(data: bytes) -> SnapshotRequest:
         snapshot_id=_name(m.snapshot_id, "snapshot request snapshot id"),
         offset=_number(m.offset, "snapshot request offset"),
         lineage=_id_or_none(m.lineage, "snapshot request lineage"),
+        of_follower=m.of_follower,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import kvrep
-from kvrep.codecs import JSON
+from kvrep.codecs import JSON, Codec
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.sqlite import SqliteSink
@@ -39,11 +39,11 @@ def make(request: Any, tmp_path: Path) -> Iterator[Make]:
         url = request.getfixturevalue("shared_postgres").new_url()
         build = lambda **o: PostgresSink(url, **o)  # noqa: E731
     elif kind == "store":
-        build = lambda **_: StoreSink("kvrep:x", lambda: LocalStore(str(tmp_path / "copy")))  # noqa: E731
+        build = lambda **_: StoreSink("kvrep:x", lambda **o: LocalStore(str(tmp_path / "copy"), **o))  # noqa: E731
     else:
         primary = kvrep.open(tmp_path / "far", name="far", listen="127.0.0.1:0", acks=0)
         address = primary.address
-        build = lambda **_: StoreSink(address, lambda: RemoteStore(address))  # noqa: E731
+        build = lambda **_: StoreSink(address, lambda **_: RemoteStore(address))  # noqa: E731
 
     def make(**options: Any) -> Sink:
         sink = build(**options)
@@ -77,6 +77,30 @@ def test_rows_and_place_take_effect_together(make: Make) -> None:
     assert rows(again) == {b"b": b"3"}
     assert rows(again, "users") == {b"u": b""}
     assert again.keyspaces() == ["default", "users"]
+
+
+def test_looking_makes_nothing(make: Make) -> None:
+    """Where no agent has been, a look says so; afterwards it finds the place, and can settle dead letters."""
+    if make.kind != "memory":  # type: ignore[attr-defined]
+        for _ in range(2):
+            with pytest.raises(kvrep.NotAStore, match="there is no secondary"):
+                make().look()
+    sink = make()
+    assert sink.open() == Place()
+    sink.apply([("default", b"a", b"1")])
+    sink.bury(DeadLetter(keyspace="default", key=b"b", value=b"2", reason="no"))
+    sink.commit(PLACE)
+    sink.close()
+
+    again = make()
+
+    assert again.look() == PLACE
+    (letter,) = again.dead_letters()
+    again.apply([("default", b"b", b"2")])
+    again.forget([letter.number])
+    again.commit(PLACE)
+    assert again.hold() == PLACE
+    assert rows(again) == {b"a": b"1", b"b": b"2"}
 
 
 def test_what_was_not_committed_is_not_there(make: Make) -> None:
@@ -293,6 +317,64 @@ def test_mapped_tables_have_columns(make: Make) -> None:
         sink.apply([("orders", b"\xff", None)])
     with pytest.raises(kvrep.RejectedChange):
         sink.stage([("orders", b"x", b'{"customer": "\\u0000"}')])
+
+
+@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+def test_the_mapping_stays_with_the_data(make: Make) -> None:
+    """Who opens the copy without mappings goes on with those of its agent, in changes, snapshots and looks."""
+    sink = make(tables={"docs": Table(JSON, {"n": "integer"}, text_keys=True)})
+    sink.open()
+    sink.apply([("docs", b"a", b'{"n": 1}')])
+    sink.commit(PLACE)
+    sink.close()
+    for step in ("open", "look"):
+        plain = make()
+        getattr(plain, step)()
+        plain.apply([("docs", b"b", b'{"n": 2}'), ("docs", b"a", None)])
+        plain.commit(PLACE)
+        assert rows(plain, "docs") == {"b": 2}
+        plain.unstage()
+        plain.stage([("docs", b"b", b'{"n": 3}'), ("docs", b"a", b'{"n": 1}')])
+        plain.swap()
+        plain.commit(PLACE)
+        assert rows(plain, "docs") == {"a": 1, "b": 3}
+        with pytest.raises(kvrep.RejectedChange):
+            plain.apply([("docs", b"c", b"no json")])
+        plain.close()
+
+
+@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+def test_a_mapping_that_only_the_application_knows(make: Make) -> None:
+    """A codec of the application's own cannot be had from the data: who needs it is told, and rows stay."""
+    own = Codec("rot", lambda v: v, lambda data: {"n": data[0]})
+    tables = {"docs": Table(own, {"n": "integer"})}
+    sink = make(tables=tables)
+    sink.open()
+    sink.apply([("docs", b"a", b"\x01")])
+    sink.commit(PLACE)
+    sink.close()
+    plain = make()
+    plain.look()
+    with pytest.raises(kvrep.ConfigurationMismatch, match="'rot' of an application"):
+        plain.apply([("docs", b"b", b"\x02")])
+    plain.close()
+    sink.open()
+    sink.unstage()
+    sink.stage([("docs", b"b", b"\x02")])
+    sink.swap()
+    sink.commit(PLACE)
+    assert rows(sink, "docs") == {b"b": 2}
+
+
+@pytest.mark.parametrize("make", ["store", "remote"], indirect=True)
+def test_a_store_with_data_of_others_is_not_replaced(make: Make) -> None:
+    """An agent that is pointed at a store that somebody else fills is refused; nothing there changes."""
+    sink = make()
+    sink.open()
+    sink._need().write([("default", b"a", b"theirs")])  # type: ignore[attr-defined]
+    sink.close()
+    with pytest.raises(kvrep.ConfigurationMismatch, match="holds data that no agent put there"):
+        make().open()
 
 
 @pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)

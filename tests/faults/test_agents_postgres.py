@@ -41,51 +41,60 @@ def guarded(url: str) -> None:
 
 
 class Writer(threading.Thread):
-    """Writes growing values to a few keys until told to end."""
+    """Writes growing values to a few keys, two in each transaction, as many as it is told to."""
 
     def __init__(self, db: kvrep.Store) -> None:
         super().__init__(name="writer")
         self._db = db
-        self.stop = threading.Event()
-        self.count = 0
+        self._room = threading.Semaphore(0)
+        self._ending = False
+
+    def allow(self, transactions: int) -> None:
+        self._room.release(transactions)
 
     def run(self) -> None:
-        while not self.stop.is_set():
-            self.count += 1
+        count = 0
+        while self._room.acquire() and not self._ending:
+            count += 1
             with self._db.batch() as batch:
-                batch.put(b"%d" % (self.count % 50), b"%010d" % self.count)
-                batch.put(b"total", b"%010d" % self.count)
-            time.sleep(0.0005)
+                batch.put(b"%d" % (count % 50), b"%010d" % count)
+                batch.put(b"total", b"%010d" % count)
+
+    def __enter__(self) -> Writer:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending = True
+        self._room.release()
+        self.join(10)
 
 
 def test_an_agent_killed_at_any_point_applies_everything_once(
     tmp_path: Path,
     shared_postgres: PostgresServer,  # noqa: F811
 ) -> None:
-    """SIGKILL at five random moments: nothing is missing, nothing goes backwards, transactions are whole."""
+    """SIGKILL after so many commits, five times: nothing is missing, nothing goes backwards, transactions are whole."""
     chance = random.Random(5)
     url = shared_postgres.new_url()
     guarded(url)
-    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
-        writer = Writer(db)
-        writer.start()
-        try:
-            for _ in range(5):
-                child = subprocess.Popen(
-                    [sys.executable, "-m", "tests.agent_child", db.address, url], stdout=subprocess.PIPE
-                )
-                with child:
-                    assert child.stdout is not None
-                    assert child.stdout.readline() == b"ready\n"
-                    time.sleep(chance.uniform(0.0, 0.25))
-                    child.kill()
-                    child.wait(10)
-                found = copy_of(PostgresSink(url)).get("default", {})
-                if found:
-                    assert max(v for k, v in found.items() if k != b"total") == found[b"total"]
-        finally:
-            writer.stop.set()
-            writer.join(10)
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db, Writer(db) as writer:
+        for commits in (0, *(chance.randrange(1, 60) for _ in range(4))):
+            writer.allow(100)
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tests.agent_child", db.address, url], stdout=subprocess.PIPE
+            )
+            with child:
+                assert child.stdout is not None
+                assert child.stdout.readline() == b"ready\n"
+                for _ in range(commits):
+                    writer.allow(20)  # more than one commit takes
+                    assert child.stdout.readline() == b"committed\n"
+                child.kill()
+                child.wait(10)
+            found = copy_of(PostgresSink(url)).get("default", {})
+            if found:
+                assert max(v for k, v in found.items() if k != b"total") == found[b"total"]
         with agent_of(db, PostgresSink(url)) as agent:
             wait_current(agent, db)
             assert agent.status().snapshots == 0
@@ -100,28 +109,23 @@ def test_a_server_that_goes_away_and_comes_back(
     """PostgreSQL ends at once in mid-stream, twice: the agent waits, says so, and goes on without a snapshot."""
     url = postgres_server.url("copy")
     guarded(url)
-    with kvrep.open(tmp_path / "a") as db:
-        writer = Writer(db)
-        writer.start()
-        try:
-            with agent_of(db, PostgresSink(url), batch_changes=10) as agent:
-                wait_until(lambda: agent.status().commits > 3, "it applies")
-                for _ in range(2):
-                    postgres_server.stop()
-                    wait_until(lambda: agent.status().state == "waiting", "it waits")
-                    assert "postgresql://kvrep@127.0.0.1" in agent.status().problem
-                    assert "secret" not in agent.status().problem
-                    before = agent.status().commits
-                    postgres_server.start()
-                    wait_until(lambda: agent.status().commits > before + 3, "it goes on", 60)
-                writer.stop.set()
-                writer.join(10)
-                wait_current(agent, db)
-                assert agent.status().snapshots == 1
-                assert agent.status().reconnects >= 2
-        finally:
-            writer.stop.set()
-            writer.join(10)
+    with kvrep.open(tmp_path / "a") as db, Writer(db) as writer:
+        with agent_of(db, PostgresSink(url), batch_changes=10) as agent:
+            writer.allow(2000)
+            wait_until(lambda: agent.status().commits > 3, "it applies")
+            for _ in range(2):
+                postgres_server.stop()
+                writer.allow(1000)
+                wait_until(lambda: agent.status().state == "waiting", "it waits")
+                assert "postgresql://kvrep@127.0.0.1" in agent.status().problem
+                assert "secret" not in agent.status().problem
+                before = agent.status().commits
+                postgres_server.start()
+                wait_until(lambda: agent.status().commits > before + 3, "it goes on", 60)
+            wait_until(lambda: int(db.get(b"total", b"0")) == 4000, "all is written")
+            wait_current(agent, db)
+            assert agent.status().snapshots == 1
+            assert agent.status().reconnects >= 2
         assert copy_of(PostgresSink(url)) == content(db)
 
 

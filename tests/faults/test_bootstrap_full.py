@@ -101,8 +101,8 @@ def test_primary_without_room(tmp_path: Path, disk: Callable[[int], Path]) -> No
     """A primary that cannot spool a copy tells the follower what to do, keeps nothing, and writes on."""
     home = disk(24) / "a"
     with primary(home) as a, follower(tmp_path / "b", a.address) as b:
-        said = problem(b, "the primary has no room")
-        assert "make room on the primary's disk" in said
+        said = problem(b, "a has no room")
+        assert "make room on its disk" in said
         until(lambda: spooled(home) == [])
         a.put(b"goes", b"on")
         disk(96)

@@ -129,6 +129,13 @@ def test_keyspace_names_that_are_not_text(db: kvrep.Store) -> None:
             db.keyspace(name)  # type: ignore[call-overload]
 
 
+def test_codecs_that_are_none(db: kvrep.Store) -> None:
+    """What is no codec is a TypeError that says where codecs are, also where only its name was given."""
+    for codec in ("json", None, kvrep.Codec):
+        with pytest.raises(TypeError, match=r"one of kvrep\.codecs"):
+            db.keyspace("docs", codec=codec)  # type: ignore[call-overload]
+
+
 def test_keyspace_count(db: kvrep.Store, store_path: Path) -> None:
     """No more than keyspaces_max; they are all kept, flushed and found again."""
     names = ["default", "a-1", "b_2", "x" * 64]

@@ -21,6 +21,7 @@ from kvrep.sinks.tables import Table
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.cli_kit import command, run_here
+from tests.replication_kit import FAST, voters
 
 
 class Running:
@@ -139,14 +140,50 @@ def test_dead_letters_are_listed_retried_and_discarded(tmp_path: Path, capfdbina
     ]
     assert len(numbers) == 2
 
-    failed = run_here(capfdbinary, "agent", "retry", "all", "--to", to, "--table", "docs=json", "--json")
+    failed = run_here(capfdbinary, "agent", "retry", "all", "--to", to, "--json")
     assert failed.code == 6
     assert sorted(map(int, failed.json["failed"])) == numbers
-    healed = run_here(capfdbinary, "agent", "retry", numbers[0], "--to", to, "--json")
+    failed = run_here(capfdbinary, "agent", "retry", numbers[0], "--to", to, "--json")
+    assert (failed.code, list(failed.json["failed"])) == (6, [str(numbers[0])]), "the agent's mapping holds"
+    healed = run_here(
+        capfdbinary, "agent", "retry", numbers[0], "--to", to, "--table", "docs=bytes", "--json"
+    )
     assert (healed.code, healed.json["done"]) == (0, [numbers[0]])
     assert run_here(capfdbinary, "agent", "discard", numbers[1], "--to", to).code == 0
     assert "no dead letters" in run_here(capfdbinary, "agent", "dead-letters", "--to", to).text
     assert run_here(capfdbinary, "agent", "discard", 77, "--to", to).code == 2
+
+
+def test_a_copy_of_another_store(tmp_path: Path, capfdbinary: Any) -> None:
+    """An agent pointed at the copy of another store is refused, and says what to check."""
+    to = f"sqlite:{tmp_path / 'copy.db'}"
+    for name in ("a", "b"):
+        with kvrep.open(tmp_path / name) as db:
+            db.put(b"k", b"v")
+    flags = ["--to", to, "--until-current", "--log-level", "error"]
+    assert run_here(capfdbinary, "agent", "--from", tmp_path / "a", *flags).code == 0
+    done = run_here(capfdbinary, "agent", "--from", tmp_path / "b", *flags)
+    assert (done.code, "copy of another store" in done.err) == (3, True), done.err
+    assert "check both addresses" in done.err
+
+
+def test_a_store_into_itself(tmp_path: Path, capfdbinary: Any) -> None:
+    """A store that is to be copied into itself, or into its own group, is refused and not written."""
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as a:
+        with kvrep.open(tmp_path / "b", name="b", listen="127.0.0.1:0", follow=a.address, **FAST) as b:
+            voters(a, "a", "b")
+            before = a.status().last_offset
+            done = run_here(
+                capfdbinary, "agent", "--from", b.address, "--to", a.address, "--log-level", "error"
+            )
+            assert (done.code, "is the source itself" in done.err) == (2, True), done.err
+            assert a.status().last_offset == before
+    done = run_here(capfdbinary, "agent", "--from", tmp_path / "a", "--to", f"kvrep:{tmp_path / 'copy'}")
+    assert (done.code, "belongs to a group" in done.err) == (3, True), done.err
+    with kvrep.open(tmp_path / "c") as c:
+        c.put(b"k", b"v")
+    done = run_here(capfdbinary, "agent", "--from", tmp_path / "c", "--to", f"kvrep:{tmp_path / 'b'}")
+    assert (done.code, "belongs to a group" in done.err) == (3, True), done.err
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kvrep
+from kvrep import brokers
+from kvrep.brokers.memory import MemoryBrokers, MemoryServer
+from kvrep.runtime.service import NodeService
+from kvrep.sinks import drilling
 from kvrep.sinks.agent import Agent
 from kvrep.sinks.drilling import drill
 from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, wait_until
-from tests.cli_kit import run_here
+from tests.cli_kit import run_here, run_process
+from tests.postgres_kit import shared_postgres  # noqa: F401
+from tests.rabbit_kit import RabbitServer, shared_rabbitmq  # noqa: F401
+from tests.relay_kit import publishing
+from tests.replication_kit import FAST
 
 
 @contextmanager
@@ -135,7 +145,7 @@ def test_another_store_is_refused(tmp_path: Path, capfdbinary: Any) -> None:
     with sites(tmp_path) as (near, _), kvrep.open(tmp_path / "x", name="x", listen="127.0.0.1:0") as other:
         other.put(b"a", b"1")
         done = run_here(capfdbinary, "drill", "--from", near.address, "--to", other.address)
-        assert done.code == 7
+        assert done.code == 3
         assert "another store" in done.err
         assert run_here(capfdbinary, "drill", "--from", "127.0.0.1:1", "--to", other.address).code == 5
 
@@ -150,3 +160,186 @@ def test_a_secondary_that_is_not_there(scheme: str, tmp_path: Path, capfdbinary:
     assert not (tmp_path / "typo").exists()
     done = run_here(capfdbinary, "drill", "--from", "nowhere", "--to", to)
     assert (done.code, "--from takes HOST:PORT" in done.err) == (2, True), done.err
+
+
+# -- a follower: what it holds itself -------------------------------------------------------------------
+
+
+@contextmanager
+def behind_a_broker(folder: Path, url: str) -> Iterator[tuple[kvrep.Store, kvrep.Store]]:
+    """A primary, and a far store that has 200 of its keys through a broker."""
+    with kvrep.open(folder / "near", name="near", listen="127.0.0.1:0", **FAST) as near:
+        with (
+            publishing(near, url),
+            kvrep.open(folder / "far", name="far", listen="127.0.0.1:0", follow=url, **FAST) as far,
+        ):
+            for i in range(200):
+                position = near.put(b"%d" % i, b"v%d" % i)
+            far.wait_for(position, 30)
+            yield near, far
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> MemoryServer:
+    """A broker in memory that every store and relay of the test finds."""
+    made = MemoryBrokers(seed=7)
+    monkeypatch.setattr(brokers, "connect", made.connect)
+    return made["site"]
+
+
+def known_to(store: kvrep.Store) -> list[tuple[str, str]]:
+    """Whom a primary feeds, or keeps log for."""
+    return [(f.name, f.store_id) for f in store.status().followers]
+
+
+def test_a_follower_behind_a_broker(tmp_path: Path, server: MemoryServer) -> None:
+    """Its own copy is drilled: what had arrived there, and not what the primary has besides; nobody is touched."""
+    with behind_a_broker(tmp_path, "memory://site/orders") as (near, far):
+        before, arrived, held = near.status(), far.status().position, content(far)
+        server.stop()
+        for i in range(3):
+            last = near.put(b"late-%d" % i, b"x")
+        report = drill(near.address, far.address, sample=50, folder=str(tmp_path))
+        assert report.ok, report.checks
+        assert report.position == report.copied == arrived
+        assert report.source_position == last
+        assert (report.missing_records, report.keys, report.sampled) == (3, 200, 50)
+        assert report.rpo_s is not None
+        assert 0 < report.rpo_s < 60
+        assert 0 < report.rto_s < 60
+        assert content(far) == held
+        assert (far.status().role, far.status().epoch) == ("follower", before.epoch)
+        assert known_to(near) == [(f.name, f.store_id) for f in before.followers]
+        server.start()
+        far.wait_for(near.put(b"goes", b"on"), 30)
+        assert content(near) == content(far)
+    assert not list(tmp_path.glob("kvrep-drill-*"))
+    assert not (tmp_path / "far" / "spool").exists()
+
+
+def test_a_follower_behind_rabbitmq_on_the_command_line(
+    tmp_path: Path,
+    shared_rabbitmq: RabbitServer,  # noqa: F811
+    capfdbinary: Any,
+) -> None:
+    """The same through a real broker, by the command: passed, nothing lost, RPO and RTO in JSON and in words."""
+    with behind_a_broker(tmp_path, shared_rabbitmq.url("drilled")) as (near, far):
+        flags = ["drill", "--from", near.address, "--to", far.address, "--rpo-max-s", 60, "--rto-max-s", 60]
+        done = run_process(*flags, "--json")
+        assert done.code == 0, done.text + done.err
+        assert done.err == ""
+        assert done.json["position"] == done.json["source_position"]
+        assert (done.json["rpo_s"], done.json["missing_records"]) == (0.0, 0)
+        text = run_here(capfdbinary, *flags).text
+        assert "drill passed" in text
+        assert "would be lost: nothing" in text
+        assert far.status().role == "follower"
+
+
+def test_the_source_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scratch copy of an ordinary follower is no follower of the primary: no stream, no slot, no log kept."""
+    streams: list[str] = []
+    with sites(tmp_path) as (near, far):
+        before, open_session = known_to(near), NodeService.open_session
+        monkeypatch.setattr(
+            NodeService, "open_session", lambda self, peer: (streams.append(peer), open_session(self, peer))[1]
+        )
+        assert drill(near.address, far.address).ok
+        assert known_to(near) == before
+        assert streams == []
+    assert "drill" not in (tmp_path / "near" / "SLOTS").read_text()
+
+
+def test_a_follower_that_differs_is_found(tmp_path: Path) -> None:
+    """A value that rotted on the follower's disk fails the drill, though the primary's copy is whole."""
+    with sites(tmp_path) as (near, far):
+        far.flush()
+        env = far._node.engine.tree.env
+        with env.begin(write=True) as txn:
+            assert txn.replace(b"77", b"rotten", db=far._node.engine.tree.handle("default")) == b"v77"
+        report = drill(near.address, far.address, sample=1)
+    assert not report.ok
+    assert [check.name for check in report.checks if not check.ok] == ["digests"]
+
+
+def test_what_cannot_be_drilled(tmp_path: Path, capfdbinary: Any) -> None:
+    """The primary itself, and a follower to which nothing has come, are named; nothing is measured."""
+    with sites(tmp_path) as (near, _):
+        done = run_here(capfdbinary, "drill", "--from", near.address, "--to", near.address)
+        assert (done.code, "is the primary" in done.err) == (2, True), done.err
+        with kvrep.open(tmp_path / "new", listen="127.0.0.1:0", follow="127.0.0.1:1", **FAST) as new:
+            done = run_here(capfdbinary, "drill", "--from", near.address, "--to", new.address)
+            assert (done.code, "holds nothing yet" in done.err) == (5, True), done.err
+
+
+def test_a_history_that_the_source_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any
+) -> None:
+    """A secondary that is ahead of the source has failed the drill, and what would be lost is not known."""
+    monkeypatch.setattr(drilling, "CALL_S", 0.2)
+    with sites(tmp_path) as (near, _):
+        sink = copied(near, tmp_path / "copy.db")
+        place = sink.open()
+        epoch, offset, index = place.sequence
+        sink.commit(replace(place, sequence=(epoch, offset + 1000, index)))
+        sink.close()
+        flags = ["drill", "--from", near.address, "--to", f"sqlite:{tmp_path / 'copy.db'}", "--rpo-max-s", 60]
+        done = run_here(capfdbinary, *flags, "--json")
+        assert done.code == 6
+        failed = [check["name"] for check in done.json["checks"] if not check["ok"]]
+        assert failed == ["history", "RPO"]
+        assert done.json["rpo_s"] is None
+        assert "would be lost: not known" in run_here(capfdbinary, *flags).text
+
+
+def test_a_source_whose_log_does_not_reach_back(tmp_path: Path) -> None:
+    """Where the source has trimmed what follows the secondary's position, the comparison has failed."""
+    small = {"log_file_bytes": 1 << 16, "retention_bytes": 0, "flush_interval_s": 0.1}
+    with kvrep.open(tmp_path / "near", name="near", listen="127.0.0.1:0", **small) as near:
+        near.put(b"a", b"1")
+        copied(near, tmp_path / "copy.db")
+
+        def trimmed() -> bool:
+            near.put(b"b", b"x" * 30_000)
+            near.flush()
+            return near.status().first_offset > 10
+
+        wait_until(trimmed, "the log is trimmed")
+        report = drill(near.address, f"sqlite:{tmp_path / 'copy.db'}")
+    assert [check.name for check in report.checks if not check.ok] == ["history"]
+
+
+@pytest.mark.parametrize("kind", ["schema", "database", "store"])
+def test_a_secondary_of_nobody(kind: str, tmp_path: Path, request: Any, capfdbinary: Any) -> None:
+    """An address where no agent has been is named as such by every command that looks, and stays as it is."""
+    if kind == "schema":
+        import psycopg
+
+        url = request.getfixturevalue("shared_postgres").new_url()
+        to, words = url, f"in schema {url.rpartition('=')[2]!r}"
+    elif kind == "database":
+        sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE t (x)").connection.close()
+        to, words = f"sqlite:{tmp_path / 'other.db'}", "there is no secondary at"
+    else:
+        with kvrep.open(tmp_path / "other") as other:
+            other.put(b"a", b"1")
+        to, words = f"kvrep:{tmp_path / 'other'}", "there is no secondary at"
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+        for command in (
+            ["agent", "status"], ["agent", "dead-letters"], ["agent", "retry", "all"], ["agent", "discard", 1],
+            ["drill", "--from", db.address],
+        ):  # fmt: skip
+            done = run_here(capfdbinary, *command, "--to", to)
+            assert (done.code, words in done.err) == (2, True), done.err
+    if kind == "schema":
+        with psycopg.connect(to.partition("?")[0]) as connection:
+            schema = to.rpartition("=")[2]
+            found = connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (schema,)).fetchone()
+        assert found is None
+    elif kind == "database":
+        with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
+            assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    else:
+        with kvrep.open(tmp_path / "other") as other:
+            assert content(other) == {"default": {b"a": b"1"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Line:
         self.publication = made.start()
         return made
 
+    def published(self) -> kvrep.Position:
+        """The last record of which the publication has sent something."""
+        assert self.publication is not None
+        return kvrep.Position(*self.publication.status().sequence[:2])
+
     def agent(self, **options: Any) -> Agent:
         fast = {"gap_wait_s": 0.05, "ask_interval_s": 0.2}
         source = BrokerSource(self.brokers.connect(self.url), **{**fast, **options})
@@ -74,6 +80,28 @@ def line(request: Any, tmp_path: Path) -> Iterator[Line]:
     made = Line(tmp_path, request.param)
     yield made
     made.close()
+
+
+def test_the_log_is_for_people(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    """Places in the log are epoch:offset:index, also the first one; what is not known yet is said so."""
+    caplog.set_level("INFO", "kvrep")
+    with line.agent() as agent:
+        agent._log_interval_s = 0.0
+        wait_until(lambda: agent.status().asked > 0, "it asks for the beginning")
+        line.publish(log_interval_s=0.0)
+        line.db.put(b"a", b"1")
+        line.arrived(agent)
+        line.server.faults = Faults(drop=1.0)
+        line.db.put(b"lost", b"2")
+        wait_until(lambda: line.published() == line.db.position, "it is lost")
+        line.server.faults = Faults()
+        line.db.put(b"b", b"3")
+        line.arrived(agent)
+    said = [record.getMessage() for record in caplog.records]
+    asked = [text for text in said if "something is missing after" in text]
+    assert "after 0:0:0;" in asked[0]
+    assert re.search(r"after \d+:[1-9]\d*:\d+;", asked[-1])
+    assert not [text for text in said if re.search(r"\(\d+, \d+|None", text)]
 
 
 def test_events_arrive_over_a_broker(line: Line) -> None:

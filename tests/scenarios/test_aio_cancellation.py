@@ -14,6 +14,7 @@ import pytest
 
 import kvrep
 import kvrep.aio
+from kvrep.runtime.node import Node
 
 WAIT_S = 20.0
 STEPS_MAX = 60
@@ -323,20 +324,25 @@ def test_open_is_cancelled_at_every_await(store_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_open_cancelled_at_the_last_moment(store_path: Path) -> None:
+def test_open_cancelled_at_the_last_moment(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled after the store was opened and before its task learns of it, it is closed all the same."""
+    opened, really_open = threading.Event(), Node.open
+
+    def open_node(*arguments: Any) -> Node:
+        node = really_open(*arguments)
+        opened.set()
+        return node
+
+    monkeypatch.setattr(Node, "open", open_node)
 
     async def main() -> None:
         opening: asyncio.Task[kvrep.aio.Store] = asyncio.ensure_future(as_task(kvrep.aio.open(store_path)))
         await asyncio.sleep(0)
-        deadline = time.monotonic() + WAIT_S
-        while not any(t.name.startswith("kvrep-flush") for t in threading.enumerate()):
-            assert time.monotonic() < deadline
-            threading.Event().wait(0.001)  # the loop stands still here, so it does not learn of the store
-        threading.Event().wait(0.05)
+        assert opened.wait(WAIT_S)  # the loop stands still here, so it does not learn of the store
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
+        deadline = time.monotonic() + WAIT_S
         while True:
             try:
                 async with kvrep.aio.open(store_path):

@@ -137,7 +137,10 @@ def test_outcomes(tmp_path: Path) -> None:
             with pytest.raises(kvrep.AckTimeout) as caught:
                 await b.put(b"k", b"v", timeout_s=0.3)
             task = asyncio.create_task(b.put(b"cancelled", b"v"))
-            await asyncio.sleep(0.05)
+            sent = b._core.node.forwarder._open
+            await asyncio.to_thread(
+                until, lambda: any(one.flying and not one.abandoned for one in list(sent.values()))
+            )
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
+import msgpack
 import pytest
 from broker_kit import make_site
 from kafka_kit import shared_kafka
@@ -14,6 +16,9 @@ from replication_kit import FAST, same, until, voters, writable
 import kvrep
 from kvrep import brokers
 from kvrep.brokers.memory import Faults, MemoryBrokers, MemoryServer
+from kvrep.model.position import OFFSET_MAX
+from kvrep.transport.interface import SnapshotInfo, SnapshotRequest
+from kvrep.transport.network import GrpcTransport
 
 __all__ = ["shared_kafka", "shared_rabbitmq"]
 
@@ -107,22 +112,56 @@ def test_a_lost_message_is_told_and_healed_by_a_snapshot(
             same(primary, f)
 
 
+@pytest.mark.parametrize("role", ["primary", "follower"])
 def test_a_lost_message_is_healed_from_a_node(
-    memory: MemoryBrokers, server: MemoryServer, memory_path: Path
+    role: str, memory: MemoryBrokers, server: MemoryServer, memory_path: Path
 ) -> None:
-    """With the address of a node, the follower fetches a copy by itself when a record never comes."""
-    with kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary:
-        url = f"{URL}queue&park_s=0.2&bootstrap={primary.address}"
+    """With the address of a node, whatever its role, the follower fetches a copy by itself when a record never
+    comes. A follower that gives one keeps nothing of it."""
+    with (
+        kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary,
+        kvrep.open(
+            memory_path / "g", listen="127.0.0.1:0", follow=primary.address, voter=False, **FAST
+        ) as other,
+    ):
+        giver = primary if role == "primary" else other
+        url = f"{URL}queue&park_s=0.2&bootstrap={giver.address}"
         with publishing(primary, URL + "queue") as relay, far(memory_path / "f", url, **FAST) as f:
             f.wait_for(primary.put(b"a", b"1"), 20)
             server.faults = Faults(drop=1.0)
             primary.put(b"b", b"2")
             relay.caught_up(primary)
             server.faults = Faults()
-            primary.flush()
+            other.wait_for(primary.position, 20)
+            giver.flush()
             position = primary.put(b"c", b"3")
             f.wait_for(position, 20)
             same(primary, f)
+            if role == "follower":
+                until(lambda: not list((memory_path / "g").glob("spool/*")), what="the copy is gone")
+
+
+def test_a_copy_of_a_follower_is_for_those_who_ask_for_one(memory_path: Path) -> None:
+    """Whoever goes on to follow gets its copy from the primary, which keeps the log for it; a copy of a follower
+    leaves nobody with a vote for what it may lack."""
+    with (
+        kvrep.open(memory_path / "p", name="p", listen="127.0.0.1:0", **FAST) as primary,
+        kvrep.open(memory_path / "g", listen="127.0.0.1:0", follow=primary.address, voter=False, **FAST) as g,
+        closing(GrpcTransport().connect(g.address, name="x")) as connection,
+    ):
+        g.wait_for(primary.put(b"a", b"1"), 20)
+        with pytest.raises(kvrep.NotPrimary) as caught:
+            next(connection.snapshot(SnapshotRequest(store_id=b"x" * 16, name="x"), 5.0))
+        assert caught.value.primary_address == primary.address
+        with closing(
+            connection.snapshot(SnapshotRequest(store_id=b"x" * 16, name="x", of_follower=True), 5.0)
+        ) as items:
+            info = next(items)
+            assert isinstance(info, SnapshotInfo)
+            assert msgpack.unpackb(info.meta)["last"] == OFFSET_MAX
+            assert sum(len(item.data) for item in items) == info.bytes_total
+        assert "x" not in [f.name for f in primary.status().followers]
+        until(lambda: not list((memory_path / "g").glob("spool/*")), what="the copy is gone")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -109,8 +109,9 @@ def test_the_asyncio_face_forwards_them_too(tmp_path: Path) -> None:
             async with kvrep.aio.open(
                 tmp_path / "b", name="b", follow=a.address, forward_writes=True, **FAST
             ) as b:
-                while not await _settled(a):
-                    await asyncio.sleep(0.01)
+                async with asyncio.timeout(WAIT_S):
+                    while not await _settled(a):
+                        await asyncio.sleep(0.01)
                 kept = b.keyspace("kept", keep_before=True)
                 async with b.transaction() as txn:
                     txn.put(b"x", b"1")

@@ -163,8 +163,7 @@ def test_status_tells_the_truth_about_the_lag(tmp_path: Path) -> None:
                 between.hold()
                 for i in range(100):
                     p.put(b"%d" % i, b"x" * 1000)
-                pause = threading.Event()
-                pause.wait(0.3)
+                until(lambda: p.status().followers[0].lag_s > 0.3)
                 (seen,) = p.status().followers
                 assert seen.lag_records == 100
                 assert 100_000 < seen.lag_bytes < 120_000

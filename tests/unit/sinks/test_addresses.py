@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,37 @@ def test_postgres_addresses_hide_the_password() -> None:
     for scheme in ("postgresql", "postgres"):
         sink = sink_at(f"{scheme}://u:p%40ss@h1,h2:5433/db?schema=x&sslmode=require")
         assert sink.url == "postgresql://u@h1,h2:5433/db"
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "wanted"),
+    [
+        ("u:p%40ss@[::1]:5433,[fe80::1]/db?schema=x&sslmode=require", "u@[::1]:5433,[fe80::1]/db",
+         {"host": "::1,fe80::1", "port": "5433,", "user": "u", "password": "p@ss", "dbname": "db",
+          "sslmode": "require"}),
+        ("h1,h2/db", "h1,h2/db", {"host": "h1,h2", "dbname": "db"}),
+        ("/db?host=/run/pg", "/db", {"host": "/run/pg", "dbname": "db"}),
+        ("%2Frun%2Fpg/db", "%2Frun%2Fpg/db", {"host": "/run/pg", "dbname": "db"}),
+        ("u%40x@h", "u%40x@h", {"host": "h", "user": "u@x"}),
+    ],
+)  # fmt: skip
+def test_postgres_addresses_as_libpq_gets_them(address: str, url: str, wanted: dict[str, str]) -> None:
+    """Lists of hosts, IPv6, sockets and encoded names reach libpq; ``schema`` stays with us."""
+    conninfo = pytest.importorskip("psycopg.conninfo", reason="psycopg is not installed")
+    sink: Any = sink_at(f"postgresql://{address}")
+    assert sink.url == f"postgresql://{url}"
+    assert conninfo.conninfo_to_dict(sink._conninfo) == wanted
+
+
+@pytest.mark.parametrize(
+    "address", ["postgresql:///db?nonsense=1", "postgresql://h:p:secret/db", "postgresql:/x"]
+)
+def test_what_is_no_address_of_a_database(address: str) -> None:
+    """A mangled address is refused at once, without showing what may be a password."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    with pytest.raises(kvrep.ConfigurationMismatch) as caught:
+        sink_at(address)
+    assert "secret" not in str(caught.value)
 
 
 def test_brokers_are_known_by_their_scheme() -> None:

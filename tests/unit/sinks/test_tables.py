@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import kvrep
 from kvrep.codecs import BYTES, JSON, MSGPACK, TEXT
-from kvrep.sinks.tables import Table, by_keyspace, parse_table, table_name
+from kvrep.sinks.tables import Table, by_keyspace, mapping_of, parse_table, table_from, table_name
 
 
 def test_descriptions() -> None:
@@ -26,6 +26,16 @@ def test_descriptions() -> None:
         "key": "text", "customer": "text", "total": "numeric(10, 2)", "at": "timestamp with time zone",
     }  # fmt: skip
     assert parse_table("x=bytes(key text)") == ("x", Table(BYTES, text_keys=True))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [Table(), Table(TEXT), Table(JSON), Table(BYTES, text_keys=True), Table(MSGPACK, text_keys=True),
+     Table(JSON, {"customer": "text", "total": "numeric(10, 2)"}, text_keys=True)],
+)  # fmt: skip
+def test_a_mapping_can_be_written_down(table: Table) -> None:
+    """What is written down of a table makes the same table again."""
+    assert table_from(mapping_of(table)) == table
 
 
 @pytest.mark.parametrize(

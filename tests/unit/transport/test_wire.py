@@ -153,6 +153,7 @@ requests = st.builds(
     snapshot_id=names,
     offset=numbers,
     lineage=ids_or_none,
+    of_follower=st.booleans(),
 )
 
 FORMS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bytes], Callable[[bytes], Any]]] = {
