@@ -78,23 +78,24 @@ def test_an_agent_killed_at_any_point_applies_everything_once(
     chance = random.Random(5)
     url = shared_postgres.new_url()
     guarded(url)
-    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db, Writer(db) as writer:
-        for commits in (0, *(chance.randrange(1, 60) for _ in range(4))):
-            writer.allow(100)
-            child = subprocess.Popen(
-                [sys.executable, "-m", "tests.agent_child", db.address, url], stdout=subprocess.PIPE
-            )
-            with child:
-                assert child.stdout is not None
-                assert child.stdout.readline() == b"ready\n"
-                for _ in range(commits):
-                    writer.allow(20)  # more than one commit takes
-                    assert child.stdout.readline() == b"committed\n"
-                child.kill()
-                child.wait(10)
-            found = copy_of(PostgresSink(url)).get("default", {})
-            if found:
-                assert max(v for k, v in found.items() if k != b"total") == found[b"total"]
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        with Writer(db) as writer:
+            for commits in (0, *(chance.randrange(1, 60) for _ in range(4))):
+                writer.allow(100)
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "tests.agent_child", db.address, url], stdout=subprocess.PIPE
+                )
+                with child:
+                    assert child.stdout is not None
+                    assert child.stdout.readline() == b"ready\n"
+                    for _ in range(commits):
+                        writer.allow(20)  # more than one commit takes
+                        assert child.stdout.readline() == b"committed\n"
+                    child.kill()
+                    child.wait(10)
+                found = copy_of(PostgresSink(url)).get("default", {})
+                if found:
+                    assert max(v for k, v in found.items() if k != b"total") == found[b"total"]
         with agent_of(db, PostgresSink(url)) as agent:
             wait_current(agent, db)
             assert agent.status().snapshots == 0

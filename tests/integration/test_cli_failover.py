@@ -152,7 +152,7 @@ def test_reapply_into_a_closed_store_and_refusals(
     with kvrep.open(tmp_path / "other") as other:
         other.put(b"k", b"v")
     stranger = run_here(capfdbinary, "rescue", "reapply", path, tmp_path / "other", "--force")
-    assert (stranger.code, "another store" in stranger.err) == (Exit.FAILED, True)
+    assert (stranger.code, "another store" in stranger.err) == (Exit.REFUSED, True)
     assert run_here(capfdbinary, "rescue", "reapply", path).code == Exit.USAGE
     path.write_bytes(path.read_bytes()[:-3])
     damaged = run_here(capfdbinary, "rescue", "show", path)
