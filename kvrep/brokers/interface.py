@@ -143,6 +143,10 @@ class Publisher(Protocol):
 class Subscriber(Protocol):
     """Reads one topic. Receive and ack from one thread at a time; close from any."""
 
+    @property
+    def problem(self) -> str:
+        """Why nothing can come now; empty while there is a connection, as far as is known. Any thread."""
+
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         """Up to so many messages; waits for the first one for ``timeout_s`` at most, else an empty list.
 

@@ -641,6 +641,11 @@ class KafkaSubscriber:
                 self._seen[place.partition] = place.offset - 1
         return list(stored)
 
+    @property
+    def problem(self) -> str:
+        faults = self._faults
+        return str(faults.last or "no broker of the cluster answers") if faults.down else ""
+
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout_s
         while True:
@@ -669,6 +674,8 @@ class KafkaSubscriber:
                 raise self._broker.mapped(error)
             elif error.code() == _E._AUTO_OFFSET_RESET:
                 raise ReplicationError(f"{self._broker.url}: the position is gone: {error.str()}")
+        if found:
+            self._faults.forget()
         return found
 
     def _delivery(self, one: Any) -> Delivery:

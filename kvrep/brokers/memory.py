@@ -365,6 +365,10 @@ class MemorySubscriber:
         self._generation = topic.generation
         self._closed = False
 
+    @property
+    def problem(self) -> str:
+        return "the broker does not answer" if self._server.state == "connecting" else ""
+
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout_s
         with self._server.changed:

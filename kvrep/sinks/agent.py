@@ -204,6 +204,8 @@ class Agent(Running):
             batch = self._batch
             most, most_bytes = self._limits()
             arrived = self.source.receive(max(1, most - batch.count), self._patience())
+            if arrived and self._state is AgentState.WAITING:
+                self._say(AgentState.APPLYING, "")
             self._take(arrived)
             full = batch.count >= most or batch.bytes >= most_bytes
             if batch.count and (full or not arrived) and self._may_commit(full):
@@ -241,10 +243,13 @@ class Agent(Running):
     def _idle(self) -> None:
         if not self._batch.count:
             self.source.settle(self._place)
-        behind = self.source.state().behind
+        source = self.source.state()
+        behind = source.behind
         if behind is not None:
             self._growth.add(self._place.sequence[1] + behind, time.monotonic())
-        if self._place.staging:
+        if source.problem:
+            self._say(AgentState.WAITING, source.problem)
+        elif self._place.staging:
             self._say(AgentState.SNAPSHOT, "")
         else:
             self._say(AgentState.APPLYING if behind or not self._place.whole else AgentState.CURRENT, "")
@@ -455,8 +460,8 @@ class _Batch:
 
 
 def _as_of_us(place: Place, source: SourceState, backlog: int | None) -> int:
-    """A source that has nothing newer vouches for the time at which it said so."""
-    return max(place.time_us, source.as_of_us) if backlog == 0 else place.time_us
+    """A source that has nothing newer vouches for the time at which it said so, also if it is silent since."""
+    return place.time_us if backlog else max(place.time_us, source.as_of_us)
 
 
 def _letter(change: Change | Event, reason: str) -> DeadLetter:

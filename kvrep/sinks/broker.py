@@ -25,6 +25,8 @@ RAW_BYTES_MAX = 1 << 20
 """How much of a message that cannot be read is kept."""
 ASK_TIMEOUT_S = 5.0
 ASK_INTERVAL_MAX_S = 60.0
+SILENT_S = 60.0
+"""A publisher that sends marks does so every few seconds; without any for so long it is away."""
 
 
 class _Received(NamedTuple):
@@ -75,6 +77,7 @@ class BrokerSource(Source):
         )
         self._received: deque[_Received] = deque()
         self._mark: Mark | None = None
+        self._heard_s = time.monotonic()
         self._dropped = False
         """Whether something arrived and was not kept: it has to come again."""
         self._gap_since_s: float | None = None
@@ -94,6 +97,8 @@ class BrokerSource(Source):
     def receive(self, count: int, timeout_s: float) -> list[Incoming]:
         assert self._subscriber is not None
         deliveries = self._subscriber.receive(count, timeout_s)
+        if deliveries:
+            self._heard_s = time.monotonic()
         found: list[Incoming] = []
         for delivery in deliveries:
             self._sort(delivery, found)
@@ -193,19 +198,27 @@ class BrokerSource(Source):
             self._received = deque(r for r in received if r.sequence > place.sequence)
 
     def state(self) -> SourceState:
-        mark, applied = self._mark, self._inbox.applied
+        mark, applied, problem = self._mark, self._inbox.applied, self._problem()
         behind, as_of_us = None, 0
         if mark is not None:
             behind = mark.behind + max(0, mark.through[1] - applied[1])
             as_of_us = 0 if behind or mark.through > applied else mark.time_us
             behind += mark.through > applied and not behind
         return SourceState(
-            behind=behind,
+            behind=None if problem else behind,
             as_of_us=as_of_us,
             parked=self._inbox.parked,
             repeats=self._repeats,
             asked=self._asked,
+            problem=problem,
         )
+
+    def _problem(self) -> str:
+        problem: str = getattr(self._subscriber, "problem", "")  # brokers of others need not tell
+        silent_s = time.monotonic() - self._heard_s
+        if not problem and self._mark is not None and silent_s > SILENT_S:
+            problem = f"{self.url}: no event and no mark for {silent_s:.0f} s: the publisher may be away"
+        return problem
 
     def close(self) -> None:
         subscriber, self._subscriber = self._subscriber, None

@@ -158,8 +158,9 @@ class Running(ABC):
                 return
             except self.retryable as error:
                 self._reconnects += 1
+                level = logging.DEBUG if words(error) == self._problem else logging.WARNING
+                log.log(level, "%s %s waits: %s", self.kind, self.name, words(error))
                 self._say(AgentState.WAITING, words(error))
-                log.warning("%s %s waits: %s", self.kind, self.name, words(error))
             connected = False
             self._disconnect()
             backoff_s = BACKOFF_S if self._progress() > before else min(backoff_s * 2, BACKOFF_MAX_S)

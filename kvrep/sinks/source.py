@@ -37,6 +37,8 @@ class SourceState:
     """Events that came again and were dropped."""
     asked: int = 0
     """How often missing events were asked for."""
+    problem: str = ""
+    """Why nothing comes, where that is known; ``behind`` is not known then."""
 
 
 class Source(ABC):

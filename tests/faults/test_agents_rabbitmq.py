@@ -55,25 +55,25 @@ def test_a_broker_killed_and_started_again_in_the_middle(
     url = shared_postgres.new_url()
     guarded(url)
     with kvrep.open(tmp_path / "a") as db:
-        writer = Writer(db)
         cursor = FileCursor(tmp_path / "cursor")
         publication = Publication(
             Local(db), brokers.connect(rabbit.url("killed")), cursor, mark_interval_s=0.5
         )
         source = BrokerSource(brokers.connect(rabbit.url("killed")), gap_wait_s=0.5, ask_interval_s=1.0)
         with publication.start(), Agent(source, PostgresSink(url), batch_changes=50) as agent:
-            writer.start()
-            try:
+            with Writer(db) as writer:
+                writer.allow(1000)
                 wait_until(lambda: agent.status().commits > 3, "it applies")
                 rabbit.kill()
-                wait_until(lambda: publication.status().state == "waiting", "it notices")
-                assert publication.status().problem
+                writer.allow(1000)
+                for one in (publication, agent):
+                    wait_until(lambda one=one: one.status().state == "waiting", "it notices")  # type: ignore[misc]
+                    assert str(rabbit.port) in one.status().problem
+                    assert one.status().backlog != 0
                 rabbit.start()
                 before = agent.status().commits
                 wait_until(lambda: agent.status().commits > before + 3, "it goes on", 60)
-            finally:
-                writer.stop.set()
-                writer.join(10)
+                wait_until(lambda: int(db.get(b"total", b"0")) == 2000, "all is written")
             agent.wait_for(db.put(b"end", b"1"), 60)
             status = agent.status()
         assert copy_of(PostgresSink(url)) == content(db)
@@ -87,21 +87,17 @@ def test_a_publisher_killed_at_any_point(tmp_path: Path, rabbit: RabbitServer) -
     sink = MemorySink()
     url = rabbit.url("publisher-killed")
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
-        writer = Writer(db)
-        writer.start()
         source = BrokerSource(brokers.connect(url), gap_wait_s=0.5, ask_interval_s=1.0)
         with Agent(source, sink, batch_changes=50) as agent:
-            try:
+            with Writer(db) as writer:
                 for _ in range(3):
+                    writer.allow(500)
                     child = _publish(db.address, url, tmp_path)
-                    before = agent.status().commits
-                    enough = before + 1 + chance.randrange(10)
-                    wait_until(lambda enough=enough: agent.status().commits >= enough, "events arrive")  # type: ignore[misc]
+                    before = agent.status().applied
+                    enough = before + 1 + chance.randrange(50)  # there are 51 keys at the least
+                    wait_until(lambda enough=enough: agent.status().applied >= enough, "events arrive")  # type: ignore[misc]
                     child.kill()
                     child.communicate(timeout=10)
-            finally:
-                writer.stop.set()
-                writer.join(10)
             child = _publish(db.address, url, tmp_path)
             try:
                 agent.wait_for(db.put(b"end", b"1"), 60)

@@ -82,6 +82,30 @@ def line(request: Any, tmp_path: Path) -> Iterator[Line]:
     made.close()
 
 
+def test_an_agent_says_that_its_broker_or_publisher_is_away(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it waits, with the problem, and does not claim to know the backlog; as of when the copy is stays said."""
+    publication = line.publish()
+    with line.agent() as agent:
+        line.db.put(b"a", b"1")
+        line.arrived(agent)
+        wait_until(lambda: agent.status().backlog == 0, "it knows that it has all")
+        line.server.stop()
+        wait_until(lambda: agent.status().state is AgentState.WAITING, "it notices")
+        away = agent.status()
+        assert "does not answer" in away.problem
+        assert (away.backlog, away.catch_up_s, away.consistent) == (None, None, True)
+        assert away.as_of_s > line.db.changes(stop=line.db.position).poll(1)[-1].time
+        line.server.start()
+        wait_until(lambda: agent.status().state is AgentState.CURRENT, "it is there again")
+        assert agent.status().problem == ""
+        monkeypatch.setattr("kvrep.sinks.broker.SILENT_S", 0.3)
+        publication.close()
+        wait_until(lambda: agent.status().state is AgentState.WAITING, "it hears nothing")
+        assert "the publisher may be away" in agent.status().problem
+
+
 def test_the_log_is_for_people(line: Line, caplog: pytest.LogCaptureFixture) -> None:
     """Places in the log are epoch:offset:index, also the first one; what is not known yet is said so."""
     caplog.set_level("INFO", "kvrep")

@@ -51,6 +51,10 @@ class RabbitSubscriber:
         self._link.on_ended = self._on_ended
         self._link.open()
 
+    @property
+    def problem(self) -> str:
+        return self._link.problem
+
     # -- the reading thread ------------------------------------------------------------------------
 
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
