@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -63,10 +62,6 @@ examples:
   kvrep status 127.0.0.1:7400 --watch 1
 
 """
-
-
-_UNREACHABLE = re.compile(r"failed to connect to all addresses; last error: .*: ([^:]+)$")
-"""gRPC's words around the system's."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -165,7 +160,6 @@ def describe(error: BaseException) -> str:
     """An error as one line, its hint included."""
     if isinstance(error, Error):
         text = error.message or (type(error).__doc__ or type(error).__name__).partition("\n")[0]
-        text = _UNREACHABLE.sub(r"\1", text)
         text = f"{text} ({error.hint})" if error.hint else text
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

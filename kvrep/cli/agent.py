@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     if args.source is not None:
         raise UsageError("--from is for running an agent")
+    if args.numbers and args.action in ("status", "dead-letters"):
+        raise UsageError(f"not understood: {' '.join(args.numbers)}")
     if args.action == "status":
         return _status(args)
     if args.action == "dead-letters":

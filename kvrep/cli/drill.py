@@ -54,10 +54,13 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kvrep.sinks.addresses import is_broker
     from kvrep.sinks.drilling import drill
 
     if not is_address(args.source):
         raise UsageError(f"--from takes HOST:PORT of a running node, not {args.source!r}")
+    if is_broker(args.to):
+        raise UsageError("a broker keeps no copy: name the follower or database that it feeds")
     log_to_stderr("error")  # that a promotion is forced is no news here
     report = drill(
         args.source, args.to, sample=args.sample, seed=args.seed, rpo_max_s=args.rpo_max_s,

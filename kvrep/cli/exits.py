@@ -62,6 +62,7 @@ _CODES: tuple[tuple[type[BaseException], Exit], ...] = (
     (errors.PermissionDenied, Exit.REFUSED),
     (TimeoutError, Exit.UNAVAILABLE),
     (FileNotFoundError, Exit.USAGE),
+    (FileExistsError, Exit.USAGE),
     (IsADirectoryError, Exit.USAGE),
     (NotADirectoryError, Exit.USAGE),
     (PermissionError, Exit.USAGE),

@@ -16,6 +16,7 @@ from kvrep.feeds.selection import Selection
 from kvrep.model.change import Change, Sequence
 from kvrep.model.position import Position
 from kvrep.model.token import Token
+from kvrep.runtime.checks import check_name
 from kvrep.runtime.node import Node
 
 __all__ = ["RemoteChanges", "calls_of"]
@@ -119,7 +120,7 @@ class RemoteChanges:
     """The changes of a store that another process has open. One thread at a time.
 
     ``call(method, request)`` asks a node. ``token`` is where to begin: a token, ``""`` for a snapshot and what
-    follows it, ``"now"`` or ``"oldest"``.
+    follows it, ``"now"`` or ``"oldest"``. ``InvalidKeyspace`` for a name that can be none.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class RemoteChanges:
         committed: bool = False,
         before: bool = False,
     ) -> None:
+        for name in keyspaces or ():
+            check_name(name)
         self._call = call
         self.token = token
         """Where to go on after all that was handed out."""

@@ -113,9 +113,10 @@ class Place:
             ) from error
 
     def save(self, path: Path | None) -> None:
-        """Replace the file, durably."""
+        """Replace the file, durably; its folder is made if missing."""
         if path is None:
             return
+        path.parent.mkdir(parents=True, exist_ok=True)
         raw = {
             "store_id": self.store_id.hex(),
             "lineage": self.lineage.hex(),
@@ -248,7 +249,11 @@ class Relay:
     # -- the receiving thread ----------------------------------------------------------------------
 
     def run(self) -> None:
-        """Publish until :meth:`stop`; raises what no new attempt can mend, or what ended the publisher."""
+        """Publish until :meth:`stop`; raises what no new attempt can mend, or what ended the publisher.
+
+        ``OSError`` at once when the file for the place cannot be written.
+        """
+        self._place.save(self._state_path)
         confirming = threading.Thread(target=self._confirm_loop, name="kvrep-publish-confirm", daemon=True)
         confirming.start()
         failures, source = 0, 0
@@ -638,6 +643,11 @@ class Relay:
                 stream = self._stream
                 if stream is not None:
                     stream.cancel()
+                self._stop.wait(TICK_S)
+            except OSError as error:  # what is published is noted once there is room
+                if str(error) != self._problem:
+                    log.error("the place is not noted: %s", error)
+                self._problem = str(error)
                 self._stop.wait(TICK_S)
             except Exception:
                 log.exception("confirms of published records")

@@ -6,6 +6,7 @@ own.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -221,6 +222,10 @@ class GrpcConnection:
         return _plain_error(code, details, self._address)
 
 
+_UNREACHABLE = re.compile(r"failed to connect to all addresses; last error: .*: ([^:]+)$")
+"""gRPC's words around the system's."""
+
+
 def _plain_error(code: grpc.StatusCode, details: str, address: str) -> Error:
     """A failure that gRPC itself reports; what a peer's code raises travels as a fault instead."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -230,7 +235,8 @@ def _plain_error(code: grpc.StatusCode, details: str, address: str) -> Error:
     if code is grpc.StatusCode.UNAVAILABLE:
         if "CERTIFICATE" in details.upper() or "handshake" in details.lower():
             return AuthenticationFailed(f"TLS with {address} failed: {details}")
-        return PeerUnavailable(f"{address} cannot be reached: {details}", address=address)
+        why = _UNREACHABLE.sub(r"\1", details)
+        return PeerUnavailable(f"{address} cannot be reached: {why}", address=address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         if "larger than max" in details:
             return ProtocolError(f"{address} sent a message above the limit: {details}")

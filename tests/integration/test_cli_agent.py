@@ -199,6 +199,7 @@ def test_a_store_into_itself(tmp_path: Path, capfdbinary: Any) -> None:
         (["status", "--to", "memory://a/b"], 2, "keeps no dead letters"),
         (["status", "--from", "x", "--to", "sqlite:x"], 2, "--from is for running"),
         (["retry", "--to", "sqlite:x"], 2, "which dead letters"),
+        (["status", "5", "--to", "sqlite:x"], 2, "not understood: 5"),
         (["status", "--to", "sqlite:/no/such/folder/x.db"], 2, "folder exists"),
     ],
 )
@@ -257,3 +258,16 @@ def test_a_publication_waits_for_its_broker_too(tmp_path: Path) -> None:
             wait_until(lambda: running.status()["state"] == "waiting", "it waits")
             assert "cannot be reached" in running.status()["problem"]
             assert running.end() == 0
+
+
+def test_a_keyspace_that_cannot_be_one(tmp_path: Path, capfdbinary: Any) -> None:
+    """A mistyped name ends every command that reads changes at once, before it says that it is ready."""
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+        flags = ["--keyspace", "No Such"]
+        for command_line in (
+            ["agent", "--from", db.address, "--to", f"sqlite:{tmp_path / 'x.db'}", *flags],
+            ["changes", db.address, "--no-wait", *flags],
+        ):
+            done = run_here(capfdbinary, *command_line)
+            assert (done.code, done.text, "'No Such'" in done.err) == (3, "", True), done.err
+            assert len(done.err.splitlines()) == 1

@@ -112,9 +112,24 @@ def test_a_source_that_is_not_there(shared_rabbitmq: RabbitServer) -> None:
     try:
         assert process.stdout is not None
         said = json.loads(process.stdout.readline())
-        assert "127.0.0.1:1 cannot be reached" in said["problem"], said
+        assert said["problem"] == "127.0.0.1:1 cannot be reached: Connection refused"
     finally:
         process.send_signal(signal.SIGINT)  # standard input stays open: it may be watched until the very end
         assert process.wait(30) == Exit.INTERRUPTED
         _, err = process.communicate(timeout=30)
     assert not err, err
+
+
+def test_where_the_place_is_kept(shared_rabbitmq: RabbitServer, tmp_path: Path, capfdbinary: Any) -> None:
+    """The folder of the file is made; where none can be, the command ends before anything is published."""
+    to = shared_rabbitmq.url(Site.topic())
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
+        db.put(b"k", b"v")
+        flags = ["publish", db.address, "--to", to, "--until-caught-up", "--state"]
+        done = run_here(capfdbinary, *flags, tmp_path / "new" / "place.json")
+        assert (done.code, done.err) == (Exit.OK, "")
+        assert json.loads((tmp_path / "new" / "place.json").read_text())["last"] == list(db.position)
+        done = run_here(capfdbinary, *flags, tmp_path / "new" / "place.json" / "below")
+        assert (done.code, "place.json" in done.err) == (Exit.USAGE, True), done.err
+        assert "Traceback" not in done.err
+        assert len(done.err.splitlines()) == 1

@@ -242,7 +242,9 @@ def test_the_source_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with sites(tmp_path) as (near, far):
         before, open_session = known_to(near), NodeService.open_session
         monkeypatch.setattr(
-            NodeService, "open_session", lambda self, peer: (streams.append(peer), open_session(self, peer))[1]
+            NodeService,
+            "open_session",
+            lambda self, peer: (streams.append(peer), open_session(self, peer))[1],
         )
         assert drill(near.address, far.address).ok
         assert known_to(near) == before
@@ -263,10 +265,12 @@ def test_a_follower_that_differs_is_found(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drilled(tmp_path: Path, capfdbinary: Any) -> None:
-    """The primary itself, and a follower to which nothing has come, are named; nothing is measured."""
+    """The primary itself, a broker, and a follower to which nothing has come, are named; nothing is measured."""
     with sites(tmp_path) as (near, _):
         done = run_here(capfdbinary, "drill", "--from", near.address, "--to", near.address)
         assert (done.code, "is the primary" in done.err) == (2, True), done.err
+        done = run_here(capfdbinary, "drill", "--from", near.address, "--to", "amqp://localhost/?topic=t")
+        assert (done.code, "a broker keeps no copy" in done.err) == (2, True), done.err
         with kvrep.open(tmp_path / "new", listen="127.0.0.1:0", follow="127.0.0.1:1", **FAST) as new:
             done = run_here(capfdbinary, "drill", "--from", near.address, "--to", new.address)
             assert (done.code, "holds nothing yet" in done.err) == (5, True), done.err
