@@ -93,19 +93,21 @@ class Engine:
             busy=self.committer.lead.locked,
             flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
         )
-        self.keep_from: Callable[[], int] = lambda: self.tree.state.applied.offset + 1
+        self.keep_from: Callable[[], int]
         """The first offset that some follower still needs. Replaced by the replication of a primary."""
         self.on_rollback: Callable[[int, int, Path, str], None] = lambda first, last, path, reason: None
         """Called when records were dropped: (first, last, rescue file, reason)."""
         self.feeds_from: Callable[[], int] = lambda: OFFSET_MAX
         """The first offset that some named feed still has to read."""
-        self.flush_limit: Callable[[], int | None] = lambda: None
+        self.flush_limit: Callable[[], int | None]
+        """Through which offset a flush may go that nobody asked for; ``None``: through the last."""
         self.writable: Callable[[], None] = lambda: None
         """Called before a user's write is ordered; raises what refuses it."""
-        self.on_configuration: Callable[[int, Configuration], None] = lambda offset, configuration: None
+        self.on_configuration: Callable[[int, Configuration], None]
         """Called when a configuration record is in the log, before it can be committed."""
-        self.on_tick: Callable[[], None] = lambda: None
+        self.on_tick: Callable[[], None]
         """Called on the flush thread about twice a second."""
+        self.reset_hooks()
         self._slow_bytes = options.memtable_bytes_max // 2
         """Memory of unflushed writes from which on writers are slowed."""
         self.unverified = (home.generation / COPY).exists()
@@ -169,7 +171,7 @@ class Engine:
         return self.history.position_at(self.view.last)
 
     def reset_hooks(self) -> None:
-        """Forget what a primary's replication asked for."""
+        """Forget what the replication of a primary or follower asked for."""
         self.keep_from = lambda: self.tree.state.applied.offset + 1
         self.on_configuration = lambda offset, configuration: None
         self.on_tick = lambda: None

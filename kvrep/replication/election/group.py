@@ -93,7 +93,7 @@ class Group:
             peers=self.listed if own.empty or own.witness else (),
         )
 
-    def refuses_to_stand(self, question: Question, alive: PrimarySeen | None) -> str:
+    def objection(self, question: Question, alive: PrimarySeen | None) -> str:
         """Why this node would not promise the asker an epoch; empty if it would. ``alive``: the primary it knows."""
         own = self.own
         if not own.lineage and not own.empty:
@@ -108,7 +108,7 @@ class Group:
             return f"records from {own.lowered} on were acknowledged without the candidate"
         return ""
 
-    def refuses_promise(self, request: PromiseRequest, alive: PrimarySeen | None) -> str:
+    def refusal(self, request: PromiseRequest, alive: PrimarySeen | None) -> str:
         """Why this node refuses the promise that it is asked for; empty if it gives it."""
         own = self.own
         if request.epoch < own.promised_epoch:

@@ -393,7 +393,7 @@ class Election:
             why_not, actions = self._on_lead(question, now)
             would = not why_not
         elif question.purpose == "stand":
-            why_not = self._group.refuses_to_stand(question, self.alive(now))
+            why_not = self._group.objection(question, self.alive(now))
             would, actions = not why_not, self._look_too(question, now)
         elif question.purpose == "resign":
             actions = self._on_resign(question, now)
@@ -445,7 +445,7 @@ class Election:
 
     def on_promise_request(self, request: PromiseRequest, now: float) -> GivePromise | str:
         """What to promise durably, or why not. Tell :meth:`gave_promise` afterwards."""
-        why = self._group.refuses_promise(request, self.alive(now))
+        why = self._group.refusal(request, self.alive(now))
         return why or GivePromise(epoch=request.epoch, to=request.store_id)
 
     def gave_promise(self, epoch: int, to: bytes, now: float) -> list[Action]:
