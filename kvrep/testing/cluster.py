@@ -632,8 +632,7 @@ class Cluster:
 
     def _acknowledged(self) -> Iterator[Position]:
         for node in self.nodes:
-            node.note_committed()
-            yield from node.acknowledged
+            yield from node.all_acknowledged()
         for operation in self.history:
             if operation.result == "done" and operation.position is not None:
                 yield operation.position

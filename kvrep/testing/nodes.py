@@ -100,8 +100,9 @@ class ClusterNode(ABC):
     @abstractmethod
     def resolve(self, position: Position) -> Outcome: ...
 
-    def note_committed(self) -> None:
-        """Remember what this node has committed as a primary, where that can be seen from here."""
+    def all_acknowledged(self) -> list[Position]:
+        """:attr:`acknowledged`, with what this node has committed as a primary where that can be seen from here."""
+        return self.acknowledged
 
     @property
     def position(self) -> Position:
@@ -185,9 +186,9 @@ class LocalNode(ClusterNode):
 
     def stop(self) -> None:
         self.resume()
-        self.note_committed()
         store, self._store = self._store, None
         if store is not None:
+            self._note_committed(store)
             store.close()
 
     def kill(self) -> None:
@@ -200,15 +201,16 @@ class LocalNode(ClusterNode):
         committer.fail_storage(OSError("the node was killed by the test"))
         with committer.lead:
             committer.log._current = None  # so that closing leaves the file as it is
-        self._note(store)  # only now: nothing can be acknowledged any more
+        self._note_committed(store)  # only now: nothing can be acknowledged any more
         store.close()
 
-    def note_committed(self) -> None:
+    def all_acknowledged(self) -> list[Position]:
         """All that a primary has committed counts as acknowledged, whichever call it was made by."""
         if self._store is not None:
-            self._note(self._store)
+            self._note_committed(self._store)
+        return self.acknowledged
 
-    def _note(self, store: Store) -> None:
+    def _note_committed(self, store: Store) -> None:
         engine = store._node.engine
         position = engine.committed_position
         if store._node.engine.committer.epoch == position.epoch > 0:
