@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import pytest
+
 import kvrep
 from kvrep import errors
 from kvrep.options import OpenOptions, Options
