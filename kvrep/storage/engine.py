@@ -90,7 +90,7 @@ class Engine:
             after=self.trim,
             tick=self._tick,
             failed=self.committer.fail_storage,
-            busy=self.committer.lead.locked,
+            logged=lambda: self.committer.log.tail.offset,
             flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
         )
         self.keep_from: Callable[[], int]

@@ -127,8 +127,9 @@ class Cluster:
             with ThreadPoolExecutor(thread_name_prefix="kvrep-test-start") as pool:
                 list(pool.map(self._start, self.nodes[first:]))
             self.wait_until_ready()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            error.add_note(f"seed {seed}, timeline of the cluster that did not start:\n{self.timeline}")
             raise
 
     # -- who is there ------------------------------------------------------------------------------
@@ -471,7 +472,11 @@ class Cluster:
             return None
 
     def assert_no_acknowledged_loss(self) -> None:
-        """Every write that returned, through a node or a recorded client, is in the primary's history."""
+        """Every write that returned is in the primary's history.
+
+        Of recorded clients, of ``put`` and ``delete`` of nodes, and of everything that nodes in this process
+        committed as primaries: batches, transactions and pipelined writes too.
+        """
         primary = self.wait_for_primary()
         assert_none(lost(primary, acknowledged(self.nodes, self.history), self.history))
 
@@ -479,8 +484,8 @@ class Cluster:
         """End all nodes and check everything: every store, and the history of the recorded clients."""
         forwarded = bool(self._options.get("forward_writes"))
         violations = check_calls(self.history, forwarded=forwarded, disturbed=self._disturbed)
-        positions = set(acknowledged(self.nodes, self.history))
         primary = self._primary(writable=True)
+        positions = set(acknowledged(self.nodes, self.history))
         if primary is not None:
             violations += lost(primary, positions, self.history)
             positions.clear()

@@ -35,9 +35,9 @@ def need_equal(primary: ClusterNode, others: Iterable[ClusterNode]) -> None:
 
 
 def acknowledged(nodes: Iterable[ClusterNode], history: History) -> Iterator[Position]:
-    """Where the writes are that returned, through a node or a recorded client."""
+    """Where the writes are that returned, of nodes and of recorded clients."""
     for node in nodes:
-        yield from node.acknowledged
+        yield from node.all_acknowledged()
     for operation in history:
         if operation.result == "done" and operation.position is not None:
             yield operation.position
