@@ -90,7 +90,7 @@ class Replaying:
         """Where the primary was last seen; ``None`` before the first join."""
         self.slots: tuple[SlotState, ...] = ()
         """The primary's slots as last heard: should this node become primary, it keeps log for them."""
-        self.spools = Spools(self.engine, node.label)
+        self.spools = Spools(self.engine, None, node.label)
         """Copies that others fetch from this node while it is a follower."""
         self.bootstrap_bytes = 0
         self.bootstrap_bytes_total = 0
@@ -427,7 +427,7 @@ class Replaying:
                     self._primary_name, self._primary_id = welcome.name, welcome.store_id
                     self._tell_heard()
                     self._say("streaming")
-                    self.node.knows_primary(welcome.epoch)
+                    self.node.link.knows(welcome.epoch)
                 case MakePromise(epoch, reply):
                     self._promise(stream, epoch, reply)
                 case Cut():

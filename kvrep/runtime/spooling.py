@@ -101,7 +101,7 @@ def _check(node: Node, request: SnapshotRequest) -> None:
     closed = shipping.engine.committer.closed
     if isinstance(closed, Fenced):
         raise again(closed)
-    if not shipping.epoch:
+    if not shipping.leadership.epoch:
         raise NotPrimary("this node is not a primary yet", primary_address=None, epoch=None)
 
 
@@ -113,7 +113,7 @@ def _info(node: Node, spool: Spool) -> SnapshotInfo:
             "lineage": engine.home.lineage,
             "branch": spool.branch,
             "applied": tuple(spool.tail),
-            "epoch": engine.epochs.last_epoch if shipping is None else shipping.epoch,
+            "epoch": engine.epochs.last_epoch if shipping is None else shipping.leadership.epoch,
             # Whoever has confirmed more than this gets no vote until it has all of it again. Only a primary
             # knows that there is nothing more.
             "last": OFFSET_MAX if shipping is None else engine.tail.offset,
@@ -142,7 +142,6 @@ class Spool:
         self.branch = copy.state.branch
         self.branches = [branch for _, branch in copy.state.branches]
         self.epochs = [tuple(entry) for entry in copy.state.epochs]
-        self.made_s = time.monotonic()
         self.users: dict[bytes, float] = {}
         """Store ids of the followers it is kept for, and when they were last seen. Guarded by Spools."""
         self.readers = 0
@@ -356,12 +355,12 @@ class Spool:
 class Spools:
     """The copies that one node makes, in its present role. Any thread."""
 
-    def __init__(self, engine: Engine, label: str, slots: Slots | None = None) -> None:
+    def __init__(self, engine: Engine, slots: Slots | None, label: str) -> None:
         """``slots`` are those of a primary. Without them nobody joins where a copy ends, so each is forgotten
         when its last reader has gone."""
         self._engine = engine
-        self._label = label
         self._slots = slots
+        self._label = label
         self._directory = engine.home.spool
         # Protects everything below and the counts of every spool.
         self._lock = threading.Lock()

@@ -112,7 +112,7 @@ def test_a_source_that_is_not_there(shared_rabbitmq: RabbitServer) -> None:
     try:
         assert process.stdout is not None
         said = json.loads(process.stdout.readline())
-        assert said["problem"] == "127.0.0.1:1 cannot be reached: Connection refused"
+        assert said["problem"].startswith("127.0.0.1:1 cannot be reached: Connection refused"), said
     finally:
         process.send_signal(signal.SIGINT)  # standard input stays open: it may be watched until the very end
         assert process.wait(30) == Exit.INTERRUPTED

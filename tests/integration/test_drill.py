@@ -24,7 +24,7 @@ from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, wait_until
 from tests.cli_kit import run_here, run_process
-from tests.postgres_kit import shared_postgres  # noqa: F401
+from tests.postgres_kit import PostgresServer, shared_postgres  # noqa: F401
 from tests.rabbit_kit import RabbitServer, shared_rabbitmq  # noqa: F401
 from tests.relay_kit import publishing
 from tests.replication_kit import FAST
@@ -313,37 +313,53 @@ def test_a_source_whose_log_does_not_reach_back(tmp_path: Path) -> None:
     assert [check.name for check in report.checks if not check.ok] == ["history"]
 
 
-@pytest.mark.parametrize("kind", ["schema", "database", "store"])
-def test_a_secondary_of_nobody(kind: str, tmp_path: Path, request: Any, capfdbinary: Any) -> None:
-    """An address where no agent has been is named as such by every command that looks, and stays as it is."""
-    if kind == "schema":
-        import psycopg
-
-        url = request.getfixturevalue("shared_postgres").new_url()
-        to, words = url, f"in schema {url.rpartition('=')[2]!r}"
-    elif kind == "database":
-        sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE t (x)").connection.close()
-        to, words = f"sqlite:{tmp_path / 'other.db'}", "there is no secondary at"
-    else:
-        with kvrep.open(tmp_path / "other") as other:
-            other.put(b"a", b"1")
-        to, words = f"kvrep:{tmp_path / 'other'}", "there is no secondary at"
-    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+def looked_at(to: str, words: str, folder: Path, capfdbinary: Any) -> None:
+    """Every command that looks after a secondary names what is wrong with the address."""
+    with kvrep.open(folder / "a", listen="127.0.0.1:0") as db:
         for command in (
             ["agent", "status"], ["agent", "dead-letters"], ["agent", "retry", "all"], ["agent", "discard", 1],
             ["drill", "--from", db.address],
         ):  # fmt: skip
             done = run_here(capfdbinary, *command, "--to", to)
             assert (done.code, words in done.err) == (2, True), done.err
-    if kind == "schema":
-        with psycopg.connect(to.partition("?")[0]) as connection:
-            schema = to.rpartition("=")[2]
-            found = connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (schema,)).fetchone()
-        assert found is None
-    elif kind == "database":
-        with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
-            assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
-            assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-    else:
-        with kvrep.open(tmp_path / "other") as other:
-            assert content(other) == {"default": {b"a": b"1"}}
+
+
+def test_a_schema_of_nobody(
+    tmp_path: Path,
+    shared_postgres: PostgresServer,  # noqa: F811
+    capfdbinary: Any,
+) -> None:
+    """A mistyped schema is named, with those that hold a copy, and is not made."""
+    import psycopg
+
+    with Agent(f"{used_store(tmp_path / 'used')}", shared_postgres.url("used")) as agent:
+        wait_until(lambda: agent.status().consistent, "a copy")
+    looked_at(shared_postgres.url("typo"), "in schema 'typo'", tmp_path, capfdbinary)
+    looked_at(shared_postgres.url("typo"), "used", tmp_path, capfdbinary)
+    with psycopg.connect(shared_postgres.url().partition("?")[0]) as connection:
+        assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'typo'").fetchone() is None
+
+
+def used_store(path: Path) -> Path:
+    """A store with one key that nobody has open."""
+    with kvrep.open(path) as db:
+        db.put(b"a", b"1")
+    return path
+
+
+def test_a_database_of_others(tmp_path: Path, capfdbinary: Any) -> None:
+    """A SQLite file of another program is named as such, and stays as it is, its mode included."""
+    with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
+        connection.execute("CREATE TABLE t (x)")
+    looked_at(f"sqlite:{tmp_path / 'other.db'}", "there is no secondary at", tmp_path, capfdbinary)
+    with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+def test_a_store_of_others(tmp_path: Path, capfdbinary: Any) -> None:
+    """A store that no agent fills is named as such, and stays as it is."""
+    used_store(tmp_path / "other")
+    looked_at(f"kvrep:{tmp_path / 'other'}", "there is no secondary at", tmp_path, capfdbinary)
+    with kvrep.open(tmp_path / "other") as other:
+        assert content(other) == {"default": {b"a": b"1"}}
