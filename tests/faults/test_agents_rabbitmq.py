@@ -23,7 +23,7 @@ from tests.agent_kit import content, copy_of, wait_until
 from tests.cli_kit import command
 from tests.faults.test_agents_postgres import Writer, guarded
 from tests.postgres_kit import PostgresServer, need_postgres, shared_postgres  # noqa: F401
-from tests.rabbit_kit import RabbitServer, need_rabbitmq
+from tests.rabbit_kit import RabbitServer, need_rabbitmq, shared_rabbitmq  # noqa: F401
 from tests.scenarios.test_agents import MemoryView
 
 need_postgres()
@@ -34,9 +34,9 @@ from kvrep.sinks.postgres import PostgresSink  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rabbit() -> Iterator[RabbitServer]:
-    """A RabbitMQ of this module's own, since it is killed."""
+    """A RabbitMQ of the test's own, since it is killed."""
     with tempfile.TemporaryDirectory(prefix="kvrep-rabbitmq-") as folder:
         server = RabbitServer(Path(folder))
         try:
@@ -81,11 +81,14 @@ def test_a_broker_killed_and_started_again_in_the_middle(
     assert status.consistent
 
 
-def test_a_publisher_killed_at_any_point(tmp_path: Path, rabbit: RabbitServer) -> None:
+def test_a_publisher_killed_at_any_point(
+    tmp_path: Path,
+    shared_rabbitmq: RabbitServer,  # noqa: F811
+) -> None:
     """SIGKILL of the publishing process, three times under load: what it sends again is dropped, nothing is missing."""
     chance = random.Random(7)
     sink = MemorySink()
-    url = rabbit.url("publisher-killed")
+    url = shared_rabbitmq.url("publisher-killed")
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
         source = BrokerSource(brokers.connect(url), gap_wait_s=0.5, ask_interval_s=1.0)
         with Agent(source, sink, batch_changes=50) as agent:
@@ -115,8 +118,12 @@ def _publish(address: str, url: str, folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def test_wrong_credentials_and_addresses_of_a_broker_are_named(tmp_path: Path, rabbit: RabbitServer) -> None:
+def test_wrong_credentials_and_addresses_of_a_broker_are_named(
+    tmp_path: Path,
+    shared_rabbitmq: RabbitServer,  # noqa: F811
+) -> None:
     """Both directions raise at once, and say what to fix."""
+    rabbit = shared_rabbitmq
     with kvrep.open(tmp_path / "a") as db:
         for address, kind in (
             (rabbit.url("x", user="guest:wrong"), kvrep.AuthenticationFailed),
