@@ -292,6 +292,7 @@ def _check(
 def _compare(
     report: DrillReport, upstream: Remote, copy: kvrep.Store, sample: int, seed: int, called_s: float
 ) -> None:
+    """As :func:`_check`; raises where the source cannot tell what has changed since."""
     hasher = Hasher(bytes.fromhex(report.lineage))
     theirs = upstream.call("digests", {"timeout_s": 60.0})
     since = _missing(report, upstream, hasher, Position.parse(theirs["position"]), called_s)

@@ -176,9 +176,13 @@ class SqlSink(Sink):
         """As it is mapped by those who opened this, else as its agent mapped it when it wrote last."""
         table = self._mapped.get(keyspace)
         if table is None:
-            table = self._tables.get(keyspace) or table_from(self._own().get(table_name(keyspace), "bytes"))
+            table = self._tables.get(keyspace) or self._kept_mapping(table_name(keyspace))
             self._mapped[keyspace] = table
         return table
+
+    def _kept_mapping(self, name: str) -> Table:
+        own = self._own()
+        return table_from(own.get(name) or own.get(name + STAGED, "bytes"))
 
     def _make(self, keyspace: str, suffix: str) -> None:
         name = table_name(keyspace) + suffix

@@ -1,4 +1,5 @@
-"""The in-memory transport: for tests, without sockets and grpc, with the behaviour of the real one.
+"""The in-memory transport: without sockets and grpc, with the behaviour of the real one. For tests, and for stores
+that shall reach nobody.
 
 Everything passes through the same bytes as on a network, so limits, checks and errors are the same.
 Servers and connections meet when they come from the same :class:`MemoryTransport`.

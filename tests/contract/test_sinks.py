@@ -344,6 +344,23 @@ def test_the_mapping_stays_with_the_data(make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+def test_the_mapping_of_a_first_snapshot(make: Make) -> None:
+    """An agent that was killed in its first snapshot goes on with it under the same mapping."""
+    sink = make(tables={"docs": Table(JSON, {"n": "integer"})})
+    sink.open()
+    sink.unstage()
+    sink.stage([("docs", b"a", b'{"n": 1}')])
+    sink.commit(Place(staging=True))
+    sink.close()
+    plain = make()
+    assert plain.open().staging
+    plain.stage([("docs", b"b", b'{"n": 2}')])
+    plain.swap()
+    plain.commit(PLACE)
+    assert rows(plain, "docs") == {b"a": 1, b"b": 2}
+
+
+@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
 def test_a_mapping_that_only_the_application_knows(make: Make) -> None:
     """A codec of the application's own cannot be had from the data: who needs it is told, and rows stay."""
     own = Codec("rot", lambda v: v, lambda data: {"n": data[0]})
