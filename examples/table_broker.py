@@ -3,7 +3,7 @@
 With an entry point in the ``pyproject.toml`` of the package that it is in::
 
     [project.entry-points."kvrep.brokers"]
-    table = "examples.table_broker:connect"
+    table = "examples.table_broker:TableBroker"
 
 everything that takes a broker's address takes ``table:///var/lib/messages.db?topic=orders``.
 """
@@ -38,13 +38,8 @@ TABLES = """
 """
 
 
-def connect(url: BrokerUrl) -> TableBroker:
-    return TableBroker(url)
-
-
 class TableBroker(BaseBroker):
     def __init__(self, url: BrokerUrl) -> None:
-        url.only("topic")
         super().__init__(url)
         self._path = "/" + url.path
 

@@ -89,7 +89,7 @@ def make_site(kind: str, request: pytest.FixtureRequest) -> Site:
 
 def _table_site(request: pytest.FixtureRequest) -> Site:
     """The example of a broker of one's own, found by its entry point. Who locks the file stops all writing."""
-    point = EntryPoint("table", "examples.table_broker:connect", brokers.ENTRY_POINTS)
+    point = EntryPoint("table", "examples.table_broker:TableBroker", brokers.ENTRY_POINTS)
     monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.setattr(brokers, "entry_points", EntryPoints([point]).select)
     path = request.getfixturevalue("tmp_path") / "messages.db"

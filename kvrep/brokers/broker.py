@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TypeVar
 
 from kvrep.brokers.interface import (
@@ -29,10 +30,14 @@ _Opened = TypeVar("_Opened", bound=Publisher | Subscriber)
 class BaseBroker(ABC):
     """See :class:`kvrep.brokers.interface.Broker`.
 
-    The topic is the address's option of that name, else ``topic``, for addresses whose path names it.
+    ``topic`` is used where the address has no such option, as when its path names it. ``options`` are what else
+    can stand in the address; ``ConfigurationMismatch`` for any other.
     """
 
-    def __init__(self, url: BrokerUrl, *, topic: str = "", is_log: bool = True) -> None:
+    def __init__(
+        self, url: BrokerUrl, *, topic: str = "", options: Iterable[str] = (), is_log: bool = True
+    ) -> None:
+        url.only("topic", *options)
         self.url = str(url)
         self.topic = url.options.get("topic") or topic or DEFAULT_TOPIC
         self.is_log = is_log

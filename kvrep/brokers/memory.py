@@ -63,7 +63,6 @@ class MemoryBrokers:
 
 def connect(url: BrokerUrl, *, brokers: MemoryBrokers | None = None) -> MemoryBroker:
     """The broker named by the address's host; ``OpenError`` without the ``brokers`` that it is one of."""
-    url.only("topic", "kind")
     if brokers is None:
         raise OpenError("memory:// needs to know whose broker it is", hint="pass brokers=MemoryBrokers()")
     if len(url.hosts) != 1:
@@ -209,7 +208,8 @@ class MemoryBroker(BaseBroker):
     """See :class:`kvrep.brokers.interface.Broker`."""
 
     def __init__(self, url: BrokerUrl, server: MemoryServer) -> None:
-        super().__init__(url, topic=url.path, is_log=url.choice("kind", "log", "queue") == "log")
+        is_log = url.choice("kind", "log", "queue") == "log"
+        super().__init__(url, topic=url.path, options=("kind",), is_log=is_log)
         self._address, self._server = url, server
 
     def _reach(self, topic: str) -> _Topic:

@@ -26,12 +26,11 @@ from kvrep.errors import OpenError
 
 __all__ = ["KafkaBroker", "connect"]
 
+OPTIONS = ("timeout_s", "sasl", "cafile", "linger_ms", "partitions", "replicas")
+
 
 def connect(url: BrokerUrl) -> KafkaBroker:
     """The cluster at ``url``; nothing is connected yet. ``ConfigurationMismatch`` for an unknown option."""
-    url.only("topic", "timeout_s", "sasl", "cafile", "linger_ms", "partitions", "replicas")
-    if not url.hosts:
-        raise OpenError(f"not a Kafka address: {url}", hint="kafka://host:9092,host:9092/topic")
     return KafkaBroker(url)
 
 
@@ -39,7 +38,9 @@ class KafkaBroker(BaseBroker):
     """See :class:`kvrep.brokers.interface.Broker`."""
 
     def __init__(self, url: BrokerUrl) -> None:
-        super().__init__(url, topic=url.path)
+        super().__init__(url, topic=url.path, options=OPTIONS)
+        if not url.hosts:
+            raise OpenError(f"not a Kafka address: {url}", hint="kafka://host:9092,host:9092/topic")
         self._cluster = Cluster(url)
 
     def _publisher(self, topic: str, window: Window) -> KafkaPublisher:

@@ -23,6 +23,7 @@ from kvrep.errors import OpenError
 
 __all__ = ["RabbitBroker", "connect"]
 
+OPTIONS = ("heartbeat_s", "timeout_s", "cafile", "queue_type")
 PORT, TLS_PORT = 5672, 5671
 NAME_BYTES_MAX = 255
 PREFETCH_MAX = 65_535
@@ -30,7 +31,6 @@ PREFETCH_MAX = 65_535
 
 def connect(url: BrokerUrl) -> RabbitBroker:
     """The broker at ``url``; nothing is connected yet. ``ConfigurationMismatch`` for an unknown option."""
-    url.only("topic", "heartbeat_s", "timeout_s", "cafile", "queue_type")
     return RabbitBroker(url)
 
 
@@ -38,8 +38,8 @@ class RabbitBroker(BaseBroker):
     """See :class:`kvrep.brokers.interface.Broker`."""
 
     def __init__(self, url: BrokerUrl) -> None:
-        self._place = _place(url)
-        super().__init__(url, is_log=self._place.stream)
+        super().__init__(url, options=OPTIONS, is_log=url.scheme.endswith("+stream"))
+        self._place = _place(url, stream=self.is_log)
 
     def _publisher(self, topic: str, window: Window) -> RabbitPublisher:
         return RabbitPublisher(self._place, _name(topic), window)
@@ -50,7 +50,7 @@ class RabbitBroker(BaseBroker):
         return RabbitSubscriber(self._place, _name(topic), _name(group), start, prefetch)
 
 
-def _place(url: BrokerUrl) -> Place:
+def _place(url: BrokerUrl, *, stream: bool) -> Place:
     tls = url.scheme.startswith("amqps")
     usual = TLS_PORT if tls else PORT
     return Place(
@@ -63,7 +63,7 @@ def _place(url: BrokerUrl) -> Place:
         cafile=url.options.get("cafile", ""),
         heartbeat_s=url.number("heartbeat_s", 30, 1, 3600),
         timeout_s=url.number("timeout_s", 10, 1, 3600),
-        stream=url.scheme.endswith("+stream"),
+        stream=stream,
         queue_type=url.choice("queue_type", "classic", "quorum"),
     )
 
