@@ -226,8 +226,14 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         """Store ``value`` under ``key`` and return the position once it is committed.
 
         ``acks`` and ``level`` ask this write to wait for more than the store's rule (never less).
-        Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
-        the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``).
+        Raises when it was not confirmed, and then one of three things is so:
+
+        - nothing was logged: a :class:`RefusedError`, :class:`ClosedError`, or a :class:`StorageFailed` that is
+          no :class:`UnknownOutcome`;
+        - it was logged and dropped for good by a failover while this call waited: :class:`RolledBack`;
+        - the outcome is not known: an :class:`UnknownOutcome` with the position, to ask :meth:`Store.resolve`
+          later. That is :class:`AckTimeout` after ``timeout_s`` (default: the store's ``ack_timeout_s``),
+          :class:`LogFailed` when the disk failed under it, or the plain class when the store was closed.
         """
         if self._keeps:
             return self._commit_noted(timeout_s, acks, level, key, value)

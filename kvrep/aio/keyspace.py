@@ -165,9 +165,8 @@ class Keyspace(Generic[V]):
         """Store ``value`` under ``key`` and return the position once it is committed.
 
         ``acks`` and ``level`` ask this write to wait for more than the store's rule (never less).
-        Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
-        the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``). When the task
-        is cancelled here, the outcome is not known either.
+        Raises as :meth:`kvrep.Keyspace.put` describes: nothing was logged, it was rolled back, or the outcome
+        is unknown. When the task is cancelled here, the outcome is not known either.
         """
         if self._plain._keeps:
             return await self._core.call(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replication_kit import stores, until, voters
 
 import kvrep
 
@@ -65,8 +66,11 @@ def test_eio_makes_the_store_read_only(store_path: Path, disk: Disk, call: str) 
     db.put(b"before", b"1")
     disk.fail(errno.EIO, call)
     if call == "pwritev":
-        with pytest.raises(kvrep.StorageFailed):
+        with pytest.raises(kvrep.LogFailed) as caught:
             db.put(b"failed", b"1")
+        position = caught.value.position
+        assert position.offset == db.status().last_offset + 1
+        assert db.resolve(position) is kvrep.Outcome.PENDING
     else:
         db.put(b"written", b"1")
         wait_for(lambda: db._node.engine.committer.failure is not None)
@@ -76,8 +80,9 @@ def test_eio_makes_the_store_read_only(store_path: Path, disk: Disk, call: str) 
         lambda: db.submit_put(b"after", b"1"),
         lambda: db.pop(b"before"),
     ):
-        with pytest.raises(kvrep.StorageFailed):
+        with pytest.raises(kvrep.StorageFailed) as refused:
             attempt()
+        assert not isinstance(refused.value, kvrep.UnknownOutcome)
     with pytest.raises(kvrep.StorageFailed), db.batch() as batch:
         batch.put(b"after", b"1")
     assert db[b"before"] == b"1"
@@ -91,6 +96,8 @@ def test_eio_makes_the_store_read_only(store_path: Path, disk: Disk, call: str) 
         assert db[b"before"] == b"1"
         assert b"after" not in db
         db.put(b"again", b"1")
+        if call == "pwritev":
+            assert db.resolve(position) is kvrep.Outcome.ROLLED_BACK
     with kvrep.open(store_path, **options) as db:
         assert db[b"again"] == b"1"
 
@@ -105,17 +112,54 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def test_eio_fails_all_that_wait(store_path: Path, disk: Disk) -> None:
-    """Pipelined writes and other threads' writes that stand behind a failed one get the same typed error."""
+    """Writes of a failed group are unknown, each at its position; what stood behind them was not logged."""
     with kvrep.open(store_path, **OPTIONS) as db:
-        db.put(b"before", b"1")
+        before = db.put(b"before", b"1")
         committer = db._node.engine.committer
-        with committer.lead:
-            futures = [db.submit_put(b"%d" % i, b"") for i in range(50)]
-            disk.fail(errno.EIO, "pwritev")
-        errors = [f.exception(10) for f in futures]
-        assert {type(e) for e in errors} == {kvrep.StorageFailed}
+        with pytest.raises(kvrep.StorageFailed), db.transaction() as txn:
+            with committer.lead:
+                futures = [db.submit_put(b"%d" % i, b"") for i in range(50)]
+                txn.get(b"before")  # takes the place: what follows stands behind it
+                behind = [db.submit_put(b"%d" % i, b"") for i in range(50, 60)]
+                disk.fail(errno.EIO, "pwritev")
+            errors = [f.exception(10) for f in futures]
+            txn.put(b"no", b"")
+        assert {type(e) for e in errors} == {kvrep.LogFailed}
+        assert [e.position.offset - before.offset for e in errors] == list(range(1, 51))
+        assert {type(f.exception(10)) for f in behind} == {kvrep.StorageFailed}
         disk.heal()
         assert len(db) == 1
+
+
+def test_a_write_whose_flush_failed_is_unknown_and_known_after_a_failover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The primary's flush fails after the record was shipped: the writer is told its position, not a refusal,
+    and the promoted follower answers what became of it."""
+    with stores(tmp_path) as start:
+        a = start("a", acks=1)
+        b = start("b", follow=a.address)
+        voters(a, "a", "b")
+        real, fails = os.fdatasync, threading.Event()
+
+        def fdatasync(fd: int) -> None:
+            if fails.is_set() and f"{tmp_path}/a/" in os.readlink(f"/proc/self/fd/{fd}"):
+                until(lambda: b.status().last_offset == a.status().last_offset)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(fd)
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        fails.set()
+        with pytest.raises(kvrep.LogFailed) as caught:
+            a.put(b"k", b"v")
+        position = caught.value.position
+        assert isinstance(caught.value, kvrep.UnknownOutcome)
+        assert position.offset == b.status().last_offset
+        assert a.resolve(position) is kvrep.Outcome.PENDING
+        a.close()
+        b.promote()
+        assert b.resolve(position) is kvrep.Outcome.COMMITTED
+        assert b[b"k"] == b"v"
 
 
 def test_enospc_is_refused_and_heals(store_path: Path, disk: Disk) -> None:
