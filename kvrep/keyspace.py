@@ -34,7 +34,8 @@ D = TypeVar("D")
 R = TypeVar("R")
 Consistency = Literal["local", "linearizable"]
 CLEAR_KEYS = 4096
-_MISSING: Any = object()
+MISSING: Any = object()
+"""Stands for a value that is not there, where a codec may store ``None``."""
 
 
 class WriteFuture:
@@ -147,8 +148,8 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         return value if self._decode is None else self._decode(value)
 
     def __getitem__(self, key: bytes) -> V:
-        value: Any = self.get(key, _MISSING)
-        if value is _MISSING:
+        value: Any = self.get(key, MISSING)
+        if value is MISSING:
             raise KeyError(key)
         found: V = value
         return found
@@ -342,13 +343,13 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
     ) -> Position | None:
         """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key, on both
-        sides.
+        sides. (A ``None`` that a codec has stored is a value like any other, and not what ``None`` expects.)
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
 
         def swap(txn: Transaction[V]) -> bool:
-            if txn.get(key) != expected:
+            if not is_expected(txn.get(key, MISSING), expected):
                 return False
             if value is None:
                 txn.delete(key)
@@ -361,33 +362,41 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
-        return self.compare_and_set(key, expected=None, value=value, timeout_s=timeout_s)
+
+        def add(txn: Transaction[V]) -> bool:
+            if key in txn:
+                return False
+            txn.put(key, value)
+            return True
+
+        added, position = self._atomically(add, timeout_s)
+        return position if added else None
 
     def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
 
         def store(txn: Transaction[V]) -> Any:
-            value = txn.get(key)
-            if value is not None:
+            value = txn.get(key, MISSING)
+            if value is not MISSING:
                 return value
             txn.put(key, default)
             return default
 
         return self._atomically(store)[0]
 
-    def pop(self, key: bytes, default: Any = _MISSING) -> Any:
+    def pop(self, key: bytes, default: Any = MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
 
         def take(txn: Transaction[V]) -> Any:
-            value = txn.get(key)
-            if value is not None:
+            value = txn.get(key, MISSING)
+            if value is not MISSING:
                 txn.delete(key)
             return value
 
         value = self._atomically(take)[0]
-        if value is not None:
+        if value is not MISSING:
             return value
-        if default is _MISSING:
+        if default is MISSING:
             raise KeyError(key)
         return default
 
@@ -462,6 +471,13 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         nothing has read a snapshot of the past, and is not compared.
         """
         return Transaction(self, timeout_s)
+
+
+def is_expected(found: Any, expected: Any) -> bool:
+    """Whether what a key holds (or ``MISSING``) is what ``compare_and_set`` expects (``None``: nothing)."""
+    if expected is None or found is MISSING:
+        return expected is None and found is MISSING
+    return bool(found == expected)
 
 
 class _Items(ItemsView[bytes, V]):

@@ -13,6 +13,7 @@ from kvrep.aio.core import Core
 from kvrep.aio.reading import paced
 from kvrep.aio.writing import Batch, Transaction, WriteFuture
 from kvrep.errors import RolledBack, StaleRead, TransactionConflict
+from kvrep.keyspace import MISSING, is_expected
 from kvrep.model.position import Position
 
 __all__ = ["Keyspace"]
@@ -20,7 +21,6 @@ __all__ = ["Keyspace"]
 V = TypeVar("V")
 D = TypeVar("D")
 R = TypeVar("R")
-_MISSING: Any = object()
 
 
 class Keyspace(Generic[V]):
@@ -216,13 +216,14 @@ class Keyspace(Generic[V]):
     async def compare_and_set(
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
     ) -> Position | None:
-        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key in both.
+        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key in both, and
+        not for a ``None`` that a codec has stored.
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
 
         async def swap(txn: Transaction[V]) -> bool:
-            if await txn.get(key) != expected:
+            if not is_expected(await txn.get(key, MISSING), expected):
                 return False
             if value is None:
                 txn.delete(key)
@@ -235,33 +236,41 @@ class Keyspace(Generic[V]):
 
     async def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
-        return await self.compare_and_set(key, expected=None, value=value, timeout_s=timeout_s)
+
+        async def add(txn: Transaction[V]) -> bool:
+            if await txn.get(key, MISSING) is not MISSING:
+                return False
+            txn.put(key, value)
+            return True
+
+        added, position = await self._atomically(add, timeout_s)
+        return position if added else None
 
     async def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
 
         async def store(txn: Transaction[V]) -> Any:
-            value = await txn.get(key)
-            if value is not None:
+            value = await txn.get(key, MISSING)
+            if value is not MISSING:
                 return value
             txn.put(key, default)
             return default
 
         return (await self._atomically(store))[0]
 
-    async def pop(self, key: bytes, default: Any = _MISSING) -> Any:
+    async def pop(self, key: bytes, default: Any = MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
 
         async def take(txn: Transaction[V]) -> Any:
-            value = await txn.get(key)
-            if value is not None:
+            value = await txn.get(key, MISSING)
+            if value is not MISSING:
                 txn.delete(key)
             return value
 
         value = (await self._atomically(take))[0]
-        if value is not None:
+        if value is not MISSING:
             return value
-        if default is _MISSING:
+        if default is MISSING:
             raise KeyError(key)
         return default
 

@@ -252,6 +252,15 @@ def test_keyspaces_and_codecs(store_path: Path) -> None:
         assert [pair async for pair in users.scan()] == [(b"u", {"name": "Ada"})]
         assert b"u" not in db
         assert db.keyspaces() == ["default", "users"]
+        await users.put(b"none", None)
+        assert await users.put_if_absent(b"none", 1) is None
+        assert await users.compare_and_set(b"none", expected=None, value=1) is None
+        assert await users.setdefault(b"none", 1) is None
+        assert b"none" in users
+        assert await users.pop(b"none") is None
+        assert b"none" not in users
+        assert await users.put_if_absent(b"none", None) is not None
+        await users.pop(b"none")
         async with db.transaction() as txn:
             txn.put(b"v", {"n": 1}, keyspace=users)
             assert await txn.get(b"v", keyspace=users) == {"n": 1}
