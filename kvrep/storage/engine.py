@@ -481,7 +481,8 @@ class Engine:
         """Drop the log above ``to``, which is at or above what LMDB holds.
 
         What is dropped is first saved, synced, to a rescue file, whose path is returned. If some of it was
-        visible here (asynchronous mode), reads go back to ``to``.
+        visible here (asynchronous mode), reads go back to ``to``. :class:`StorageFull` when there is no room
+        for that file: then nothing is cut, and it may be tried again.
         """
         committer = self.committer
         with self.flusher.hold, committer.lead:

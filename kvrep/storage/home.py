@@ -40,6 +40,7 @@ from kvrep.errors import (
 from kvrep.model.position import ZERO, Position
 from kvrep.replication.promises import Verdict, judge
 from kvrep.storage.log_file import fsync_directory
+from kvrep.storage.rescue import UNFINISHED
 
 __all__ = ["COPY", "Home", "write_atomically"]
 
@@ -251,11 +252,16 @@ class Home:
             self._identity.store({**self._identity.data, "name": name})
 
     def _clean(self) -> None:
-        """Remove what nobody goes on with: old generations, spooled copies; a copy half received stays."""
+        """Remove what nobody goes on with: old generations, spooled copies, rescue files that were not finished.
+
+        A copy half received stays.
+        """
         for old in self.path.glob("gen-*"):
             if old != self.generation and not (old == self.next_generation() and (old / COPY).exists()):
                 shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.spool, ignore_errors=True)
+        for half in self.rescue.glob("*" + UNFINISHED):
+            half.unlink(missing_ok=True)
 
     def drop_old(self) -> None:
         """Remove the generations before the live one. What is open in them stays readable."""

@@ -18,6 +18,7 @@ from kvrep.errors import LogCorrupt
 from kvrep.model.codec import walk
 from kvrep.storage.log import SPARE, START, Log, Run, Tail, file_path, log_paths
 from kvrep.storage.log_file import HEADER_BYTES, Group, LogFile, fsync_directory
+from kvrep.storage.rescue import saving
 
 __all__ = ["Recovered", "recover"]
 
@@ -255,13 +256,9 @@ def _drop_headless(path: Path, result: Recovered, rescue: Path) -> None:
 
 
 def _save_unfinished(rescue: Path, source: Path, at: int, rest: bytes) -> Path:
-    rescue.mkdir(exist_ok=True)
     path = rescue / f"unfinished-{time.time_ns()}-{source.stem}-{at}.bin"
-    with open(path, "xb") as file:
+    with saving(path) as file:
         file.write(rest)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_directory(rescue)
     return path
 
 
