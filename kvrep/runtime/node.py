@@ -194,7 +194,7 @@ class Node:
         coordinator.start(CoordinatedNode(self, witness=coordinator.witness))
 
     def verify_copy(self) -> None:
-        """Have the copy that this node received compared with its digests, in the background."""
+        """Have the copy, received or suspect, compared with its digests in the background."""
         from kvrep.runtime.bootstrapping import Verification
 
         before = self._verification

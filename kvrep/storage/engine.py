@@ -44,7 +44,7 @@ from kvrep.storage.committer import Committer
 from kvrep.storage.copying import PinnedState
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
 from kvrep.storage.flusher import Flusher
-from kvrep.storage.home import COPY, Home
+from kvrep.storage.home import Home
 from kvrep.storage.log import Run, Tail
 from kvrep.storage.log_file import fsync_directory
 from kvrep.storage.memtable import Table
@@ -115,8 +115,9 @@ class Engine:
         """Memory of unflushed writes from which on writers are slowed."""
         self.marks = True
         """Whether this node, as primary, puts digest marks into the log."""
-        self.unverified = (home.generation / COPY).exists()
-        """Whether this is a received copy whose digest has not been recomputed yet."""
+        self.unverified = home.received or home.suspected
+        """Whether this copy was received, or the disk failed under it, and its digests have not been recomputed
+        since."""
         self.recovered_bytes = 0
         self.rescued: list[Path] = []
         self._marked = tree.state.mark
@@ -139,6 +140,9 @@ class Engine:
         tree = None
         try:
             generation = home.generation
+            if home.suspected:
+                log.warning("%s: the disk failed under this store; its digests are recomputed", path)
+                _drop_cached(generation / "data" / "data.mdb")
             tree = Tree.open(
                 generation / "data",
                 home.lineage,
@@ -545,7 +549,7 @@ class Engine:
             return PinnedState(self.tree)
 
     def verified(self, pinned: PinnedState, differing: dict[str, tuple[int, int]]) -> None:
-        """A received copy was compared with its digests, and these are off by so much.
+        """A copy that was received, or suspect, was compared with its digests, and these are off by so much.
 
         They are put right: from now on they tell what is really here, and later marks show the difference, too.
         """
@@ -556,8 +560,9 @@ class Engine:
             state = self.tree.state
             self.unverified = False
             if not differing:
-                state.verified = max(state.verified, at)
-                (self.home.generation / COPY).unlink(missing_ok=True)
+                if self.home.received:  # its digests are the primary's
+                    state.verified = max(state.verified, at)
+                self.home.trust()
             elif not state.diverged:
                 state.diverged = at
             for name, (digest, count) in differing.items():
@@ -565,7 +570,7 @@ class Engine:
                     digests[name] = (digests.get(name, 0) + digest) % DIGEST_MODULUS
                 state.counts[name] = state.counts.get(name, 0) + count
         if differing:
-            log.error("%s: keyspaces %s of the copy received at record %d differ from their digests",
+            log.error("%s: keyspaces %s of the copy at record %d differ from their digests",
                       self.home.path, ", ".join(differing), at)  # fmt: skip
 
     def replace_copy(self, generation: Path, tree: Tree, lineage: bytes) -> None:
@@ -731,7 +736,12 @@ class Engine:
         return f"{self.home.store_id.hex()}/{self.home.generation.name}"
 
     def _fail(self, error: BaseException) -> None:
+        """Nothing is flushed any more. What LMDB's file seems to hold need not have reached the disk."""
         self.committer.fail_storage(error)
+        try:
+            self.home.suspect()
+        except OSError as second:
+            log.warning("%s: that the disk failed could not be noted: %s", self.home.path, second)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -872,6 +882,16 @@ class Engine:
             log.warning("%s: the log could not be closed cleanly: %s", self.home.path, error)
         finally:
             committer.log.abandon()  # after a failure: as it is, nothing is tried again
+
+
+def _drop_cached(path: Path) -> None:
+    """Have the next reads of a file come from the disk: the kernel keeps pages that it failed to write."""
+    if path.exists():
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 def _outcome_in_copy(write: Write, state: State) -> Error | None:

@@ -11,6 +11,7 @@
     spool/     copies under way to a follower
     gen-000002/COPY    what has arrived of a copy that is being received; in a live generation: the copy's
                        digest has not been verified yet
+    gen-000001/SUSPECT the disk failed under this copy; its digests have not been recomputed since
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ __all__ = ["COPY", "Home", "write_atomically"]
 
 FORMAT = 1
 COPY = "COPY"
+SUSPECT = "SUSPECT"
 _PARTS = {"LOCK", "IDENTITY", "STORE", "CURRENT", "rescue", "spool"}
 
 
@@ -335,6 +337,25 @@ class Home:
     @property
     def generation(self) -> Path:
         return self.path / str(self._current["generation"])
+
+    @property
+    def received(self) -> bool:
+        """Whether this is a received copy that has not been compared with its digests yet."""
+        return (self.generation / COPY).exists()
+
+    @property
+    def suspected(self) -> bool:
+        """Whether the disk failed under this copy, and it has not been compared with its digests since."""
+        return (self.generation / SUSPECT).exists()
+
+    def suspect(self) -> None:
+        """Note durably that the disk failed under the live copy."""
+        write_atomically(self.generation / SUSPECT, b"")
+
+    def trust(self) -> None:
+        """The live copy was compared with its digests, and equals them."""
+        for note in (COPY, SUSPECT):
+            (self.generation / note).unlink(missing_ok=True)
 
     @property
     def rescue(self) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 from replication_kit import stores, until, voters
 
@@ -250,6 +251,64 @@ def test_lmdb_failure_is_final_but_loses_nothing(
     db.close()
     with kvrep.open(store_path, **OPTIONS) as db:
         assert dict(db.scan()) == {b"a": b"1"}
+
+
+FAILS_TO_FLUSH = """
+import sys, kvrep
+db = kvrep.open(sys.argv[1], log_file_bytes=65536, map_bytes=16 << 20, flush_interval_s=3600.0)
+db.put(b"a", b"1")
+try:
+    db.flush(20)
+except kvrep.StorageFailed as error:
+    print(error)
+db.close()
+"""
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize("rotten", [False, True], ids=["whole", "rotten"])
+def test_a_copy_whose_commit_failed_is_compared_with_its_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotten: bool
+) -> None:
+    """After LMDB's commit failed, the next open reads the file from the disk and recomputes its digests: what
+    differs is reported at every open, and what does not is trusted again."""
+    assert STRACE is not None
+    with kvrep.open(tmp_path, **OPTIONS) as db:
+        db.put(b"before", b"1")
+        db.flush()
+    data = tmp_path / "gen-000001" / "data"
+    note = data.parent / "SUSPECT"
+    assert not note.exists()
+    done = subprocess.run(
+        [
+            STRACE, "-f", "-qq", "-o", "/dev/null", "-P", str(data / "data.mdb"), "-e", "trace=fdatasync",
+            "-e", "inject=fdatasync:error=EIO", sys.executable, "-c", FAILS_TO_FLUSH, str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "LMDB failed while flushing" in done.stdout
+    assert note.exists()
+    if rotten:
+        with lmdb.open(str(data), max_dbs=8) as env, env.begin(write=True) as txn:
+            txn.put(b"before", b"2", db=env.open_db(b"default", txn=txn))
+    dropped: list[str] = []
+
+    def fadvise(fd: int, *args: int) -> None:
+        dropped.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd, *args)
+
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    with kvrep.open(tmp_path, **OPTIONS) as db:
+        assert dropped == [str(data / "data.mdb")]
+        until(lambda: not db._node.engine.unverified)
+        assert bool(db.status().diverged_at) == rotten
+        assert note.exists() == rotten
+        assert db[b"a"] == b"1"
+    if not rotten:
+        with kvrep.open(tmp_path, **OPTIONS) as db:
+            assert not db._node.engine.unverified
+            assert len(dropped) == 1
 
 
 INJECTED = """
