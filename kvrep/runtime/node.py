@@ -54,6 +54,12 @@ __all__ = ["Node"]
 log = logging.getLogger("kvrep")
 
 NO_TIMEOUT_S = 86_400.0
+LOOK_UP_S = 0.05
+"""How often those who wait for a lock look whether there is still something to wait for."""
+CLOSE_GRACE_S = 0.5
+"""What a close may take at least."""
+CLOSE_MOMENT_S = 0.05
+"""What each part of a node gets to end, even when the deadline of the close has passed."""
 _position = tuple.__new__  # half the price of a named tuple's own constructor
 
 
@@ -209,8 +215,14 @@ class Node:
         engine.writable = self._begin_alone
 
     def _begin_alone(self) -> None:
-        with self._role_lock:
-            if self.engine.committer.epoch or self._closed:
+        deadline, committer = self.deadline(None), self.engine.committer
+        while not self._role_lock.acquire(timeout=LOOK_UP_S):  # another first write is at it
+            if committer.closed is not None:
+                return  # who puts the write in order says so
+            if time.monotonic() >= deadline:
+                raise Overloaded("the first write of this store is not on the disk yet")
+        try:
+            if committer.epoch or self._closed:
                 self.engine.writable = _nothing
                 return
             try:
@@ -219,6 +231,8 @@ class Node:
                 raise StorageFailed(f"the promise of an epoch could not be stored: {error}") from error
             self.finish(write, None)  # it may find no room: then the next write begins the epoch
             self.engine.writable = _nothing
+        finally:
+            self._role_lock.release()
 
     def next_epoch(self, seen: int = 0) -> int:
         """An epoch of ours above all that this node knows of, and above ``seen``."""
@@ -327,31 +341,52 @@ class Node:
         return Role.FOLLOWER if self.replaying is not None else Role.PRIMARY
 
     def close(self, timeout_s: float | None = None) -> None:
-        """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread."""
-        deadline = time.monotonic() + (self.options.close_timeout_s if timeout_s is None else timeout_s)
+        """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread.
+
+        What the disk holds up beyond that, and half a second at least, a thread of its own brings to its end;
+        till then the store stays locked.
+        """
+        seconds = self.options.close_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + max(CLOSE_GRACE_S, seconds)
         if os.getpid() != self._pid:
             return  # a forked child: nothing here is ours, and nobody may ever let go of the locks
-        with self._role_lock:
-            if self._closed:
-                return
-            self._closed = True
-            if self.coordinator is not None:
-                self.coordinator.stop(max(0.5, deadline - time.monotonic()))
+        if self._role_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            try:
+                self._close(deadline)
+            finally:
+                self._role_lock.release()
+        elif not self._closed:  # else another thread is at it
             self.engine.committer.refuse(ClosedError("the store is closed"))
-            with self._moved:
-                self._moved.notify_all()
-            self.on_moved()
-            self.link.stop()
-            if self.forwarder is not None:
-                self.forwarder.stop(max(0.5, deadline - time.monotonic()))
-            self.roles.stop(max(0.5, deadline - time.monotonic()))  # no role changes after this
-            for part in (self.shipping, self.replaying, self._server):
-                if part is not None:
-                    part.stop(max(0.5, deadline - time.monotonic()))
-            if self._verification is not None:
-                self._verification.stop(max(0.5, deadline - time.monotonic()))
-            self.engine.close(max(0.5, deadline - time.monotonic()))
-            self.events.stop(max(0.5, deadline - time.monotonic()))
+            threading.Thread(target=self._close_late, name=f"kvrep-close-{self.label}", daemon=True).start()
+
+    def _close_late(self) -> None:
+        with self._role_lock:
+            self._close(time.monotonic() + self.options.close_timeout_s)
+
+    def _close(self, deadline: float) -> None:
+        """The role lock is held. All parts share ``deadline``; beyond it each still gets a moment."""
+        if self._closed:
+            return
+
+        def left() -> float:
+            return max(CLOSE_MOMENT_S, deadline - time.monotonic())
+
+        self._closed = True
+        if self.coordinator is not None:
+            self.coordinator.stop(left())
+        self.engine.committer.refuse(ClosedError("the store is closed"))
+        with self._moved:
+            self._moved.notify_all()
+        self.on_moved()
+        self.link.stop()
+        if self.forwarder is not None:
+            self.forwarder.stop(left())
+        self.roles.stop(left())  # no role changes after this
+        for part in (self.shipping, self.replaying, self._server, self._verification):
+            if part is not None:
+                part.stop(left())
+        self.engine.close(left())
+        self.events.stop(left())
 
     # -- writing -----------------------------------------------------------------------------------
 

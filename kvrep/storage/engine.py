@@ -840,27 +840,34 @@ class Engine:
             for record in list(committer.pending):
                 if type(record) is Write:
                     record.complete(_unknown_at_close(record))
-            if stopped:
-                self._close_files(deadline)
+            if stopped and self._close_files(deadline):
                 return
-            # Closing LMDB under a flush would end the interpreter, and a new opener would meet it.
+            # Closing LMDB under a flush would end the interpreter, and a new opener would meet what is written.
             log.warning(
-                "%s: a flush is still under way; the store stays locked until it ends", self.home.path
-            )
+                "%s: a %s is still under way; the store stays locked until it ends",
+                self.home.path, "write" if stopped else "flush",
+            )  # fmt: skip
             name = f"kvrep-close-{self.home.name or self.home.path.name}"
             threading.Thread(target=self._close_later, name=name, daemon=True).start()
 
     def _close_later(self) -> None:
-        while not self.flusher.stop(60.0):
+        while not (self.flusher.stop(60.0) and self._close_files(time.monotonic() + 60.0)):
             pass
-        self._close_files(time.monotonic() + 60.0)
 
-    def _close_files(self, deadline: float) -> None:
-        if not self.tree.close(max(0.5, deadline - time.monotonic())):
+    def _close_files(self, deadline: float) -> bool:
+        """False, and nothing is closed, when a write is still under way at ``deadline``. The flush has ended."""
+        lead = self.committer.lead
+        if not lead.acquire(timeout=max(0.1, deadline - time.monotonic())):
+            return False
+        try:
+            self._close_log()
+        finally:
+            lead.release()
+        if not self.tree.close(max(0.1, deadline - time.monotonic())):
             log.warning("%s: a read was still under way at close; LMDB stays open", self.home.path)
-        self._close_log()
         self.home.close()
         _open_engines.discard(self)
+        return True
 
     def _last_flush(self, deadline: float) -> None:
         if self.committer.failure is not None or self.view.tables == ():
@@ -872,12 +879,12 @@ class Engine:
             log.warning("%s: not all could be flushed at close (%s); the log has it", self.home.path, error)
 
     def _close_log(self) -> None:
+        """``lead`` is held."""
         committer = self.committer
         try:
-            with committer.lead:
-                if committer.failure is None:
-                    committer.log.mark(committer.committed)
-                    committer.log.close()
+            if committer.failure is None:
+                committer.log.mark(committer.committed)
+                committer.log.close()
         except OSError as error:
             log.warning("%s: the log could not be closed cleanly: %s", self.home.path, error)
         finally:

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lmdb
 import pytest
-from replication_kit import stores, until, voters
+from replication_kit import opened, stores, until, voters
 
 import kvrep
 from kvrep.storage.rescue import load_rescue
@@ -165,6 +167,92 @@ def test_a_write_whose_flush_failed_is_unknown_and_known_after_a_failover(
         for node in (b, a):
             until(lambda node=node: node.resolve(position) is kvrep.Outcome.COMMITTED)
             assert node[b"k"] == b"v"
+
+
+class HeldUp:
+    """Writes to log files wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.waits = threading.Event()
+        real = os.pwritev
+
+        def pwritev(fd: int, *args: Any) -> Any:
+            if not self.go.is_set() and os.readlink(f"/proc/self/fd/{fd}").endswith(".log"):
+                self.waits.set()
+                assert self.go.wait(30.0)
+            return real(fd, *args)
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["write", "first write"])
+def test_close_keeps_to_its_deadline_while_a_write_hangs(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """A disk that does not answer holds up no close, the first or the second; the lock stays until it answers,
+    and then the write under way is in the log or was refused. (The first write has the lock of the roles.)"""
+    db = kvrep.open(store_path, **OPTIONS)
+    if not first:
+        db.put(b"before", b"1")
+    held = HeldUp(monkeypatch)
+    outcome: list[Any] = []
+
+    def write() -> None:
+        try:
+            outcome.append(db.put(b"k", b"v", timeout_s=20.0))
+        except kvrep.Error as error:
+            outcome.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert held.waits.wait(10.0)
+    closer = threading.Thread(target=db.close, args=(1.0,))
+    closer.start()
+    began = time.monotonic()
+    db.close(0.0)
+    assert time.monotonic() - began < 1.5
+    closer.join(5.0)
+    assert not closer.is_alive()
+    with pytest.raises(kvrep.ClosedError):
+        db.put(b"no", b"1")
+    with pytest.raises(kvrep.StoreInUse):
+        kvrep.open(store_path, **OPTIONS)
+    assert not outcome
+    held.go.set()
+    writer.join(10.0)
+    [told] = outcome
+    with opened(store_path, **OPTIONS) as db:
+        assert isinstance(told, kvrep.ClosedError if first else kvrep.Position)
+        assert (b"k" in db) != first
+
+
+def test_the_parts_of_a_node_share_the_deadline_of_its_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts use up all the time they are given: together they get half a second of a close(0)."""
+    with stores(tmp_path) as start:
+        a = start("a", acks=0)
+        node = a._node
+        late, given = [0.0], []
+        real = time.monotonic
+
+        def slow(stop: Callable[[float], Any]) -> Callable[[float], None]:
+            def stopped(timeout_s: float) -> None:
+                given.append(timeout_s)
+                late[0] += timeout_s
+                stop(5.0)
+
+            return stopped
+
+        parts = (node.roles, node.shipping, node._server, node.events)
+        for part in parts:
+            monkeypatch.setattr(part, "stop", slow(part.stop))
+        monkeypatch.setattr(node.engine, "close", slow(node.engine.close))
+        monkeypatch.setattr("kvrep.runtime.node.time", SimpleNamespace(monotonic=lambda: real() + late[0]))
+        a.close(0.0)
+        assert len(given) == len(parts) + 1
+        assert sum(given) < 1.0
 
 
 def test_enospc_is_refused_and_heals(store_path: Path, disk: Disk) -> None:
