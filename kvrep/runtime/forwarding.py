@@ -548,10 +548,6 @@ class Forwarder:
         except ValueError:
             raise ProtocolError("the primary did not answer with an outcome") from None
 
-    def read_set(self) -> ReadSet:
-        """For a transaction that reads here and commits at the primary."""
-        return ReadSet(self._node.engine.snapshot())
-
     def catch_up(self, conflict: TransactionConflict, deadline_s: float) -> None:
         """Before what was read is read again: get what the primary compared it with. At the deadline the
         conflict is raised."""

@@ -52,7 +52,7 @@ from kvrep.storage.recovery import fresh, recover
 from kvrep.storage.rescue import save_records
 from kvrep.storage.tree import State, Tree, digests_in, digests_out
 from kvrep.storage.view import Snapshot, View
-from kvrep.storage.write import Write
+from kvrep.storage.write import Write, renew_lock
 
 __all__ = ["Engine"]
 
@@ -76,6 +76,7 @@ def _guard_forks() -> None:
 
 
 def _in_forked_child() -> None:
+    renew_lock()
     for engine in list(_open_engines):
         engine.forked()
 
@@ -118,7 +119,6 @@ class Engine:
         self.unverified = home.received or home.suspected
         """Whether this copy was received, or the disk failed under it, and its digests have not been recomputed
         since."""
-        self.recovered_bytes = 0
         self.rescued: list[Path] = []
         self._marked = tree.state.mark
         self._closed = False
@@ -170,18 +170,17 @@ class Engine:
 
     def _recover(self, directory: Path) -> None:
         state = self.tree.state
-        tail_epoch = state.applied.epoch
+        tail_epoch, running = state.applied.epoch, state.applied.running
         pending: list[Record] = []
 
         def replay(run: Run) -> None:
-            nonlocal tail_epoch
-            records = self._decode_recovered(run, pending[-1] if pending else None)
+            nonlocal tail_epoch, running
+            records, running = decode(run.data, run.first, running)
             for record in records:
                 self._note_special(record)
             tail_epoch = records[-1].epoch
             pending.extend(records)
 
-        self._replay_running = state.applied.running
         found = recover(
             directory,
             self.home.lineage,
@@ -240,11 +239,6 @@ class Engine:
                 given=most,
                 stored=len(names),
             )
-
-    def _decode_recovered(self, run: Run, before: Record | None) -> list[Record]:
-        del before
-        records, self._replay_running = decode(run.data, run.first, self._replay_running)
-        return records
 
     def _start_threads(self) -> None:
         label = self.home.name or self.home.path.name
@@ -681,7 +675,6 @@ class Engine:
         return self.committer.log.trim(
             needed,
             bytes_kept=options.retention_bytes,
-            bytes_max=options.retention_bytes_max,
             age_s=options.retention_age_s,
         )
 
