@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from kvrep.aio.waiting import LOOK_UP_S, LoopWaits
@@ -28,6 +29,10 @@ SLOWED_S = 0.004
 """How much a task is slowed per share of the memtables' bound beyond the half: 0 to 2 ms."""
 ROOM_S, ROOM_MAX_S = 0.005, 0.25
 """How often a task that waits for the flush looks again: alone, and at the most."""
+
+
+def _nothing() -> None:
+    """Nobody waits yet."""
 
 
 class Threads:
@@ -114,9 +119,32 @@ class Core:
             if node.forwarder is not None and is_elsewhere(write.error):
                 return await self._forward(write, deadline_s, acks, level)
             self._raise_outcome(write)
-        if more and node.shipping is not None:
-            await self.call(node.writes.await_more, write.position, acks, level, deadline_s)
+        if more:
+            await self.await_more(write.position, acks, level, deadline_s)
         return Position(write.epoch, write.offset)
+
+    async def await_more(
+        self,
+        position: Position,
+        acks: Acks | None,
+        level: Literal["synced", "visible"] | None,
+        deadline_s: float,
+    ) -> None:
+        """As :meth:`Writing.await_more`, told by the acks instead of holding a thread."""
+        shipping, waits = self.node.shipping, self.here()
+        if shipping is None:
+            return
+        followers = shipping.followers
+        with followers.wanting(position, acks, level or "synced", _nothing) as wanted:
+            while True:
+                told: asyncio.Future[None] = waits.loop.create_future()
+                wanted.tell = partial(waits.tell, told)
+                if followers.met(wanted):
+                    return
+                left = deadline_s - time.monotonic()
+                if left <= 0 or followers.closed:
+                    raise followers.too_few(wanted)
+                await asyncio.wait((told,), timeout=left)
 
     async def _order_and_wait(
         self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None

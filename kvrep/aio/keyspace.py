@@ -170,9 +170,7 @@ class Keyspace(Generic[V]):
         is unknown. When the task is cancelled here, the outcome is not known either.
         """
         if self._plain._keeps:
-            return await self._core.call(
-                lambda: self._plain.put(key, value, acks=acks, level=level, timeout_s=timeout_s)
-            )
+            return await self._commit_noted(timeout_s, acks, level, key, value)
         return await self._core.commit(self._plain._put(key, value), timeout_s, acks, level)
 
     async def delete(
@@ -185,10 +183,30 @@ class Keyspace(Generic[V]):
     ) -> Position:
         """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
         if self._plain._keeps:
-            return await self._core.call(
-                lambda: self._plain.delete(key, acks=acks, level=level, timeout_s=timeout_s)
-            )
+            return await self._commit_noted(timeout_s, acks, level, key)
         return await self._core.commit(self._plain._delete(key), timeout_s, acks, level)
+
+    async def _commit_noted(
+        self, timeout_s: float | None, acks: Any, level: Any, key: bytes, *value: V
+    ) -> Position:
+        """A put (with a value) or a delete, together with what was there."""
+        core = self._core
+        more = acks is not None or level is not None
+        if more:
+            core.node.writes.check_more(acks, level)
+        deadline_s = core.node.deadline(timeout_s)
+
+        async def body(txn: Transaction[V]) -> None:
+            if value:
+                txn.put(key, value[0])
+            else:
+                txn.delete(key)
+
+        _, position = await self._atomically(body, timeout_s)
+        assert position is not None
+        if more:
+            await core.await_more(position, acks, level, deadline_s)
+        return position
 
     def submit_put(self, key: bytes, value: V) -> WriteFuture:
         """Order the write and return its future at once, without await.

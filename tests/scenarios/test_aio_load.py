@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, voters
+from replication_kit import FAST, Proxy, proxy, voters
 
 import kvrep
 import kvrep.aio
@@ -637,3 +637,54 @@ def test_a_restarted_primary_does_not_hold_the_loop(tmp_path: Path) -> None:
                 assert await again.get(b"k") == b"v"
 
     asyncio.run(main())
+
+
+def test_writes_that_wait_for_more_copies_hold_up_nobody(tmp_path: Path) -> None:
+    """However many ask for a copy that a silent follower does not make, each ends at its own deadline, calls that
+    need a thread go on meanwhile, and once the follower answers such writes return."""
+
+    async def main(db: kvrep.aio.Store, link: Proxy) -> None:
+        kept = db.keyspace("kept", keep_before=True)
+        more: dict[str, Any] = {"acks": 1, "level": "visible"}
+        for space in (db, kept):
+            await space.put(b"k", b"v", timeout_s=WAIT_S, **more)
+        link.hold()
+        began = time.monotonic()
+
+        async def write(i: int) -> tuple[BaseException, float]:
+            space = kept if i % 2 else db
+            try:
+                if i % 5:
+                    await space.put(b"%d" % i, b"v", timeout_s=1.0, **more)
+                else:
+                    await space.delete(b"k", timeout_s=1.0, **more)
+            except kvrep.Error as error:
+                return error, time.monotonic() - began
+            raise AssertionError("the follower is silent")
+
+        writes = [asyncio.create_task(write(i)) for i in range(50)]
+        await asyncio.sleep(0)
+        await db.flush(WAIT_S)
+        flushed_s = time.monotonic() - began
+        ends = await asyncio.gather(*writes)
+        assert {type(error) for error, _ in ends} == {kvrep.AckTimeout}
+        assert {(error.reached, error.needed) for error, _ in ends} == {(1, 2)}
+        assert min(at for _, at in ends) >= 0.9
+        assert max(flushed_s, *(at for _, at in ends)) < 5.0
+        assert not db._core.node.shipping.followers._wanted
+        link.release()
+        for space in (db, kept):
+            await space.put(b"k", b"w", timeout_s=WAIT_S, **more)
+
+    async def serve() -> None:
+        slow = {**FAST, "heartbeat_timeout_s": 60.0}
+        async with kvrep.aio.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **slow) as db:
+            with proxy(db.address) as link:
+                b = await asyncio.to_thread(kvrep.open, tmp_path / "b", name="b", follow=link.address, **slow)
+                try:
+                    await asyncio.to_thread(voters, db._sync, "a", "b")
+                    await main(db, link)
+                finally:
+                    await asyncio.to_thread(b.close)
+
+    asyncio.run(serve())

@@ -252,6 +252,10 @@ def test_keyspaces_and_codecs(store_path: Path) -> None:
         assert [pair async for pair in users.scan()] == [(b"u", {"name": "Ada"})]
         assert b"u" not in db
         assert db.keyspaces() == ["default", "users"]
+        async with db.transaction() as txn:
+            txn.emit("topic", b"only a message")
+        assert txn.position is not None
+        assert txn.position == db.position
         await users.put(b"none", None)
         assert await users.put_if_absent(b"none", 1) is None
         assert await users.compare_and_set(b"none", expected=None, value=1) is None
