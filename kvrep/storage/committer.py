@@ -25,6 +25,7 @@ from typing import Any
 from kvrep.errors import (
     ClosedError,
     Error,
+    ForkedError,
     LogFailed,
     NotPrimary,
     Overloaded,
@@ -527,6 +528,18 @@ class Committer:
         if grant is not None:
             grant()
 
+    def undo_append(self, error: OSError) -> None:
+        """An append failed. On return there was no room for it, and no trace of it is left.
+
+        Raises :class:`StorageFailed` when it is worse.
+        """
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise self.fail_storage(error) from error
+        try:
+            self.log.undo_append()
+        except OSError as second:
+            raise self.fail_storage(second) from second
+
     def fail_storage(self, error: BaseException) -> StorageFailed:
         """The disk failed for good: nothing is written any more in this process."""
         if self.failure is None:
@@ -694,6 +707,12 @@ class Committer:
                 self.advance()
             if isinstance(self.closed, ClosedError):
                 return
+
+    def forked(self, error: ForkedError) -> None:
+        """In a forked child: refuse everything, and wait for no lock that a thread of the parent holds."""
+        self.closed = error
+        self._order = threading.Lock()
+        self.lead = threading.Lock()
 
     def stop(self, timeout_s: float) -> None:
         """End the background thread; ``closed`` is set already."""

@@ -339,6 +339,11 @@ class Home:
         return self.path / str(self._current["generation"])
 
     @property
+    def copy_id(self) -> str:
+        """Which copy of the data this is, beside which log."""
+        return f"{self.store_id.hex()}/{self.generation.name}"
+
+    @property
     def received(self) -> bool:
         """Whether this is a received copy that has not been compared with its digests yet."""
         return (self.generation / COPY).exists()
