@@ -398,6 +398,10 @@ class Log:
             total += file.end
         return total
 
+    def in_memory(self, offset: int) -> bool:
+        """Whether record ``offset`` and all that follow are read without touching files."""
+        return self._recent.bytes_after(offset - 1) is not None
+
     def running_at(self, offset: int) -> int:
         """The running checksum through record ``offset``; :class:`LogTrimmed` when it is no longer known."""
         tail = self.tail

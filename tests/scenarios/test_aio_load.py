@@ -688,3 +688,31 @@ def test_writes_that_wait_for_more_copies_hold_up_nobody(tmp_path: Path) -> None
                     await asyncio.to_thread(b.close)
 
     asyncio.run(serve())
+
+
+def test_status_reads_no_files_on_the_loop(tmp_path: Path) -> None:
+    """How far a follower is behind that is not served from memory is known without holding the loop."""
+    options: dict[str, Any] = {"name": "a", "listen": "127.0.0.1:0", "acks": 0, **FAST}
+    with kvrep.open(tmp_path / "a", **options) as a:
+        with kvrep.open(tmp_path / "b", name="b", follow=a.address, **FAST):
+            voters(a, "a", "b")
+        for i in range(40):
+            a.put(b"%d" % i, b"x" * 10_000)
+
+    async def main() -> None:
+        async with kvrep.aio.open(tmp_path / "a", **options) as db:
+            await until(lambda: db.status().followers != (), "the slot is not known")
+            engine_log = db._core.node.engine.committer.log
+            with held(engine_log._files_lock) as free:
+                began = time.monotonic()
+                [gone] = db.status().followers
+                assert time.monotonic() - began < 5
+                assert not free.is_set()
+                assert gone.lag_records >= 40
+            await until(lambda: db.status().followers[0].lag_bytes > 400_000, "nobody measures")
+            [gone] = db._sync.status().followers
+            assert gone.lag_bytes > 400_000
+            assert gone.lag_s > 0
+            assert abs(db.status().followers[0].lag_s - gone.lag_s) < 5
+
+    asyncio.run(main())
