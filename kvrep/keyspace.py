@@ -235,6 +235,10 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         - the outcome is not known: an :class:`UnknownOutcome` with the position, to ask :meth:`Store.resolve`
           later. That is :class:`AckTimeout` after ``timeout_s`` (default: the store's ``ack_timeout_s``),
           :class:`LogFailed` when the disk failed under it, or the plain class when the store was closed.
+
+        Ctrl-C ends the wait, not the write: once it is in the log, the ``KeyboardInterrupt`` (or whatever a signal
+        handler raises) has its ``position``, or its ``request`` if it was forwarded. Where the outcome must be
+        known whenever the interrupt comes, use :meth:`submit_put` and keep its future.
         """
         if self._keeps:
             return self._commit_noted(timeout_s, acks, level, key, value)

@@ -16,6 +16,7 @@ from kvrep.errors import ClosedError, Error, Overloaded, StaleRead, again
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.runtime.forwarding import GRACE_S, Forward, is_elsewhere
+from kvrep.runtime.interrupts import carry, logged_at
 from kvrep.runtime.node import Node
 from kvrep.runtime.writing import check_asked
 from kvrep.storage.write import Write, complete_all
@@ -120,7 +121,11 @@ class Core:
                 return await self._forward(write, deadline_s, acks, level)
             self._raise_outcome(write)
         if more:
-            await self.await_more(write.position, acks, level, deadline_s)
+            try:
+                await self.await_more(write.position, acks, level, deadline_s)
+            except asyncio.CancelledError as cancelled:
+                carry(cancelled, write.position)
+                raise
         return Position(write.epoch, write.offset)
 
     async def await_more(
@@ -157,7 +162,11 @@ class Core:
         waits = self._loops.get(asyncio.get_running_loop()) or self.here()
         write.inbox = waits
         self.order(write)
-        await waits.wait(write, deadline_s)
+        try:
+            await waits.wait(write, deadline_s)
+        except asyncio.CancelledError as cancelled:
+            carry(cancelled, logged_at(write))
+            raise
 
     async def _forward(
         self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
@@ -174,7 +183,11 @@ class Core:
         waits = self.here()
         item.inbox = waits
         forwarder.order(item)
-        await waits.wait(item, item.deadline_s + GRACE_S)
+        try:
+            await waits.wait(item, item.deadline_s + GRACE_S)
+        except asyncio.CancelledError as cancelled:
+            carry(cancelled, forwarder.leave(item))
+            raise
         return forwarder.outcome(item)
 
     def submit(self, write: Write) -> Write:
@@ -261,7 +274,11 @@ class Core:
     async def finish(self, write: Write, deadline_s: float) -> Position:
         """Wait for a write that is in order already."""
         if not write.done:
-            await self._until_done(write, deadline_s)
+            try:
+                await self._until_done(write, deadline_s)
+            except asyncio.CancelledError as cancelled:
+                carry(cancelled, logged_at(write))
+                raise
         if type(write) is Forward and self.node.forwarder is not None:
             return self.node.forwarder.outcome(write)
         if write.error is not None or not write.done:

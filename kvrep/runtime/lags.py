@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kvrep.errors import Error
 from kvrep.storage.engine import Engine
 
 __all__ = ["Lag", "Lags"]
+
+log = logging.getLogger("kvrep.replication")
 
 
 class Lag(NamedTuple):
@@ -54,11 +56,12 @@ class Lags:
         before = self._seen.get(store_id)
         try:
             size = self._engine.committer.log.bytes_after(synced)
-        except (Error, OSError):
-            size = 0
-        if before is not None and before.synced == synced and before.since_us:
-            return before._replace(bytes=size)
-        return _Seen(synced, size, self._engine.time_at(synced + 1))
+            if before is not None and before.synced == synced and before.since_us:
+                return before._replace(bytes=size)
+            return _Seen(synced, size, self._engine.time_at(synced + 1))
+        except Exception as error:  # of the log under way to be cut or closed; nothing depends on it
+            log.debug("how far a follower is behind could not be told: %s", error)
+            return before or _Seen(synced, 0, 0)
 
     def _lag(self, synced: int, seen: _Seen) -> Lag:
         records = max(0, self._engine.tail.offset - synced)

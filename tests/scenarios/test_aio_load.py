@@ -716,3 +716,54 @@ def test_status_reads_no_files_on_the_loop(tmp_path: Path) -> None:
             assert abs(db.status().followers[0].lag_s - gone.lag_s) < 5
 
     asyncio.run(main())
+
+
+def test_a_cancelled_write_says_where_it_is(tmp_path: Path) -> None:
+    """However its task waits for an ack, and whether it is cancelled or runs out of time, the write that goes on can
+    be asked for by the position that the error has."""
+    slow = {**FAST, "heartbeat_timeout_s": 60.0, "listen": "127.0.0.1:0"}
+
+    async def transaction(db: kvrep.aio.Store) -> None:
+        async with db.transaction() as txn:
+            txn.put(b"t", await txn.get(b"k") or b"")
+
+    async def main(db: kvrep.aio.Store, link: Proxy) -> None:
+        await db.put(b"k", b"v")
+        for way in (
+            lambda: db.put(b"p", b"v"),
+            lambda: db.submit_put(b"f", b"v").result(),
+            lambda: transaction(db),
+        ):
+            link.hold()
+            last = db.status().last_offset
+            task = asyncio.ensure_future(way())
+            await until(lambda: len(db._core.node.engine.committer.pending) == 1, "the write is not logged")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as cancelled:
+                await task
+            position = getattr(cancelled.value, "position", None)
+            assert position == kvrep.Position(db.status().epoch, last + 1)
+            assert db.resolve(position) is kvrep.Outcome.PENDING
+            link.release()
+            await until(
+                lambda position=position: db.resolve(position) is kvrep.Outcome.COMMITTED,
+                "it is not committed",
+            )
+        link.hold()
+        with pytest.raises(TimeoutError) as late:
+            async with asyncio.timeout(0.5):
+                await db.put(b"late", b"v")
+        assert isinstance(getattr(late.value.__cause__, "position", None), kvrep.Position)
+        link.release()
+
+    async def serve() -> None:
+        async with kvrep.aio.open(tmp_path / "a", name="a", acks=1, ack_timeout_s=WAIT_S, **slow) as db:
+            with proxy(db.address) as link:
+                b = await asyncio.to_thread(kvrep.open, tmp_path / "b", name="b", follow=link.address, **slow)
+                try:
+                    await asyncio.to_thread(voters, db._sync, "a", "b")
+                    await main(db, link)
+                finally:
+                    await asyncio.to_thread(b.close)
+
+    asyncio.run(serve())
