@@ -187,6 +187,7 @@ class Roles:
             with self.lock:
                 self.go_after(newest.voter.address)
             return
+        shipping.attach()
         problem = shipping.leadership.lost(peers)
         if problem:
             log.error("%s: %s", self.node.label, problem)
@@ -244,11 +245,13 @@ class Roles:
         shipping = Shipping(node, replaying.slots if replaying is not None else ())
         node.shipping, node.replaying = shipping, None
         try:
+            shipping.attach()
             shipping.leadership.take_over(epoch, fenced, forced, founding=founding, unfenced=unfenced)
         except BaseException as error:
             shipping.retire(Fenced(f"epoch {epoch} did not begin: {error}", epoch=epoch), STOP_S)
             if old is not None and replaying is None:
                 node.shipping = Shipping(node)
+                node.shipping.attach()
                 node.shipping.leadership.resume()
             else:
                 node.shipping, node.replaying = None, replaying

@@ -60,6 +60,9 @@ class Shipping:
         self.lags = Lags(self.engine)
         self._complaints: set[str] = set()
         self._inherit(heard)
+
+    def attach(self) -> None:
+        """Have the engine ask this role from now on."""
         self.engine.writable = self.leadership.check_writable
         self.engine.on_configuration = self.configuring.on_configuration
         self.engine.keep_from = self._keep_from
