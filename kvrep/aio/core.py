@@ -121,11 +121,7 @@ class Core:
                 return await self._forward(write, deadline_s, acks, level)
             self._raise_outcome(write)
         if more:
-            try:
-                await self.await_more(write.position, acks, level, deadline_s)
-            except asyncio.CancelledError as cancelled:
-                carry(cancelled, write.position)
-                raise
+            await self.await_more(write.position, acks, level, deadline_s)
         return Position(write.epoch, write.offset)
 
     async def await_more(
@@ -149,7 +145,11 @@ class Core:
                 left = deadline_s - time.monotonic()
                 if left <= 0 or followers.closed:
                     raise followers.too_few(wanted)
-                await asyncio.wait((told,), timeout=left)
+                try:
+                    await asyncio.wait((told,), timeout=left)
+                except asyncio.CancelledError as cancelled:
+                    carry(cancelled, position)
+                    raise
 
     async def _order_and_wait(
         self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
