@@ -218,12 +218,11 @@ def test_opening_waits_for_an_epoch_that_another_thread_begins(
 def test_a_restart_without_enough_voters_is_not_writable_until_they_join(tmp_path: Path) -> None:
     """acks=1 of three voters needs two promises: alone it says whom it waits for, with one more it writes."""
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p:
-        with (
-            kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST),
-            kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST),
-        ):
-            voters(p, "a", "b", "c")
-            p.put(b"k", b"1")
+        with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST):
+            voters(p, "a", "b")  # so that b is the first to be named
+            with kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST):
+                voters(p, "a", "b", "c")
+                p.put(b"k", b"1")
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **FAST) as again:
         with pytest.raises(NotPrimary, match=r"promises of 1 .*missing: b, c"):
             again.put(b"k", b"2")
