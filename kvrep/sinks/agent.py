@@ -30,7 +30,6 @@ from kvrep.errors import (
 from kvrep.model.change import BEGIN, DELETE, END, PUT, Change
 from kvrep.model.event import Event
 from kvrep.model.position import Position
-from kvrep.model.record import Op
 from kvrep.sinks.delays import Delays, Rate, catch_up_s
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.running import AgentState, Running
@@ -125,11 +124,14 @@ class Agent(Running):
         self.source = source_at(source) if isinstance(source, str) else source
         self._batch_changes, self._batch_bytes = batch_changes, batch_bytes
         self._letters_max = dead_letters_max
+        self.source.widen(self.sink.batch_changes)
         self._log_interval_s = log_interval_s
         self._place = Place()
         self._batch = _Batch()
         self._letters: dict[tuple[str, bytes], list[int]] = {}
         self._letter_count = 0
+        self._busy = False
+        """Whether the secondary has work of its own left, after the last commit."""
         self._applied = self._commits = self._snapshots = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
@@ -196,17 +198,20 @@ class Agent(Running):
             arrived = self.source.receive(max(1, most - batch.count), self._patience())
             self._take(arrived)
             full = batch.count >= most or batch.bytes >= most_bytes
-            if batch.count and (full or not arrived) and self._may_commit(full):
+            if batch.count and (full or self._waited(arrived)) and self._may_commit(full):
                 self._commit()
+                self._busy = self.sink.tend(self._stop.is_set)
             if not arrived:
                 self._idle()
             self._log_now_and_then()
 
     def _limits(self) -> tuple[int, int]:
         """Changes and bytes of a commit. A snapshot goes in larger pieces: nobody waits for single rows of it."""
+        most, most_bytes = self._batch_changes, self._batch_bytes
         if self._staging:
-            return SNAPSHOT_BATCHES * self._batch_changes, max(self._batch_bytes, SNAPSHOT_BYTES)
-        return self._batch_changes, self._batch_bytes
+            most, most_bytes = SNAPSHOT_BATCHES * most, max(most_bytes, SNAPSHOT_BYTES)
+        most, most_bytes = max(most, self.sink.batch_changes), max(most_bytes, self.sink.batch_bytes)
+        return most if self.source.window is None else min(most, self.source.window), most_bytes
 
     @property
     def _staging(self) -> bool:
@@ -214,30 +219,47 @@ class Agent(Running):
         staging = self._batch.staging
         return self._place.staging if staging is None else staging
 
+    def _due_s(self) -> float:
+        """In how many seconds a batch that is not full is committed. The end of a snapshot is awaited."""
+        batch = self._batch
+        lingers = batch.staging is not False
+        return max(0.0, batch.began_s + self.sink.linger_s - time.monotonic()) if lingers else 0.0
+
+    def _waited(self, arrived: list[Incoming]) -> bool:
+        """Whether a batch that is not full has been waited for: nothing more is there, or it is time."""
+        return not self._due_s() and (not arrived or self.sink.linger_s > 0)
+
     def _patience(self) -> float:
         """How long to wait for more: not at all where something is ready to be committed."""
         if not self._batch.count:
             return IDLE_S
-        return 0.0 if self._batch.at_end else UNIT_WAIT_S / 5
+        return min(IDLE_S, self._due_s()) if self._batch.at_end else UNIT_WAIT_S / 5
 
     def _may_commit(self, full: bool) -> bool:
         """At the end of a transaction; inside one only when it is large, or its rest is long in coming."""
         batch = self._batch
         if batch.at_end:
             return True
-        large = batch.count >= 4 * self._batch_changes or batch.bytes >= 4 * self._batch_bytes
+        window = self.source.window
+        large = (
+            batch.count >= 4 * max(self._batch_changes, self.sink.batch_changes)
+            or batch.bytes >= 4 * max(self._batch_bytes, self.sink.batch_bytes)
+            or (window is not None and batch.count >= window)
+        )
         return large or (not full and time.monotonic() - batch.began_s > UNIT_WAIT_S)
 
     def _idle(self) -> None:
         if not self._batch.count:
             self.source.settle(self._place)
+            self._busy = self.sink.tend(self._stop.is_set)
         behind = self.source.state().behind
         if behind is not None:
             self._growth.add(self._place.sequence[1] + behind, time.monotonic())
         if self._place.staging:
             self._say(AgentState.SNAPSHOT, "")
         else:
-            self._say(AgentState.APPLYING if behind or not self._place.whole else AgentState.CURRENT, "")
+            busy = behind or self._busy or not self._place.whole
+            self._say(AgentState.APPLYING if busy else AgentState.CURRENT, "")
 
     # -- applying ----------------------------------------------------------------------------------
 
@@ -272,12 +294,11 @@ class Agent(Running):
         """What was gathered goes to the secondary; what it cannot hold becomes dead letters."""
         batch = self._batch
         while batch.changes:
-            ops: list[Op] = [(c.keyspace, c.key, c.value) for c in batch.changes]
             try:
                 if self._staging:
-                    self.sink.stage(ops)
+                    self.sink.stage_changes(batch.changes)
                 else:
-                    self.sink.apply(ops)
+                    self.sink.apply_changes(batch.changes)
             except RejectedChange as error:
                 bad = batch.changes.pop(error.index)
                 self._supersede([bad])
@@ -485,4 +506,5 @@ def retry_dead_letters(
         done.append(number)
     sink.forget(done)
     sink.commit(place)
+    sink.tend()
     return done, failed
