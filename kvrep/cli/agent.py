@@ -39,7 +39,8 @@ examples:
 
 SOURCE is a broker's address, host:port of running nodes (with commas between), or the path of a store that no
 process has open.
-SECONDARY is postgresql://…, sqlite:PATH, delta:PATH, kvrep:PATH, host:port of the primary of another group, or a broker.
+SECONDARY is postgresql://…, sqlite:PATH, delta:PATH, kvrep:PATH, host:port of the primary of another group, or a
+broker.
 Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPASSWORD.
 
 Rows and place move in one transaction, so every change takes effect exactly once, whatever is killed when.

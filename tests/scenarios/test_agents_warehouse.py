@@ -306,7 +306,7 @@ def test_changes_are_gathered(store_path: Path, folder: Path) -> None:
                 db.put(b"%d" % (i % 7), b"%d" % i)
                 if i % 20 == 0:
                     applied = agent.status().applied
-                    wait_until(lambda: agent.status().backlog or agent.status().applied > applied, "it comes")  # noqa: B023
+                    wait_until(lambda: agent.status().backlog or agent.status().applied > applied, "it comes")
             agent.wait_for(db.position)
             commits, took_s = agent.status().commits - before, time.monotonic() - began
             wait_current(agent, db)
