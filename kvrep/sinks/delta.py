@@ -46,6 +46,8 @@ class Delta:
         self.uri, self.schema = uri, schema
         self._append_only = append_only
         self._table: DeltaTable | None = None
+        self.number = 0
+        """Of the last commit that had one; else 0."""
         self._folder = None if "://" in uri else Path(uri)
 
     # -- opening -----------------------------------------------------------------------------------
@@ -58,7 +60,8 @@ class Delta:
     def load(self) -> bool:
         """Take the newest version; ``False``: there is no table."""
         with self.errors():
-            self._table = DeltaTable(self.uri) if DeltaTable.is_deltatable(self.uri) else None
+            table = self._table = DeltaTable(self.uri) if DeltaTable.is_deltatable(self.uri) else None
+            self.number = 0 if table is None else table.transaction_version(APP) or 0
         return self.there
 
     def create(self, description: str) -> None:
@@ -93,12 +96,6 @@ class Delta:
     @property
     def columns(self) -> list[str]:
         return [field.name for field in self._need().schema().fields]
-
-    @property
-    def number(self) -> int:
-        """Of the last commit that had one; else 0."""
-        with self.errors():
-            return (self._need().transaction_version(APP) or 0) if self.there else 0
 
     def note(self) -> str | None:
         """Of the last commit that had one. Maintenance by other programs adds commits without."""
@@ -148,6 +145,7 @@ class Delta:
                     writer_properties=_WRITER, commit_properties=_properties(number, note),
                 )  # fmt: skip
                 self._sync(table.version())
+                self.number = number
         except Exception:
             if source.error is not None:
                 raise source.error from None

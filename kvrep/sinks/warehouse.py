@@ -34,12 +34,14 @@ from kvrep.errors import (
     NotAStore,
     OpenError,
     PeerUnavailable,
+    RejectedChange,
     StoreInUse,
     UpgradeRequired,
 )
 from kvrep.model.change import Change
 from kvrep.model.event import Event
 from kvrep.model.record import Op
+from kvrep.options import check_keyspace_name
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.tables import Table, table_name, table_of
 
@@ -143,7 +145,7 @@ class WarehouseSink(Sink):
         self._refresh_at = self._vacuum_at = 0.0
         self._tidied = 0
         """The commit after which small files were looked for."""
-        self._forget_pending()
+        self._give_up()
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -247,6 +249,9 @@ class WarehouseSink(Sink):
         """Rows of a snapshot that are not written yet."""
         self._buried: list[DeadLetter] = []
         self._forgotten: set[int] = set()
+
+    def _give_up(self) -> None:
+        self._forget_pending()
         self._writer = secrets.token_hex(6)
         """Under this name things are written before they count; a new one each time they are given up."""
 
@@ -265,6 +270,10 @@ class WarehouseSink(Sink):
     def _add(self, ops: Sequence[Op], whence: Sequence[Row], *, staging: bool) -> None:
         self._need()
         for index, op in enumerate(ops):
+            if not check_keyspace_name(op[0]):  # it becomes the name of a folder
+                raise RejectedChange(
+                    f"{op[0]!r} cannot be a keyspace", index=index, keyspace=op[0], key=op[1]
+                )
             self._show(op[0]).check(index, op)
         rows: list[Row] = [
             (PUT if value is not None else DELETE, keyspace, key, value, staging, *place)
@@ -298,22 +307,24 @@ class WarehouseSink(Sink):
         self._forgotten.update(numbers)
 
     def rollback(self) -> None:
-        self._forget_pending()
+        self._give_up()
 
     # -- committing --------------------------------------------------------------------------------
 
     def commit(self, place: Place) -> None:
         old = self._need()
+        # As they are before the history has moved: should somebody write there later, they are left alone.
+        for table in (self._staged, self._letters):
+            table.load()
         try:
             self._write_ahead(old.commit + 1)
             new = self._noted(old, place)
-            self._history.write(self._rows(old), number=new.commit, note=new.dump())
+            self._history.write(self._rows(old, place), number=new.commit, note=new.dump())
         except OtherWriter as error:
             raise self._overtaken(error) from error
-        swapped = any(isinstance(part, Staged) for part in self._work)
         self._notes = new
         self._forget_pending()
-        self._clean_up(old, new, swapped=swapped)
+        self._clean_up(old, new)
 
     def _write_ahead(self, commit: int) -> None:
         """What the notes will refer to."""
@@ -321,7 +332,7 @@ class WarehouseSink(Sink):
         if self._arrived:
             before = 0 if self._staging is None else self._staging.rows
             numbered = ((n, *row, batch) for n, row in enumerate(self._arrived, before + 1))
-            self._ready(self._staged, "a snapshot that is not whole yet").write(
+            self._made(self._staged, "a snapshot that is not whole yet").write(
                 batches_of(list(numbered), STAGED), number=commit
             )
         if self._buried:
@@ -329,13 +340,13 @@ class WarehouseSink(Sink):
                 (batch, x.number, x.position, x.keyspace, x.key, x.value, x.raw, x.reason, _moment(x.time_us))
                 for x in self._buried
             ]
-            self._ready(self._letters, "changes that were put aside").write(
+            self._made(self._letters, "changes that were put aside").write(
                 batches_of(rows, LETTERS), number=commit
             )
 
     @staticmethod
-    def _ready(table: Delta, what: str) -> Delta:
-        if not table.load():
+    def _made(table: Delta, what: str) -> Delta:
+        if not table.there:
             table.create(f"kvrep: {what}; only the agent knows which rows count")
         return table
 
@@ -371,13 +382,14 @@ class WarehouseSink(Sink):
         keyspaces = tuple(sorted({*staging.keyspaces, *(row[1] for row in arrived)}))
         return Staged(tuple(batches), staging.rows + len(arrived), keyspaces)
 
-    def _rows(self, old: Notes) -> Iterator[pa.RecordBatch]:
+    def _rows(self, old: Notes, place: Place) -> Iterator[pa.RecordBatch]:
         """What this commit adds to the history."""
         number = old.number
+        whence = (place.sequence[0], place.sequence[1], None, _moment(place.time_us) or datetime.now(UTC))
         for part in self._work:
             if isinstance(part, Staged):
                 number += 1
-                yield from batches_of([(number, CLEAR, None, None, None, True, *_NOWHERE)], HISTORY)
+                yield from batches_of([(number, CLEAR, None, None, None, True, *whence)], HISTORY)
                 yield from self._staged_rows(part, number)
                 number += part.rows
             else:
@@ -386,8 +398,6 @@ class WarehouseSink(Sink):
 
     def _staged_rows(self, staged: Staged, after: int) -> Iterator[pa.RecordBatch]:
         found = 0
-        if staged.rows:
-            self._staged.load()
         for batch in self._staged.read() if staged.rows else ():
             counts = pa.array([_counts(name, staged) for name in batch.column("batch").to_pylist()])
             batch = batch.filter(counts)
@@ -413,13 +423,13 @@ class WarehouseSink(Sink):
             hint="the agent tries again by itself",
         )  # fmt: skip
 
-    def _clean_up(self, old: Notes, new: Notes, *, swapped: bool) -> None:
-        """Remove what no longer counts. Should somebody else write there, it just stays."""
+    def _clean_up(self, old: Notes, new: Notes) -> None:
+        """Remove what no longer counts. Where somebody else writes it just stays."""
         try:
-            if swapped and old.staged is not None:
+            if old.staged is not None and new.staged is None:
                 self._staged.write((), number=new.commit, replace=True)
             if old.letters and not new.letters:
-                self._ready(self._letters, "").write((), number=new.commit, replace=True)
+                self._letters.write((), number=new.commit, replace=True)
         except (OtherWriter, PeerUnavailable):
             return
 
@@ -512,7 +522,13 @@ class WarehouseSink(Sink):
         for batch in self._tail(keyspace, notes):
             rows = zip(*(batch.column(name).to_pylist() for name in ("op", "key", "number")), strict=True)
             puts = batch.filter(pa.array([op == PUT and last.of(key) == number for op, key, number in rows]))
-            yield self._show(keyspace).rows(puts)
+            try:
+                yield self._show(keyspace).rows(puts)
+            except RejectedChange as error:  # only after the table was removed, and other columns were given
+                raise ConfigurationMismatch(
+                    f"{error.message} (key {error.key!r})", option="table", given=keyspace,
+                    hint="the history holds values that do not fit these columns",
+                ) from error  # fmt: skip
 
     # -- upkeep ------------------------------------------------------------------------------------
 
@@ -564,7 +580,7 @@ class WarehouseSink(Sink):
     def close(self) -> None:
         self._notes = None
         self._current = {}
-        self._forget_pending()
+        self._give_up()
 
 
 class _GivenUp(Exception):
@@ -631,7 +647,10 @@ def _whence(change: Change | Event) -> Row:
 
 
 def _moment(time_us: int) -> datetime | None:
-    return _BEGINNING + timedelta(microseconds=time_us) if time_us else None
+    try:
+        return _BEGINNING + timedelta(microseconds=time_us) if time_us else None
+    except OverflowError:  # what an event says of itself need not make sense
+        return None
 
 
 def _letter(row: dict[str, Any]) -> DeadLetter:
