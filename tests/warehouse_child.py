@@ -46,7 +46,8 @@ def main(source: str, folder: str, point: str, times: str) -> None:
 
     Delta.write = patched  # type: ignore[method-assign]
     sink = WarehouseSink(f"delta:{folder}{EAGER}", tables={"docs": Table(JSON)})
-    with Agent(source, sink, batch_changes=20) as agent:
+    sink.batch_changes = 50
+    with Agent(source, sink, batch_changes=5) as agent:
         print("ready", flush=True)
         while agent.status().state not in ("failed", "closed"):
             time.sleep(0.02)

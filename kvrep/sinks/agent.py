@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvrep.errors import (
     LineageMismatch,
@@ -27,7 +27,7 @@ from kvrep.errors import (
     StorageFull,
     StoreInUse,
 )
-from kvrep.model.change import BEGIN, DELETE, END, PUT, Change
+from kvrep.model.change import BEGIN, DELETE, END, PUT, Change, Sequence
 from kvrep.model.event import Event
 from kvrep.model.position import Position
 from kvrep.sinks.delays import Delays, Rate, catch_up_s
@@ -130,8 +130,8 @@ class Agent(Running):
         self._batch = _Batch()
         self._letters: dict[tuple[str, bytes], list[int]] = {}
         self._letter_count = 0
-        self._busy = False
-        """Whether the secondary has work of its own left, after the last commit."""
+        self._outdated: list[int] = []
+        """Dead letters from before the snapshot that is arriving."""
         self._applied = self._commits = self._snapshots = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
@@ -200,7 +200,7 @@ class Agent(Running):
             full = batch.count >= most or batch.bytes >= most_bytes
             if batch.count and (full or self._waited(arrived)) and self._may_commit(full):
                 self._commit()
-                self._busy = self.sink.tend(self._stop.is_set)
+                self.sink.tend(self._stop.is_set)
             if not arrived:
                 self._idle()
             self._log_now_and_then()
@@ -251,14 +251,14 @@ class Agent(Running):
     def _idle(self) -> None:
         if not self._batch.count:
             self.source.settle(self._place)
-            self._busy = self.sink.tend(self._stop.is_set)
+            self.sink.tend(self._stop.is_set)
         behind = self.source.state().behind
         if behind is not None:
             self._growth.add(self._place.sequence[1] + behind, time.monotonic())
         if self._place.staging:
             self._say(AgentState.SNAPSHOT, "")
         else:
-            busy = behind or self._busy or not self._place.whole
+            busy = behind or self.sink.behind or not self._place.whole
             self._say(AgentState.APPLYING if busy else AgentState.CURRENT, "")
 
     # -- applying ----------------------------------------------------------------------------------
@@ -268,6 +268,7 @@ class Agent(Running):
         changes, size = batch.changes, 0
         for one in arrived:
             if isinstance(one, Unreadable):
+                self._make_room(one.reason)
                 self._bury(DeadLetter(raw=one.raw, reason=one.reason))
                 continue
             kind = one.kind
@@ -277,11 +278,13 @@ class Agent(Running):
             elif kind == BEGIN:
                 self._flush()
                 self.sink.unstage()
+                batch.aside.clear()
+                self._outdated = [n for numbers in self._letters.values() for n in numbers]
                 batch.staging = True
             elif kind == END and self._staging:
                 self._flush()
                 self.sink.swap()
-                self._forget_all()
+                self._forget_outdated()
                 batch.staging = False
                 self._snapshots += 1
             batch.last = one
@@ -300,9 +303,7 @@ class Agent(Running):
                 else:
                     self.sink.apply_changes(batch.changes)
             except RejectedChange as error:
-                bad = batch.changes.pop(error.index)
-                self._supersede([bad])
-                self._bury(_letter(bad, error.message))
+                self._put_aside(batch.changes.pop(error.index), error.message)
                 continue
             self._supersede(batch.changes)
             batch.note_applied()
@@ -310,30 +311,41 @@ class Agent(Running):
 
     def _supersede(self, changes: Iterable[Change | Event]) -> None:
         """A later change of the same key makes a dead letter of no use, and wrong to apply."""
-        if not self._letters:
+        aside = self._batch.aside
+        if not self._letters and not aside:
             return
         for change in changes:
-            numbers = self._letters.pop((change.keyspace, change.key), None)
+            place = (change.keyspace, change.key)
+            if place in aside and aside[place].sequence < change.sequence:
+                del aside[place]
+            numbers = self._letters.pop(place, None)
             if numbers:
                 self.sink.forget(numbers)
                 self._letter_count -= len(numbers)
                 self._batch.letters = True
 
-    def _forget_all(self) -> None:
+    def _forget_outdated(self) -> None:
         """A snapshot replaced every key; those that it could not hold itself were put aside after its begin."""
-        old = [n for numbers in self._letters.values() for n in numbers]
-        if old and not self._batch.letters:
-            self.sink.forget(old)
-            self._letters.clear()
-            self._letter_count -= len(old)
+        if self._outdated:
+            self.sink.forget(self._outdated)
+            self._outdated = []
             self._batch.letters = True
 
-    def _bury(self, letter: DeadLetter) -> None:
-        if self._letter_count >= self._letters_max:
+    def _put_aside(self, change: Change | Event, reason: str) -> None:
+        """Bury it with the next commit, unless a later change of its key comes before that."""
+        self._supersede([change])
+        self._make_room(reason)
+        self._batch.aside[(change.keyspace, change.key)] = _Aside(change.sequence, _letter(change, reason))
+
+    def _make_room(self, reason: str) -> None:
+        count = self._letter_count + len(self._batch.aside)
+        if count >= self._letters_max:
             raise Overloaded(
-                f"{self._letter_count} dead letters: no room for {letter.reason}",
+                f"{count} dead letters: no room for {reason}",
                 hint="look at them with 'kvrep agent dead-letters', fix the cause, retry or discard them",
             )
+
+    def _bury(self, letter: DeadLetter) -> None:
         self.sink.bury(letter)
         self._letter_count += 1
         self._batch.letters = True
@@ -344,6 +356,8 @@ class Agent(Running):
     def _commit(self) -> None:
         self._flush()
         batch, place, staging = self._batch, self._place, self._staging
+        for aside in batch.aside.values():
+            self._bury(aside.letter)
         if batch.last is not None:
             last = batch.last
             place = Place(
@@ -366,6 +380,8 @@ class Agent(Running):
         self._batch = _Batch()
         with self._moved:
             self._place = place
+            if self.sink.behind:
+                self._state = AgentState.APPLYING
             self._moved.notify_all()
         self.source.settle(place)
 
@@ -423,11 +439,19 @@ class Agent(Running):
         )  # fmt: skip
 
 
+class _Aside(NamedTuple):
+    """A change that does not fit, until the next commit."""
+
+    sequence: Sequence
+    letter: DeadLetter
+
+
 class _Batch:
     """What will take effect with the next commit."""
 
     __slots__ = (
         "applied",
+        "aside",
         "began_s",
         "bytes",
         "changes",
@@ -447,7 +471,9 @@ class _Batch:
         """commit time: changes of it, for the delays."""
         self.staging: bool | None = None
         """Whether a snapshot is arriving, once this batch has changed that."""
+        self.aside: dict[tuple[str, bytes], _Aside] = {}
         self.letters = False
+        """Whether the dead letters of the secondary will have changed."""
         self.began_s = time.monotonic()
 
     def note_applied(self) -> None:

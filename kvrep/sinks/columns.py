@@ -70,7 +70,7 @@ def _decimal(precision: int, scale: int) -> Convert:
         if not number.is_finite() or number.adjusted() > precision:
             raise ValueError(f"{text} does not fit numeric({precision},{scale})")
         number = number.quantize(step, ROUND_HALF_UP, context)
-        if abs(number) >= Decimal(10) ** (precision - scale):
+        if number.copy_abs() >= Decimal(10) ** (precision - scale):
             raise ValueError(f"{text} does not fit numeric({precision},{scale})")
         return number
 

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
+from pyarrow import fs
 
 from kvrep.errors import ConfigurationMismatch, Error, PeerUnavailable, PermissionDenied, StorageFull
 
@@ -48,6 +49,8 @@ class Delta:
         self._table: DeltaTable | None = None
         self.number = 0
         """Of the last commit that had one; else 0."""
+        self._files: Any = None
+        """What is read, as pyarrow sees it; ``None`` after every commit."""
         self._folder = None if "://" in uri else Path(uri)
 
     # -- opening -----------------------------------------------------------------------------------
@@ -62,6 +65,7 @@ class Delta:
         with self.errors():
             table = self._table = DeltaTable(self.uri) if DeltaTable.is_deltatable(self.uri) else None
             self.number = 0 if table is None else table.transaction_version(APP) or 0
+            self._files = None
         return self.there
 
     def create(self, description: str) -> None:
@@ -109,13 +113,28 @@ class Delta:
 
     # -- reading and writing -----------------------------------------------------------------------
 
+    def ready(self) -> None:
+        """Find the files of the loaded version, so that reading them needs nothing of deltalake any more: it
+        cannot be called from where it asks for the rows to write."""
+        if not self.there or self._files is not None:
+            return
+        with self.errors():
+            if self._folder is None:
+                whole, path = fs.FileSystem.from_uri(self.uri)
+            else:
+                whole, path = fs.LocalFileSystem(), str(self._folder)
+            self._files = self._need().to_pyarrow_dataset(
+                filesystem=fs.SubTreeFileSystem(path, whole), schema=self.schema
+            )
+
     def read(self, columns: list[str] | None = None, condition: Any = None) -> Iterator[pa.RecordBatch]:
         """The rows of the loaded version, in batches, in no certain order."""
         if not self.there:
             return
+        self.ready()
         with self.errors():
             # One file and one batch at a time: what is read ahead stands in memory.
-            scanner = self._need().to_pyarrow_dataset(schema=self.schema).scanner(
+            scanner = self._files.scanner(
                 columns=columns, filter=condition, batch_size=READ_ROWS, batch_readahead=0, fragment_readahead=0,
                 use_threads=False,
             )  # fmt: skip
@@ -133,7 +152,8 @@ class Delta:
     ) -> None:
         """Append rows, or put them into the place of all that is there, in one commit. Durable when it returns.
 
-        What ``batches`` raises goes through. :class:`OtherWriter`: nothing was written.
+        They are asked for on another thread; what they raise goes through. :class:`OtherWriter`: nothing was
+        written.
         """
         source = _Watched(batches)
         table = self._need()
@@ -144,6 +164,7 @@ class Delta:
                     mode="overwrite" if replace else "append", target_file_size=FILE_BYTES,
                     writer_properties=_WRITER, commit_properties=_properties(number, note),
                 )  # fmt: skip
+                self._files = None
                 self._sync(table.version())
                 self.number = number
         except Exception:
@@ -181,6 +202,7 @@ class Delta:
                 target_size=FILE_BYTES, max_concurrent_tasks=1, writer_properties=_WRITER,
                 commit_properties=_properties(number, note),
             )  # fmt: skip
+            self._files = None
             self._sync(table.version())
 
     def vacuum(self, hours: int, *, number: int, note: str | None) -> None:

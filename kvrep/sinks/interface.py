@@ -136,13 +136,16 @@ class Sink(ABC):
     def dead_letters(self) -> list[DeadLetter]:
         """What was put aside, oldest first."""
 
-    def tend(self, give_up: Callable[[], bool] = lambda: False) -> bool:
-        """Do what follows from commits but is no part of them; whether something of it is left for later.
-
-        Called between commits, now and then. Returns soon once ``give_up`` is true. Raises what :meth:`commit` does.
-        """
-        del give_up
+    @property
+    def behind(self) -> bool:
+        """Whether something that follows from commits is not done yet."""
         return False
+
+    def tend(self, give_up: Callable[[], bool] = lambda: False) -> None:  # noqa: B027 (most have nothing to do)
+        """Do what follows from commits but is no part of them, if it is time for that.
+
+        Called between commits. Returns soon once ``give_up`` is true. Raises what :meth:`commit` does.
+        """
 
     def hold(self) -> Place:
         """The place; until :meth:`rollback` reads show one moment, that of this place. Without it: only while

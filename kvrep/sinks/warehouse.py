@@ -171,6 +171,7 @@ class WarehouseSink(Sink):
             self._load_current(keyspace)
         self._history.load()
         self._notes = self._load_notes()
+        self._give_up()
 
     def _load_notes(self) -> Notes:
         text = self._history.note()
@@ -314,10 +315,13 @@ class WarehouseSink(Sink):
     def commit(self, place: Place) -> None:
         old = self._need()
         # As they are before the history has moved: should somebody write there later, they are left alone.
-        for table in (self._staged, self._letters):
-            table.load()
+        if old.staged is not None or self._arrived:
+            self._staged.load()
+        if old.letters or self._buried:
+            self._letters.load()
         try:
             self._write_ahead(old.commit + 1)
+            self._staged.ready()
             new = self._noted(old, place)
             self._history.write(self._rows(old, place), number=new.commit, note=new.dump())
         except OtherWriter as error:
@@ -435,23 +439,26 @@ class WarehouseSink(Sink):
 
     # -- the current state -------------------------------------------------------------------------
 
-    def tend(self, give_up: Callable[[], bool] = lambda: False) -> bool:
+    @property
+    def behind(self) -> bool:
+        return self._notes is not None and bool(self._behind(self._notes))
+
+    def tend(self, give_up: Callable[[], bool] = lambda: False) -> None:
         notes, began_s = self._need(), time.monotonic()
         behind = self._behind(notes)
         if behind and began_s >= self._refresh_at:
             for keyspace in behind:
                 if give_up():
-                    return True
+                    return
                 self._refresh(keyspace, notes, give_up)
             took_s = time.monotonic() - began_s
-            self._refresh_at = began_s + max(self._refresh_s, took_s * SHARE)
+            self._refresh_at = began_s + (max(self._refresh_s, took_s * SHARE) if self._refresh_s else 0.0)
         if notes.commit != self._tidied:
             self._compact(notes)
             self._tidied = notes.commit
         if began_s >= self._vacuum_at:
             self._vacuum(notes)
             self._vacuum_at = began_s + VACUUM_S
-        return bool(self._behind(notes))
 
     def _behind(self, notes: Notes) -> list[str]:
         return [name for name, last in notes.keyspaces.items() if self._through(name) < last]
@@ -471,6 +478,7 @@ class WarehouseSink(Sink):
             table.create(json.dumps(shown.table.describe()))
             self._current[keyspace] = table
         table = self._current[keyspace]
+        table.ready()
         with closing(_Last()) as last:
             self._find_last(keyspace, notes, last)
             kept, new = self._kept(keyspace, notes, last), self._new(keyspace, notes, last)
@@ -611,7 +619,7 @@ class _Last:
     def _spill(self) -> None:
         if self._file is None:
             # SQLite keeps a database without a name in a file that is gone when it is closed.
-            self._file = sqlite3.connect("", isolation_level=None)
+            self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
             self._file.execute("PRAGMA cache_size = -8192")
             self._file.execute(
                 "CREATE TABLE last (key BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID"
