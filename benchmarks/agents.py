@@ -43,7 +43,7 @@ else:
 __all__ = ["AVAILABLE"]
 
 BATCH = 1000
-LARGE_BATCH = 20_000
+LARGE_BATCH = 10_000
 """Changes in a commit of a warehouse."""
 TABLE = "CREATE TABLE bare.t (key bytea PRIMARY KEY, value bytea)"
 UPSERT = "INSERT INTO bare.t VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"

@@ -46,6 +46,12 @@ Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPAS
 Rows and place move in one transaction, so every change takes effect exactly once, whatever is killed when.
 With --http HOST:PORT it answers /status (JSON) and /metrics (Prometheus; needs kvrep[metrics])."""
 
+_FRUGAL = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "_RJEM_MALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
+    "TOKIO_WORKER_THREADS": "2",
+}
+"""What makes pyarrow and deltalake give memory back when it is free. They look at it when they are loaded."""
 _ACTIONS = ("run", "status", "dead-letters", "retry", "discard")
 
 
@@ -137,6 +143,9 @@ def _agent(args: argparse.Namespace) -> Any:
     from kvrep.sinks.addresses import is_broker, sink_at, source_at
     from kvrep.sinks.agent import Agent
 
+    if args.to.startswith("delta"):
+        for name, value in _FRUGAL.items():
+            os.environ.setdefault(name, value)
     sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
     selection: dict[str, Any] = {}
     if not is_broker(args.source):

@@ -2,22 +2,27 @@
 
 A commit of a Delta table is atomic, and the second of two that follow the same version fails
 (:class:`OtherWriter`). With each of them goes a number and, where wanted, a note; both are read back with the
-table.
+table. The rows are written and read by pyarrow, row group by row group, so that memory does not grow with them;
+deltalake makes the commits.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties
 from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction
 from pyarrow import fs
 
 from kvrep.errors import ConfigurationMismatch, Error, PeerUnavailable, PermissionDenied, StorageFull
@@ -29,10 +34,13 @@ APP = "kvrep"
 FILE_BYTES = 32 << 20
 SMALL_BYTES = FILE_BYTES // 4
 """Below this a file is a small one, which should be joined with others."""
-GROUP_ROWS = 1 << 15
-"""Rows of a row group, which stands in memory while it is written."""
+GROUP_ROWS, GROUP_BYTES = 1 << 15, 4 << 20
+"""Of a row group, which stands in memory while it is written."""
 READ_ROWS = 8192
-_WRITER = WriterProperties(compression="ZSTD", max_row_group_size=GROUP_ROWS)
+NUMBER = "number"
+"""The column by which files and row groups are passed over, where there is one."""
+NUMBER_MAX = 1 << 62
+_JOINED = WriterProperties(compression="ZSTD", max_row_group_size=READ_ROWS)
 _PROPERTIES = {"delta.logRetentionDuration": "interval 1 days", "delta.checkpointInterval": "100"}
 
 
@@ -40,8 +48,16 @@ class OtherWriter(Exception):
     """Somebody else has committed to the table since it was loaded."""
 
 
+class _File(NamedTuple):
+    path: str
+    size: int
+    first: int
+    """The lowest and the highest number in it."""
+    last: int
+
+
 class Delta:
-    """A table at ``uri``: a path, or what else deltalake understands. One thread uses it at a time."""
+    """A table at ``uri``: a path, or what else deltalake and pyarrow understand. One thread uses it at a time."""
 
     def __init__(self, uri: str, schema: pa.Schema, *, append_only: bool = False) -> None:
         self.uri, self.schema = uri, schema
@@ -49,8 +65,6 @@ class Delta:
         self._table: DeltaTable | None = None
         self.number = 0
         """Of the last commit that had one; else 0."""
-        self._files: Any = None
-        """What is read, as pyarrow sees it; ``None`` after every commit."""
         self._folder = None if "://" in uri else Path(uri)
 
     # -- opening -----------------------------------------------------------------------------------
@@ -65,7 +79,6 @@ class Delta:
         with self.errors():
             table = self._table = DeltaTable(self.uri) if DeltaTable.is_deltatable(self.uri) else None
             self.number = 0 if table is None else table.transaction_version(APP) or 0
-            self._files = None
         return self.there
 
     def create(self, description: str) -> None:
@@ -82,19 +95,15 @@ class Delta:
                 description=description,
                 configuration=properties,
             )
-            self._sync(0)
+            self._sync_log(0)
 
     def _need(self) -> DeltaTable:
         assert self._table is not None, "the table was not loaded"
         return self._table
 
     @property
-    def name(self) -> str:
-        """What its maker called it."""
-        return self._need().metadata().name or ""
-
-    @property
     def description(self) -> str:
+        """What its maker said of it."""
         return self._need().metadata().description or ""
 
     @property
@@ -113,34 +122,52 @@ class Delta:
 
     # -- reading and writing -----------------------------------------------------------------------
 
-    def ready(self) -> None:
-        """Find the files of the loaded version, so that reading them needs nothing of deltalake any more: it
-        cannot be called from where it asks for the rows to write."""
-        if not self.there or self._files is not None:
-            return
-        with self.errors():
-            if self._folder is None:
-                whole, path = fs.FileSystem.from_uri(self.uri)
-            else:
-                whole, path = fs.LocalFileSystem(), str(self._folder)
-            self._files = self._need().to_pyarrow_dataset(
-                filesystem=fs.SubTreeFileSystem(path, whole), schema=self.schema
-            )
+    def read(
+        self, columns: list[str] | None = None, *, above: int = -1, through: int = NUMBER_MAX
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of the loaded version, in batches, in no certain order.
 
-    def read(self, columns: list[str] | None = None, condition: Any = None) -> Iterator[pa.RecordBatch]:
-        """The rows of the loaded version, in batches, in no certain order."""
+        Files and row groups without a number above ``above`` and through ``through`` are passed over; other rows
+        may come along.
+        """
         if not self.there:
             return
-        self.ready()
         with self.errors():
-            # One file and one batch at a time: what is read ahead stands in memory.
-            scanner = self._files.scanner(
-                columns=columns, filter=condition, batch_size=READ_ROWS, batch_readahead=0, fragment_readahead=0,
-                use_threads=False,
-            )  # fmt: skip
-            for batch in scanner.to_batches():
-                if batch.num_rows:
-                    yield batch
+            for file in self._files():
+                if file.first <= through and file.last > above:
+                    yield from self._read(file.path, columns, above)
+
+    def _read(self, path: str, columns: list[str] | None, above: int) -> Iterator[pa.RecordBatch]:
+        with self._system().open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+            for group in range(parquet.num_row_groups):
+                if _last_number(parquet.metadata.row_group(group)) > above:
+                    for batch in parquet.iter_batches(
+                        READ_ROWS, row_groups=[group], columns=columns, use_threads=False
+                    ):
+                        yield self._cast(batch)
+
+    def _system(self) -> fs.FileSystem:
+        if self._folder is None:
+            whole, path = fs.FileSystem.from_uri(self.uri)
+            return fs.SubTreeFileSystem(path, whole)
+        return fs.SubTreeFileSystem(str(self._folder), fs.LocalFileSystem())
+
+    def _files(self) -> list[_File]:
+        actions = pa.table(self._need().get_add_actions(flatten=True)).to_pylist()
+        return [
+            _File(
+                a["path"], a["size_bytes"], _or(a.get(f"min.{NUMBER}"), 0), _or(a.get(f"max.{NUMBER}"), NUMBER_MAX)
+            )
+            for a in actions
+        ]  # fmt: skip
+
+    def _cast(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """With the types that were given: what joins files may choose others that hold the same."""
+        fields = [self.schema.field(name) for name in batch.schema.names]
+        if [field.type for field in fields] == batch.schema.types:
+            return batch
+        columns = [column.cast(field.type) for column, field in zip(batch.columns, fields, strict=True)]
+        return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
     def write(
         self,
@@ -152,58 +179,56 @@ class Delta:
     ) -> None:
         """Append rows, or put them into the place of all that is there, in one commit. Durable when it returns.
 
-        They are asked for on another thread; what they raise goes through. :class:`OtherWriter`: nothing was
-        written.
+        :class:`OtherWriter`: nothing was written.
         """
-        source = _Watched(batches)
         table = self._need()
-        try:
-            with self.errors():
-                write_deltalake(
-                    table, pa.RecordBatchReader.from_batches(self.schema, source),
-                    mode="overwrite" if replace else "append", target_file_size=FILE_BYTES,
-                    writer_properties=_WRITER, commit_properties=_properties(number, note),
-                )  # fmt: skip
-                self._files = None
-                self._sync(table.version())
-                self.number = number
-        except Exception:
-            if source.error is not None:
-                raise source.error from None
-            raise
-
-    def _sync(self, version: int) -> None:
-        """The files of a commit reach the disk: deltalake leaves that to the system."""
-        if self._folder is None:
-            return
-        entry = self._folder / "_delta_log" / f"{version:020}.json"
-        actions = [json.loads(line) for line in entry.read_bytes().splitlines()]
-        files = [self._folder / unquote(action["add"]["path"]) for action in actions if "add" in action]
-        for path in [*files, entry, self._folder, entry.parent]:
-            descriptor = os.open(path, os.O_RDONLY)
+        with self.errors():
+            files = _Files(self._system(), self.schema, self._folder)
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+                for group in _groups(batches, self.schema):
+                    files.add(group)
+                files.finish()
+            except BaseException:
+                files.discard()
+                raise
+            try:
+                table.create_write_transaction(
+                    files.actions, "overwrite" if replace else "append", table.schema(),
+                    commit_properties=_properties(number, note),
+                )  # fmt: skip
+            except CommitFailedError:
+                files.discard()
+                raise
+            table.update_incremental()
+            self._sync_log(table.version())
+            self.number = number
+
+    def _sync_log(self, version: int) -> None:
+        """A commit reaches the disk: deltalake leaves that to the system."""
+        if self._folder is not None:
+            log = self._folder / "_delta_log"
+            for path in (log / f"{version:020}.json", log, self._folder):
+                _sync(path)
 
     # -- upkeep ------------------------------------------------------------------------------------
 
     def small_files(self) -> int:
         """How many files of it are small."""
         with self.errors():
-            sizes = pa.table(self._need().get_add_actions()).column("size_bytes").to_pylist()
-        return sum(size < SMALL_BYTES for size in sizes)
+            return sum(file.size < SMALL_BYTES for file in self._files())
 
     def compact(self, *, number: int, note: str | None) -> None:
         """Join small files. :class:`OtherWriter`: nothing was done."""
         table = self._need()
         with self.errors():
             table.optimize.compact(
-                target_size=FILE_BYTES, max_concurrent_tasks=1, writer_properties=_WRITER,
+                target_size=FILE_BYTES, max_concurrent_tasks=1, writer_properties=_JOINED,
                 commit_properties=_properties(number, note),
             )  # fmt: skip
-            self._files = None
-            self._sync(table.version())
+            if self._folder is not None:
+                for file in self._files():
+                    _sync(self._folder / file.path)
+            self._sync_log(table.version())
 
     def vacuum(self, hours: int, *, number: int, note: str | None) -> None:
         """Delete files that are no part of it any more since so many hours."""
@@ -224,24 +249,95 @@ class Delta:
             raise _mapped(error, self.uri) from error
 
 
-class _Watched:
-    """Hands out batches, and keeps what they raise, which comes back through deltalake as mere text."""
+class _Files:
+    """New files, which are no part of the table before :attr:`actions` are committed."""
 
-    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
-        self._batches = iter(batches)
-        self.error: Exception | None = None
+    def __init__(self, system: fs.FileSystem, schema: pa.Schema, folder: Path | None) -> None:
+        self.actions: list[AddAction] = []
+        self._system, self._schema, self._folder = system, schema, folder
+        self._stream: Any = None
+        self._parquet: pq.ParquetWriter | None = None
+        self._name = ""
+        self._rows, self._first, self._last = 0, NUMBER_MAX, 0
 
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return self
+    def add(self, group: pa.Table) -> None:
+        """One row group."""
+        if self._parquet is None:
+            self._name = f"{uuid4().hex}.parquet"
+            self._stream = self._system.open_output_stream(self._name)
+            self._parquet = pq.ParquetWriter(self._stream, self._schema, compression="zstd")
+            self._rows, self._first, self._last = 0, NUMBER_MAX, 0
+        self._parquet.write_table(group)
+        self._rows += group.num_rows
+        if NUMBER in self._schema.names:
+            found = pc.min_max(group.column(NUMBER)).as_py()
+            self._first, self._last = min(self._first, found["min"]), max(self._last, found["max"])
+        if self._stream.tell() >= FILE_BYTES:
+            self.finish()
 
-    def __next__(self) -> pa.RecordBatch:
-        try:
-            return next(self._batches)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self.error = error
-            raise
+    def finish(self) -> None:
+        """End the file that is open, if one is; it is on the disk then."""
+        if self._parquet is None:
+            return
+        self._close()
+        if self._folder is not None:
+            _sync(self._folder / self._name)
+        stats: dict[str, Any] = {"numRecords": self._rows}
+        if NUMBER in self._schema.names:
+            stats |= {"minValues": {NUMBER: self._first}, "maxValues": {NUMBER: self._last}}
+        size = self._system.get_file_info(self._name).size
+        now_ms = time.time_ns() // 1_000_000
+        self.actions.append(AddAction(self._name, size, {}, now_ms, True, json.dumps(stats)))
+
+    def _close(self) -> None:
+        parquet, self._parquet = self._parquet, None
+        if parquet is not None:
+            parquet.close()
+            self._stream.close()
+
+    def discard(self) -> None:
+        """Remove them all: they were not committed."""
+        unfinished = [self._name] if self._parquet is not None else []
+        self._close()
+        for name in [*unfinished, *(action.path for action in self.actions)]:
+            self._system.delete_file(name)
+
+
+def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Batches gathered into row groups."""
+    gathered: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        if batch.num_rows:
+            gathered.append(batch)
+            rows, size = rows + batch.num_rows, size + batch.nbytes
+        if rows >= GROUP_ROWS or size >= GROUP_BYTES:
+            yield pa.Table.from_batches(gathered, schema)
+            gathered, rows, size = [], 0, 0
+    if gathered:
+        yield pa.Table.from_batches(gathered, schema)
+
+
+def _last_number(group: Any) -> int:
+    """The highest number in a row group, as far as it says."""
+    column = group.column(0)
+    statistics = column.statistics if column.path_in_schema == NUMBER else None
+    if statistics is None or not statistics.has_min_max:
+        return NUMBER_MAX
+    last: int = statistics.max
+    return last
+
+
+def _or(found: int | None, otherwise: int) -> int:
+    return otherwise if found is None else found
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _properties(number: int, note: str | None) -> CommitProperties:

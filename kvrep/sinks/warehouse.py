@@ -47,7 +47,7 @@ from kvrep.sinks.tables import Table, table_name, table_of
 
 try:
     import pyarrow as pa
-    import pyarrow.dataset as ds
+    import pyarrow.compute as pc
 
     from kvrep.sinks.columns import CLEAR, DELETE, HISTORY, LETTERS, PUT, STAGED, Shown, batches_of
     from kvrep.sinks.delta import Delta, OtherWriter
@@ -66,7 +66,7 @@ SHARE = 10
 SMALL_MAX = 32
 """How many small files a table may have before they are joined."""
 VACUUM_S = 600.0
-LAST_KEYS = 100_000
+LAST_KEYS = 50_000
 """How many keys are held in memory during a refresh; more of them go to a temporary file."""
 
 Row = tuple[Any, ...]
@@ -128,7 +128,7 @@ class WarehouseSink(Sink):
     ``retention_h``: how many whole hours replaced files stay, for queries that still read them (24).
     """
 
-    batch_changes, batch_bytes = 20_000, 8 << 20
+    batch_changes, batch_bytes = 10_000, 8 << 20
 
     def __init__(self, address: str, *, tables: Mapping[str, Table] | None = None) -> None:
         self._root, options = _parsed(address)
@@ -321,7 +321,6 @@ class WarehouseSink(Sink):
             self._letters.load()
         try:
             self._write_ahead(old.commit + 1)
-            self._staged.ready()
             new = self._noted(old, place)
             self._history.write(self._rows(old, place), number=new.commit, note=new.dump())
         except OtherWriter as error:
@@ -478,7 +477,6 @@ class WarehouseSink(Sink):
             table.create(json.dumps(shown.table.describe()))
             self._current[keyspace] = table
         table = self._current[keyspace]
-        table.ready()
         with closing(_Last()) as last:
             self._find_last(keyspace, notes, last)
             kept, new = self._kept(keyspace, notes, last), self._new(keyspace, notes, last)
@@ -503,13 +501,16 @@ class WarehouseSink(Sink):
         self, keyspace: str, notes: Notes, columns: list[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """The rows of the history that the table of a keyspace does not show yet."""
-        number = ds.field("number")
         after = max(self._through(keyspace), notes.base)
-        condition = (number > after) & (number <= notes.number) & (ds.field("keyspace") == keyspace)
-        return self._history.read(columns, condition)
+        for batch in self._history.read(columns, above=after, through=notes.number):
+            number = batch.column("number")
+            fits = pc.and_(pc.greater(number, after), pc.less_equal(number, notes.number))
+            found = batch.filter(pc.and_kleene(fits, pc.equal(batch.column("keyspace"), keyspace)))
+            if found.num_rows:
+                yield found
 
     def _find_last(self, keyspace: str, notes: Notes, last: _Last) -> None:
-        for batch in self._tail(keyspace, notes, ["key", "number"]):
+        for batch in self._tail(keyspace, notes, ["number", "keyspace", "key"]):
             last.note(batch.column("key").to_pylist(), batch.column("number").to_pylist())
 
     def _hits(self, keyspace: str, last: _Last) -> bool:
@@ -619,7 +620,7 @@ class _Last:
     def _spill(self) -> None:
         if self._file is None:
             # SQLite keeps a database without a name in a file that is gone when it is closed.
-            self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+            self._file = sqlite3.connect("", isolation_level=None)
             self._file.execute("PRAGMA cache_size = -8192")
             self._file.execute(
                 "CREATE TABLE last (key BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID"
