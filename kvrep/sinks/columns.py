@@ -39,7 +39,7 @@ _FROM = {
 }
 """What a row of the current state tells of the change that made it, by the columns of the history."""
 
-BATCH_ROWS, BATCH_BYTES = 8192, 4 << 20
+BATCH_ROWS = 4096
 
 _KIND = re.compile(r"([a-z][a-z0-9_ ]*?)\s*(?:\(\s*(\d+)(?:\s*,\s*(\d+))?\s*\))?")
 _ALIASES = {
@@ -188,14 +188,8 @@ class Shown:
 
 
 def batches_of(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Rows as batches of a bounded size."""
-    start = size = 0
-    for at, row in enumerate(rows):
-        size += sum(len(field) for field in row if isinstance(field, bytes))
-        if size >= BATCH_BYTES or at - start + 1 >= BATCH_ROWS or at + 1 == len(rows):
-            columns = zip(*rows[start : at + 1], strict=True)
-            yield pa.RecordBatch.from_arrays(
-                [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
-                schema=schema,
-            )
-            start, size = at + 1, 0
+    """Rows as batches of a bounded length."""
+    for start in range(0, len(rows), BATCH_ROWS):
+        columns = zip(*rows[start : start + BATCH_ROWS], strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)

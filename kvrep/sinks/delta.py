@@ -34,9 +34,9 @@ APP = "kvrep"
 FILE_BYTES = 32 << 20
 SMALL_BYTES = FILE_BYTES // 4
 """Below this a file is a small one, which should be joined with others."""
-GROUP_ROWS, GROUP_BYTES = 1 << 15, 4 << 20
+GROUP_ROWS, GROUP_BYTES = 1 << 14, 2 << 20
 """Of a row group, which stands in memory while it is written."""
-READ_ROWS = 8192
+READ_ROWS = 4096
 NUMBER = "number"
 """The column by which files and row groups are passed over, where there is one."""
 NUMBER_MAX = 1 << 62

@@ -66,8 +66,11 @@ SHARE = 10
 SMALL_MAX = 32
 """How many small files a table may have before they are joined."""
 VACUUM_S = 600.0
-LAST_KEYS = 50_000
+LAST_KEYS = 20_000
 """How many keys are held in memory during a refresh; more of them go to a temporary file."""
+
+TIME_US_MAX = 253_402_300_800_000_000
+"""The year 10000: what an event says of itself need not make sense."""
 
 Row = tuple[Any, ...]
 """Of the history, without its number."""
@@ -270,12 +273,10 @@ class WarehouseSink(Sink):
 
     def _add(self, ops: Sequence[Op], whence: Sequence[Row], *, staging: bool) -> None:
         self._need()
-        for index, op in enumerate(ops):
-            if not check_keyspace_name(op[0]):  # it becomes the name of a folder
-                raise RejectedChange(
-                    f"{op[0]!r} cannot be a keyspace", index=index, keyspace=op[0], key=op[1]
-                )
-            self._show(op[0]).check(index, op)
+        spaces = {op[0] for op in ops}
+        if not all(map(self._plain, spaces)):
+            for index, op in enumerate(ops):
+                self._check(index, op)
         rows: list[Row] = [
             (PUT if value is not None else DELETE, keyspace, key, value, staging, *place)
             for (keyspace, key, value), place in zip(ops, whence, strict=True)
@@ -286,6 +287,15 @@ class WarehouseSink(Sink):
             last += rows
         else:
             self._work.append(rows)
+
+    def _plain(self, keyspace: str) -> bool:
+        """Whether everything in a keyspace of this name has its place here."""
+        return check_keyspace_name(keyspace) and self._show(keyspace).table.plain
+
+    def _check(self, index: int, op: Op) -> None:
+        if not check_keyspace_name(op[0]):  # it becomes the name of a folder
+            raise RejectedChange(f"{op[0]!r} cannot be a keyspace", index=index, keyspace=op[0], key=op[1])
+        self._show(op[0]).check(index, op)
 
     def unstage(self) -> None:
         self._need()
@@ -340,7 +350,7 @@ class WarehouseSink(Sink):
             )
         if self._buried:
             rows = [
-                (batch, x.number, x.position, x.keyspace, x.key, x.value, x.raw, x.reason, _moment(x.time_us))
+                (batch, x.number, x.position, x.keyspace, x.key, x.value, x.raw, x.reason, x.time_us)
                 for x in self._buried
             ]
             self._made(self._letters, "changes that were put aside").write(
@@ -388,7 +398,7 @@ class WarehouseSink(Sink):
     def _rows(self, old: Notes, place: Place) -> Iterator[pa.RecordBatch]:
         """What this commit adds to the history."""
         number = old.number
-        whence = (place.sequence[0], place.sequence[1], None, _moment(place.time_us) or datetime.now(UTC))
+        whence = (place.sequence[0], place.sequence[1], None, place.time_us or time.time_ns() // 1000)
         for part in self._work:
             if isinstance(part, Staged):
                 number += 1
@@ -652,14 +662,8 @@ _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _whence(change: Change | Event) -> Row:
-    return (*change.sequence, _moment(change.time_us))
-
-
-def _moment(time_us: int) -> datetime | None:
-    try:
-        return _BEGINNING + timedelta(microseconds=time_us) if time_us else None
-    except OverflowError:  # what an event says of itself need not make sense
-        return None
+    time_us = change.time_us
+    return (*change.sequence, time_us if 0 < time_us < TIME_US_MAX else None)
 
 
 def _letter(row: dict[str, Any]) -> DeadLetter:
