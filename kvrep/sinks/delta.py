@@ -1,4 +1,4 @@
-"""One Delta table, as the warehouse needs it: appended to or replaced in a stream, read in a stream, tidied up.
+"""One Delta table, as the warehouse needs it: rows added and files replaced in a stream, read in a stream.
 
 A commit of a Delta table is atomic, and the second of two that follow the same version fails
 (:class:`OtherWriter`). With each of them goes a number and, where wanted, a note; both are read back with the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,27 +20,26 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties
+from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from kvrep.errors import ConfigurationMismatch, Error, PeerUnavailable, PermissionDenied, StorageFull
 
-__all__ = ["Delta", "OtherWriter"]
+__all__ = ["Delta", "File", "OtherWriter"]
 
 APP = "kvrep"
 """Under which name numbers and notes stand in commits."""
 FILE_BYTES = 32 << 20
 SMALL_BYTES = FILE_BYTES // 4
-"""Below this a file is a small one, which should be joined with others."""
+"""Below this a file is a small one."""
 GROUP_ROWS, GROUP_BYTES = 1 << 14, 2 << 20
 """Of a row group, which stands in memory while it is written."""
 READ_ROWS = 4096
 NUMBER = "number"
 """The column by which files and row groups are passed over, where there is one."""
 NUMBER_MAX = 1 << 62
-_JOINED = WriterProperties(compression="ZSTD", max_row_group_size=READ_ROWS)
 _PROPERTIES = {"delta.logRetentionDuration": "interval 1 days", "delta.checkpointInterval": "100"}
 
 
@@ -48,12 +47,25 @@ class OtherWriter(Exception):
     """Somebody else has committed to the table since it was loaded."""
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """A part of a table."""
+
     path: str
     size: int
     first: int
     """The lowest and the highest number in it."""
     last: int
+
+    @property
+    def small(self) -> bool:
+        """Whether it should be joined with others, once there are many of them."""
+        return self.size < SMALL_BYTES
+
+
+class _New(NamedTuple):
+    path: str
+    size: int
+    stats: str
 
 
 class Delta:
@@ -122,18 +134,34 @@ class Delta:
 
     # -- reading and writing -----------------------------------------------------------------------
 
+    def files(self) -> list[File]:
+        """Of what the loaded version is made."""
+        if not self.there:
+            return []
+        with self.errors():
+            actions = pa.table(self._need().get_add_actions(flatten=True)).to_pylist()
+        return [
+            File(
+                a["path"], a["size_bytes"], _or(a.get(f"min.{NUMBER}"), 0), _or(a.get(f"max.{NUMBER}"), NUMBER_MAX)
+            )
+            for a in actions
+        ]  # fmt: skip
+
     def read(
-        self, columns: list[str] | None = None, *, above: int = -1, through: int = NUMBER_MAX
+        self,
+        columns: list[str] | None = None,
+        *,
+        files: Sequence[File] | None = None,
+        above: int = -1,
+        through: int = NUMBER_MAX,
     ) -> Iterator[pa.RecordBatch]:
-        """The rows of the loaded version, in batches, in no certain order.
+        """The rows of the loaded version, or of some files of it, in batches, in no certain order.
 
         Files and row groups without a number above ``above`` and through ``through`` are passed over; other rows
         may come along.
         """
-        if not self.there:
-            return
         with self.errors():
-            for file in self._files():
+            for file in self.files() if files is None else files:
                 if file.first <= through and file.last > above:
                     yield from self._read(file.path, columns, above)
 
@@ -152,15 +180,6 @@ class Delta:
             return fs.SubTreeFileSystem(path, whole)
         return fs.SubTreeFileSystem(str(self._folder), fs.LocalFileSystem())
 
-    def _files(self) -> list[_File]:
-        actions = pa.table(self._need().get_add_actions(flatten=True)).to_pylist()
-        return [
-            _File(
-                a["path"], a["size_bytes"], _or(a.get(f"min.{NUMBER}"), 0), _or(a.get(f"max.{NUMBER}"), NUMBER_MAX)
-            )
-            for a in actions
-        ]  # fmt: skip
-
     def _cast(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """With the types that were given: what joins files may choose others that hold the same."""
         fields = [self.schema.field(name) for name in batch.schema.names]
@@ -175,13 +194,16 @@ class Delta:
         *,
         number: int,
         note: str | None = None,
-        replace: bool = False,
+        replacing: Sequence[File] = (),
+        same_rows: bool = False,
     ) -> None:
-        """Append rows, or put them into the place of all that is there, in one commit. Durable when it returns.
+        """Add rows, and remove the files ``replacing``, in one commit. It is durable when it returns.
 
+        ``same_rows``: the rows that are added are those that are removed, for whoever follows the table.
         :class:`OtherWriter`: nothing was written.
         """
-        table = self._need()
+        table, now_ms = self._need(), time.time_ns() // 1_000_000
+        removed = [RemoveAction(file.path, not same_rows, now_ms, file.size, {}) for file in replacing]
         with self.errors():
             files = _Files(self._system(), self.schema, self._folder)
             try:
@@ -191,11 +213,13 @@ class Delta:
             except BaseException:
                 files.discard()
                 raise
+            added = [
+                AddAction(new.path, new.size, {}, now_ms, not same_rows, new.stats) for new in files.done
+            ]
             try:
                 table.create_write_transaction(
-                    files.actions, "overwrite" if replace else "append", table.schema(),
-                    commit_properties=_properties(number, note),
-                )  # fmt: skip
+                    [*added, *removed], "append", table.schema(), commit_properties=_properties(number, note)
+                )
             except CommitFailedError:
                 files.discard()
                 raise
@@ -212,23 +236,10 @@ class Delta:
 
     # -- upkeep ------------------------------------------------------------------------------------
 
-    def small_files(self) -> int:
-        """How many files of it are small."""
-        with self.errors():
-            return sum(file.size < SMALL_BYTES for file in self._files())
-
     def compact(self, *, number: int, note: str | None) -> None:
-        """Join small files. :class:`OtherWriter`: nothing was done."""
-        table = self._need()
-        with self.errors():
-            table.optimize.compact(
-                target_size=FILE_BYTES, max_concurrent_tasks=1, writer_properties=_JOINED,
-                commit_properties=_properties(number, note),
-            )  # fmt: skip
-            if self._folder is not None:
-                for file in self._files():
-                    _sync(self._folder / file.path)
-            self._sync_log(table.version())
+        """Join the small files. :class:`OtherWriter`: nothing was done."""
+        small = [file for file in self.files() if file.small]
+        self.write(self.read(files=small), number=number, note=note, replacing=small, same_rows=True)
 
     def vacuum(self, hours: int, *, number: int, note: str | None) -> None:
         """Delete files that are no part of it any more since so many hours."""
@@ -250,10 +261,10 @@ class Delta:
 
 
 class _Files:
-    """New files, which are no part of the table before :attr:`actions` are committed."""
+    """New files, which are no part of the table before they are committed."""
 
     def __init__(self, system: fs.FileSystem, schema: pa.Schema, folder: Path | None) -> None:
-        self.actions: list[AddAction] = []
+        self.done: list[_New] = []
         self._system, self._schema, self._folder = system, schema, folder
         self._stream: Any = None
         self._parquet: pq.ParquetWriter | None = None
@@ -286,8 +297,7 @@ class _Files:
         if NUMBER in self._schema.names:
             stats |= {"minValues": {NUMBER: self._first}, "maxValues": {NUMBER: self._last}}
         size = self._system.get_file_info(self._name).size
-        now_ms = time.time_ns() // 1_000_000
-        self.actions.append(AddAction(self._name, size, {}, now_ms, True, json.dumps(stats)))
+        self.done.append(_New(self._name, size, json.dumps(stats)))
 
     def _close(self) -> None:
         parquet, self._parquet = self._parquet, None
@@ -299,7 +309,7 @@ class _Files:
         """Remove them all: they were not committed."""
         unfinished = [self._name] if self._parquet is not None else []
         self._close()
-        for name in [*unfinished, *(action.path for action in self.actions)]:
+        for name in [*unfinished, *(new.path for new in self.done)]:
             self._system.delete_file(name)
 
 

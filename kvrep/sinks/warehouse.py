@@ -50,7 +50,7 @@ try:
     import pyarrow.compute as pc
 
     from kvrep.sinks.columns import CLEAR, DELETE, HISTORY, LETTERS, PUT, STAGED, Shown, batches_of
-    from kvrep.sinks.delta import Delta, OtherWriter
+    from kvrep.sinks.delta import Delta, File, OtherWriter
 except ImportError as missing:
     raise OpenError(
         "delta: needs the packages pyarrow and deltalake", hint='pip install "kvrep[warehouse]"'
@@ -440,9 +440,9 @@ class WarehouseSink(Sink):
         """Remove what no longer counts. Where somebody else writes it just stays."""
         try:
             if old.staged is not None and new.staged is None:
-                self._staged.write((), number=new.commit, replace=True)
+                self._staged.write((), number=new.commit, replacing=self._staged.files())
             if old.letters and not new.letters:
-                self._letters.write((), number=new.commit, replace=True)
+                self._letters.write((), number=new.commit, replacing=self._letters.files())
         except (OtherWriter, PeerUnavailable):
             return
 
@@ -489,19 +489,22 @@ class WarehouseSink(Sink):
         table = self._current[keyspace]
         with closing(_Last()) as last:
             self._find_last(keyspace, notes, last)
-            kept, new = self._kept(keyspace, notes, last), self._new(keyspace, notes, last)
-            anew = (
-                self._rebuilt(keyspace, notes)
-                or table.small_files() > SMALL_MAX
-                or self._hits(keyspace, last)
-            )
-            rows = chain(kept, new) if anew else new
+            old = self._outdated(keyspace, notes, last)
+            rows = chain(self._kept(keyspace, notes, last, old), self._new(keyspace, notes, last))
             try:
-                table.write(_until(rows, give_up), number=notes.number, replace=anew)
+                table.write(_until(rows, give_up), number=notes.number, replacing=old)
             except OtherWriter:
                 self._load_current(keyspace)
             except _GivenUp:
                 return
+
+    def _outdated(self, keyspace: str, notes: Notes, last: _Last) -> list[File]:
+        """The files that have to be written anew: those with rows that change or go, and small ones to be joined."""
+        files = self._current[keyspace].files()
+        if self._rebuilt(keyspace, notes):
+            return files
+        join = sum(file.small for file in files) > SMALL_MAX
+        return [file for file in files if (join and file.small) or self._changes(keyspace, file, last)]
 
     def _rebuilt(self, keyspace: str, notes: Notes) -> bool:
         """Whether a snapshot has replaced all that the table holds."""
@@ -523,17 +526,18 @@ class WarehouseSink(Sink):
         for batch in self._tail(keyspace, notes, ["number", "keyspace", "key"]):
             last.note(batch.column("key").to_pylist(), batch.column("number").to_pylist())
 
-    def _hits(self, keyspace: str, last: _Last) -> bool:
-        """Whether a row that stands in the table has to change or to go."""
-        shown = self._show(keyspace)
-        batches = self._current[keyspace].read(["key"])
-        return any(last.of(key) for batch in batches for key in shown.keys(batch))
+    def _changes(self, keyspace: str, file: File, last: _Last) -> bool:
+        """Whether a row in a file of the table has to change or to go."""
+        keys = map(self._show(keyspace).keys, self._current[keyspace].read(["key"], files=[file]))
+        return any(map(last.of, chain.from_iterable(keys)))
 
-    def _kept(self, keyspace: str, notes: Notes, last: _Last) -> Iterator[pa.RecordBatch]:
-        table = self._current.get(keyspace)
-        if table is None or self._rebuilt(keyspace, notes):
+    def _kept(
+        self, keyspace: str, notes: Notes, last: _Last, files: Sequence[File]
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows in these files of the table that stay as they are."""
+        if self._rebuilt(keyspace, notes):
             return
-        for batch in table.read():
+        for batch in self._current[keyspace].read(files=files) if files else ():
             keys = self._show(keyspace).keys(batch)
             yield batch.filter(pa.array([not last.of(key) for key in keys]))
 
@@ -552,7 +556,7 @@ class WarehouseSink(Sink):
     # -- upkeep ------------------------------------------------------------------------------------
 
     def _compact(self, notes: Notes) -> None:
-        if self._history.small_files() > SMALL_MAX:
+        if sum(file.small for file in self._history.files()) > SMALL_MAX:
             try:
                 self._history.compact(number=notes.commit, note=notes.dump())
             except OtherWriter:
@@ -582,7 +586,8 @@ class WarehouseSink(Sink):
         notes, shown = self._need(), self._show(keyspace)
         with closing(_Last()) as last:
             self._find_last(keyspace, notes, last)
-            batches = chain(self._kept(keyspace, notes, last), self._new(keyspace, notes, last))
+            files = self._current[keyspace].files() if keyspace in self._current else []
+            batches = chain(self._kept(keyspace, notes, last, files), self._new(keyspace, notes, last))
             for batch in batches:
                 columns = [batch.column(name).to_pylist() for name in shown.columns]
                 for key, *rest in zip(*columns, strict=True):

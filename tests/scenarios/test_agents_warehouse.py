@@ -253,17 +253,20 @@ def test_files_that_readers_may_still_want_stay(folder: Path, monkeypatch: pytes
 
 
 def test_rows_that_do_not_change_stay_in_their_files(sink: WarehouseSink, folder: Path) -> None:
-    """New keys are added to the current state; only when rows change or go it is written anew."""
+    """New keys are added to the current state; only files with rows that change or go are written anew."""
     put(sink, a="1")
     sink.tend()
     first = files_of(folder / "current" / "default")
     put(sink, b="1")
     sink.tend()
     assert set(first) < set(files_of(folder / "current" / "default"))
-    put(sink, a="2")
+    both = files_of(folder / "current" / "default")
+    put(sink, a="2", c="1")
     sink.tend()
-    assert len(files_of(folder / "current" / "default")) == 1
-    assert current(folder) == {"default": {b"a": b"2", b"b": b"1"}}
+    now = files_of(folder / "current" / "default")
+    assert set(now) & set(both) == set(both) - set(first)
+    assert len(now) == 2
+    assert current(folder) == {"default": {b"a": b"2", b"b": b"1", b"c": b"1"}}
 
 
 def test_a_refresh_of_more_keys_than_fit_in_memory(
