@@ -234,7 +234,7 @@ def history(bench: Bench) -> Outcome:
 def warehouse_memory(bench: Bench) -> Outcome:
     """The agent process into a warehouse, the current state included."""
     with bench.path("warehouse") as folder:
-        return _memory(bench, f"delta:{folder}?refresh_s=5", bench.size(1_000_000, 2000))
+        return _memory(bench, f"delta:{folder}?refresh_s=1", bench.size(1_000_000, 2000))
 
 
 if WAREHOUSE:

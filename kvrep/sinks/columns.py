@@ -39,7 +39,7 @@ _FROM = {
 }
 """What a row of the current state tells of the change that made it, by the columns of the history."""
 
-BATCH_ROWS = 4096
+BATCH_ROWS, BATCH_BYTES = 4096, 2 << 20
 
 _KIND = re.compile(r"([a-z][a-z0-9_ ]*?)\s*(?:\(\s*(\d+)(?:\s*,\s*(\d+))?\s*\))?")
 _ALIASES = {
@@ -188,8 +188,11 @@ class Shown:
 
 
 def batches_of(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Rows as batches of a bounded length."""
+    """Rows as batches of a bounded length and size."""
     for start in range(0, len(rows), BATCH_ROWS):
         columns = zip(*rows[start : start + BATCH_ROWS], strict=True)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        length = max(1, batch.num_rows * BATCH_BYTES // max(BATCH_BYTES, batch.nbytes))
+        for at in range(0, batch.num_rows, length):
+            yield batch.slice(at, length)

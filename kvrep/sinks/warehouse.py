@@ -131,7 +131,7 @@ class WarehouseSink(Sink):
     ``retention_h``: how many whole hours replaced files stay, for queries that still read them (24).
     """
 
-    batch_changes, batch_bytes = 10_000, 8 << 20
+    batch_changes, batch_bytes = 10_000, 4 << 20
 
     def __init__(self, address: str, *, tables: Mapping[str, Table] | None = None) -> None:
         self._root, options = _parsed(address)

@@ -87,8 +87,12 @@ def test_a_mapping_is_read_back(text: str) -> None:
         table_of({**Table(TEXT).describe(), "codec": "own"})
 
 
-def test_batches_have_a_bounded_length() -> None:
-    """Many rows come in several batches, with all of them in order."""
+def test_batches_have_a_bounded_size() -> None:
+    """Many rows, and rows with large values, come in several batches, with all of them in order."""
+    large = [(i, "put", "x", b"k", b"v" * (1 << 20), False, 1, 2, 3, None) for i in range(5)]
+    batches = list(batches_of(large, HISTORY))
+    assert len(batches) == 5
+    assert [n for batch in batches for n in batch.column("number").to_pylist()] == list(range(5))
     rows = [(i, "put", "x", b"k", b"v", False, 1, 2, 3, None) for i in range(10_000)]
     batches = list(batches_of(rows, HISTORY))
     assert [batch.num_rows for batch in batches] == [4096, 4096, 1808]
