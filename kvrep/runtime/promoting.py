@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, ReplicationError, UnsafePromotion
+from kvrep.errors import (
+    DigestMismatch,
+    Error,
+    Fenced,
+    NotPrimary,
+    ProtocolError,
+    ReplicationError,
+    UnsafePromotion,
+)
 from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import ZERO, EpochTable, Position, epoch_after
 from kvrep.replication.messages import Promise
@@ -37,6 +45,7 @@ __all__ = [
     "fetch_all",
     "promise_of",
     "promote",
+    "rules_of",
 ]
 
 log = logging.getLogger("kvrep.replication")
@@ -90,7 +99,7 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
         return _promote_by_force(roles, force, deadline_s)
     rival = seen = 0
     for attempt in range(ATTEMPTS_MAX):
-        effective, rules = _rules(engine)
+        effective, rules = rules_of(engine)
         _check_candidate(node, effective, rules)
         if attempt or not asked:
             peers = ask_all(roles, "standing", {}, deadline_s, _would_do(node, effective, rules))
@@ -120,7 +129,7 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
                 if not promotion.enough:
                     raise _unsafe(node, promotion, answered=len(promotion.promised))
                 fetch_all(roles, promotion, deadline_s)
-                _check_candidate(node, *_rules(engine))
+                _check_candidate(node, *rules_of(engine))
                 roles.take_over(epoch, promotion.promised)
                 return epoch
             seen = promotion.highest_seen if promotion is not None else 0
@@ -129,14 +138,17 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
     raise Fenced(f"other promotions came between, the last one at epoch {seen}", epoch=seen)
 
 
-def _rules(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
+def rules_of(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
     """The configuration in effect, and those that may be, too."""
     effective, proposed = engine.configurations_in_force()
     return effective, () if proposed is None else (proposed[1],)
 
 
 def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configuration, ...]) -> None:
-    """``UnsafePromotion`` unless this node is a data voter that holds all it ever confirmed."""
+    """``UnsafePromotion`` unless this node is a data voter that holds all it ever confirmed.
+
+    ``DigestMismatch`` where its log is right and its LMDB is not: it would show wrong values.
+    """
     home = node.engine.home
     voter = (rules[-1] if rules else effective).voter(home.store_id)
     text, hint = "", ""
@@ -148,6 +160,11 @@ def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configur
         hint = "let it catch up, or promote another voter"
     if text:
         raise UnsafePromotion(text, hint=hint, missing=(), needed=effective.fence, answered=0)
+    at = node.engine.tree.state.diverged
+    if at:
+        raise DigestMismatch(
+            f"the copy of {node.label} differs from its log since record {at} or before", at=at
+        )
 
 
 def _would_do(

@@ -21,7 +21,13 @@ TICK_S = 0.5
 RETRY_S = 0.25
 HELD_BACK_MAX = 0.25
 """The share of the memory for unflushed writes up to which those that no voter has are kept out of LMDB."""
-BREATH_S = 0.00002
+DELETES_BEHIND_MAX = 1.25
+"""Up to this share of the memory deletes are taken while there is no room for a flush."""
+BREATH_S, BREATH_BEHIND_S = 0.0002, 0.00002
+"""How long to give way after a slice. A thread that is woken on a busy machine needs that long to take its turn; a
+flush that has fallen behind cannot afford it."""
+CALM_S = 0.25
+"""After so long without a new record nobody is taken to wait for the interpreter."""
 
 
 class Flusher:
@@ -37,10 +43,10 @@ class Flusher:
         interval_s: float,
         update: Callable[[State, Sequence[Table]], None],
         before: Callable[[], None],
-        after: Callable[[], None],
+        after: Callable[[], object],
         tick: Callable[[], None],
-        failed: Callable[[BaseException], None],
-        busy: Callable[[], bool],
+        failed: Callable[[BaseException], object],
+        logged: Callable[[], int],
         flush_limit: Callable[[], int | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -63,7 +69,10 @@ class Flusher:
         self._after = after
         self._tick = tick
         self._failed = failed
-        self._busy = busy
+        self._logged = logged
+        self._seen = -1
+        """The last record in the log when the flush last gave way."""
+        self._seen_s = 0.0
         self._limit = flush_limit
         self._clock = clock
         # Protects the requests below; also announces every retirement and every change of ``full``.
@@ -129,7 +138,26 @@ class Flusher:
         """Memory of unflushed writes as a share of its bound: 1 and above means writers must wait."""
         return self.view.memory_bytes / self.memtable_bytes_max
 
-    def wait_for_room(self, deadline_s: float) -> bool:
+    def slow_down(self, deadline_s: float, *, deletes: bool) -> bool:
+        """Slow a writer as the flush falls behind, and stop it at the bound; False if it must not go on.
+
+        Raises :class:`StorageFull` while flushing stands still; but deletes help, so they get some room of
+        their own.
+        """
+        if self.full is None:
+            if self.behind < 1.0:
+                time.sleep(max(0.0, self.behind - 0.5) * 0.004)
+                return True
+            if self._wait_for_room(deadline_s):
+                return True
+        elif deletes and self.behind < DELETES_BEHIND_MAX:
+            return True
+        full = self.full
+        if full is not None:
+            raise StorageFull(full.message, hint=full.hint) from full
+        return False
+
+    def _wait_for_room(self, deadline_s: float) -> bool:
         """Wait until writers may go on; False at the deadline or when flushing stands still."""
         with self._changed:
             while self.behind >= 1.0:
@@ -261,9 +289,16 @@ class Flusher:
         return self.view.name_of(prefix), puts, deletes
 
     def _breathe(self) -> None:
-        """Let a waiting writer have the interpreter: it would otherwise wait 5 ms for it."""
-        if self._busy():
-            time.sleep(BREATH_S)
+        """Let threads that wait have the interpreter while records come: each hand-over would otherwise cost 5 ms.
+
+        On the way of one acknowledged write there are several, on a follower no less than on the primary, and
+        most of the time no lock tells that somebody waits.
+        """
+        logged, now = self._logged(), self._clock()
+        if logged != self._seen:
+            self._seen, self._seen_s = logged, now
+        if now - self._seen_s < CALM_S:
+            time.sleep(BREATH_S if self.behind < 0.5 else BREATH_BEHIND_S)
 
 
 def _deleting(tables: Sequence[Table]) -> bool:

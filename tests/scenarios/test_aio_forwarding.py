@@ -136,8 +136,16 @@ def test_outcomes(tmp_path: Path) -> None:
             assert a._node.engine.committer.take_place(owner, lambda: None)
             with pytest.raises(kvrep.AckTimeout) as caught:
                 await b.put(b"k", b"v", timeout_s=0.3)
+            committer = a._node.engine.committer
+
+            def waiting() -> int:
+                return len(committer._behind) + len(committer._queue)
+
+            before = waiting()
             task = asyncio.create_task(b.put(b"cancelled", b"v"))
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(WAIT_S):
+                while waiting() == before:  # until it has come to the primary
+                    await asyncio.sleep(0.002)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -214,10 +222,10 @@ def test_linearizable_reads_share_questions(tmp_path: Path) -> None:
         async with pair(tmp_path) as (a, b, _):
             for i in range(5):
                 await asyncio.to_thread(a.put, b"k", b"%d" % i)
-                rounds = a._node.shipping._rounds.wanted
+                rounds = a._node.shipping.followers.rounds.wanted
                 reads = [b.get(b"k", consistency="linearizable") for _ in range(100)]
                 assert set(await asyncio.gather(*reads)) == {b"%d" % i}
-                assert a._node.shipping._rounds.wanted - rounds <= 5
+                assert a._node.shipping.followers.rounds.wanted - rounds <= 5
             assert [p async for p in b.scan(consistency="linearizable")] == [(b"k", b"4")]
             async with b.snapshot(consistency="linearizable") as view:
                 assert await view[b"k"] == b"4"
