@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from kvrep.errors import NotAStore, RejectedChange, StoreInUse
 from kvrep.model.record import Op
 from kvrep.sinks.interface import NOTHING, DeadLetter, Place, Sink
-from kvrep.sinks.tables import Table, by_keyspace, mapping_of, table_from, table_name
+from kvrep.sinks.tables import Table, by_keyspace, table_name, table_of
 
 __all__ = ["PLACE", "SqlSink", "identifier"]
 
@@ -182,14 +183,15 @@ class SqlSink(Sink):
 
     def _kept_mapping(self, name: str) -> Table:
         own = self._own()
-        return table_from(own.get(name) or own.get(name + STAGED, "bytes"))
+        mapping = own.get(name) or own.get(name + STAGED)
+        return table_of(json.loads(mapping)) if mapping else _PLAIN
 
     def _make(self, keyspace: str, suffix: str) -> None:
         name = table_name(keyspace) + suffix
         if name not in self._known:
             table = self._table(keyspace)
             self._create(name, table)
-            self._adopt(name, mapping_of(table))
+            self._adopt(name, json.dumps(table.describe()))
             self._known.add(name)
 
     def _adopt(self, name: str, mapping: str) -> None:
@@ -248,7 +250,7 @@ class SqlSink(Sink):
     def _columns(self, name: str, mapping: str) -> list[str]:
         """The columns of a live table beside its key."""
         given = (table for keyspace, table in self._tables.items() if table_name(keyspace) == name)
-        table = next(given, None) or table_from(mapping)
+        table = next(given, None) or table_of(json.loads(mapping))
         return [column for column in table.types if column != "key"]
 
     @abstractmethod

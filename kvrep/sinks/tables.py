@@ -13,9 +13,8 @@ from kvrep import codecs
 from kvrep.codecs import BYTES, Codec
 from kvrep.errors import ConfigurationMismatch, RejectedChange
 from kvrep.model.record import Op
-from kvrep.options import check_keyspace_name
 
-__all__ = ["Table", "by_keyspace", "mapping_of", "parse_table", "table_from", "table_name"]
+__all__ = ["Table", "by_keyspace", "parse_table", "table_name", "table_of"]
 
 NAME_BYTES_MAX = 48
 """Leaves room for the suffix of a staged table below PostgreSQL's 63."""
@@ -26,8 +25,7 @@ _CODECS: dict[str, Codec[Any]] = {
 _NAME = r"[A-Za-z_][A-Za-z0-9_]{0,62}"
 _TYPE = r"[A-Za-z][A-Za-z0-9_ ]*(?:\(\s*\d+(?:\s*,\s*\d+)?\s*\))?"
 _COLUMN = re.compile(rf"({_NAME})\s+({_TYPE})")
-_MAPPING = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)
-_FORM = f"KEYSPACE=CODEC(COLUMN TYPE, …), the codec one of {', '.join(sorted(_CODECS))}"
+_TABLE = re.compile(r"([a-z0-9_-]{1,64})=(\w+)\s*(?:\((.*)\))?", re.DOTALL)
 _WHOLE = {"bytes": "bytea", "text": "text", "json": "jsonb", "msgpack": "jsonb"}
 
 
@@ -69,6 +67,10 @@ class Table:
         """Every column with its PostgreSQL type, the key first."""
         key = {"key": "text" if self.text_keys else "bytea"}
         return {**key, **(self.columns or {"value": _WHOLE.get(self.codec.name, "bytea")})}
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON takes it; :func:`table_of` reads it."""
+        return {"codec": self.codec.name, "columns": dict(self.columns), "text_keys": self.text_keys}
 
     def row(self, index: int, op: Op) -> tuple[Any, ...]:
         """The columns of one put; bytes for ``bytea``, else text as SQL reads it."""
@@ -121,36 +123,12 @@ def parse_table(text: str) -> tuple[str, Table]:
 
     A column ``key text`` shows keys as text. ``ConfigurationMismatch`` for anything else.
     """
-    keyspace, _, mapping = text.strip().partition("=")
-    if not check_keyspace_name(keyspace):
-        raise _wrong(text, _FORM)
-    return keyspace, table_from(mapping, text)
-
-
-def mapping_of(table: Table) -> str:
-    """What :func:`table_from` makes the same table of; a codec that it does not know has a mark."""
-    mark = "" if _CODECS.get(table.codec.name) is table.codec else "?"
-    columns = [f"{name} {kind}" for name, kind in table.columns.items()]
-    if table.text_keys:
-        columns.insert(0, "key text")
-    shown = f"({', '.join(columns)})" if columns else ""
-    return f"{table.codec.name}{mark}{shown}"
-
-
-def table_from(mapping: str, text: str = "") -> Table:
-    """``json(customer text, total numeric(10,2))``, ``text``, ``bytes``; ``ConfigurationMismatch`` shows ``text``."""
-    text = text or mapping
-    if "?" in mapping:
-        raise ConfigurationMismatch(
-            f"the values of a table were read by the codec {mapping.partition('?')[0]!r} of an application",
-            option="table", given=text, hint="give the table its codec where its agent gets it, as tables=",
-        )  # fmt: skip
-    found = _MAPPING.fullmatch(mapping)
-    codec = _CODECS.get(found[1]) if found else None
+    found = _TABLE.fullmatch(text.strip())
+    codec = _CODECS.get(found[2]) if found else None
     if found is None or codec is None:
-        raise _wrong(text, _FORM)
+        raise _wrong(text, f"KEYSPACE=CODEC(COLUMN TYPE, …), the codec one of {', '.join(sorted(_CODECS))}")
     columns: dict[str, str] = {}
-    for part in re.split(r",(?![^()]*\))", found[2] or ""):
+    for part in re.split(r",(?![^()]*\))", found[3] or ""):
         if not part.strip():
             continue
         column = _COLUMN.fullmatch(part.strip())
@@ -162,7 +140,18 @@ def table_from(mapping: str, text: str = "") -> Table:
         raise _wrong(text, "the key is bytea or text")
     if columns and codec is BYTES:
         raise _wrong(text, "values of bytes have no fields to make columns of")
-    return Table(codec, columns, text_keys=key == "text")
+    return found[1], Table(codec, columns, text_keys=key == "text")
+
+
+def table_of(described: Mapping[str, Any]) -> Table:
+    """The table that :meth:`Table.describe` was asked of; ``ConfigurationMismatch`` for a codec of the user's own."""
+    codec = _CODECS.get(described["codec"])
+    if codec is None:
+        raise ConfigurationMismatch(
+            f"a table was made with the codec {described['codec']!r}, which is not known here", option="table",
+            given=described, hint="give the same tables as before",
+        )  # fmt: skip
+    return Table(codec, described["columns"], text_keys=described["text_keys"])
 
 
 def _wrong(text: str, wanted: str) -> ConfigurationMismatch:
