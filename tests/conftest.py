@@ -18,11 +18,10 @@ import pytest
 LEFT_OVER_S = 5.0
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """A shell starts jobs in the background with Ctrl-C ignored, and the processes of the tests would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.pluginmanager.register(_Shared())  # hooks of this file are not called for fixtures of the session
 
 
 def _threads() -> set[str]:
@@ -57,29 +56,16 @@ def _what_is_there() -> set[str]:
     return _threads() | _files() | _children()
 
 
-_shared: set[str] = set()
-"""What belongs to fixtures of a wider scope, such as servers that many tests share."""
-
-
-class _Shared:
-    """Notes what fixtures of a wider scope start: the first test that asks for one does not leave it over."""
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[object]) -> Iterator[None]:
-        before = _what_is_there() if fixturedef.scope != "function" else None
-        made = yield
-        if before is not None:
-            _shared.update(_what_is_there() - before)
-        return made
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """After the test: no thread, no child process and no file that it opened may be left."""
+    """After the test: no thread, no child process and no file that it opened may be left.
+
+    Fixtures of a wider scope, such as servers that many tests share, are made before it.
+    """
     before = _what_is_there()
     yield
     deadline = time.monotonic() + LEFT_OVER_S
-    while (extra := _what_is_there() - before - _shared) and time.monotonic() < deadline:
+    while (extra := _what_is_there() - before) and time.monotonic() < deadline:
         gc.collect()
         threading.Event().wait(0.02)
     assert not extra, f"left over: {sorted(extra)}"
