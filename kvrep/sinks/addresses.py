@@ -2,8 +2,8 @@
 
 ==================================  ==================================================================
 ``amqp://…``, ``kafka://…``          a broker: events of one topic (see :mod:`kvrep.brokers`)
-``host:port``                        a running node: its feed, or (as a secondary) what it holds; as a source
-                                     also several nodes of one group with commas between
+``host:port,…``                      running nodes of one group: their feed, or (as a secondary) what its primary
+                                     holds, found through any of them
 a path                               a store that no process has open; as a secondary ``kvrep:PATH``
 ``postgresql://…?schema=kvrep``      a schema of a PostgreSQL database
 ``sqlite:PATH``, ``sqlite:///PATH``  a SQLite file
@@ -42,6 +42,10 @@ def is_broker(address: str) -> bool:
     """Whether an address is a broker's, by its scheme."""
     scheme = _scheme(address)
     return scheme in _BROKERS or bool(scheme and entry_points(group=brokers.ENTRY_POINTS, name=scheme))
+
+
+def _are_nodes(addresses: str) -> bool:
+    return all(map(_is_node, addresses.split(",")))
 
 
 def _is_node(address: str) -> bool:
@@ -97,7 +101,7 @@ def _check_there(scheme: str, address: str) -> None:
         return
     rest = _path(address) if scheme == "sqlite" else address.removeprefix("kvrep:").removeprefix("//")
     path = Path(rest)
-    if not _is_node(rest) and path.parent.exists() and not path.exists():
+    if not _are_nodes(rest) and path.parent.exists() and not path.exists():
         raise OpenError(f"there is no secondary at {path}", hint="check the path")
 
 
@@ -110,7 +114,7 @@ def _path(address: str) -> str:
 def _store_at(address: str, tls: Any, token: str | None) -> Sink:
     from kvrep.sinks.store import LocalStore, RemoteStore, StoreSink
 
-    if _is_node(address):
+    if _are_nodes(address):
         return StoreSink(f"kvrep://{address}", lambda: RemoteStore(address, tls=tls, token=token))
     if not address:
         raise OpenError("kvrep: needs a path or host:port")
@@ -120,7 +124,7 @@ def _store_at(address: str, tls: Any, token: str | None) -> Sink:
 def upstream_at(address: str, *, feed: str = "", tls: Any = None, token: str | None = None) -> Upstream:
     """The store at an address or path, connected or opened."""
     address = address.removeprefix("kvrep:").removeprefix("//")
-    if all(map(_is_node, address.split(","))):
+    if _are_nodes(address):
         return Remote(address, tls=tls, token=token)
     import kvrep
 

@@ -242,9 +242,9 @@ def test_a_change_that_cannot_be_stored_is_named(make: Make) -> None:
     assert sorted(rows(sink, "docs")) == sorted([b"before", *(b"%d" % i for i in range(13)), b"14"])
 
 
-@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize("make", ["sqlite", "postgres", "remote"], indirect=True)
 def test_a_commit_after_another_agent_moved_the_place_is_refused(make: Make) -> None:
-    """Two agents on one database do not apply the same changes twice: the slower one is told."""
+    """Two agents on one secondary do not apply the same changes twice: the slower one is told."""
     one, two = make(), make()
     one.open()
     two.open()
