@@ -37,7 +37,8 @@ examples:
 
 SOURCE is a broker's address, host:port of running nodes (with commas between), or the path of a store that no
 process has open.
-SECONDARY is postgresql://…, sqlite:PATH, kvrep:PATH, host:port of the primary of another group, or a broker.
+SECONDARY is postgresql://…, sqlite:PATH, kvrep:PATH, host:port of nodes of another group (with commas between;
+its primary is found), or a broker.
 Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPASSWORD.
 
 Rows and place move in one transaction, so every change takes effect exactly once, whatever is killed when.
@@ -67,6 +68,11 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--prefix", default="", help="only keys that begin with this text")
     parser.add_argument("--order", choices=("total", "key"), default="total",
                         help="to a broker: keep the order of all events, or of each key only")  # fmt: skip
+    parser.add_argument("--format", choices=("binary", "structured", "debezium"), default="binary",
+                        help="to a broker: a mode of CloudEvents (default binary), or Debezium's envelope")  # fmt: skip
+    parser.add_argument("--message-bytes", metavar="BYTES", type=size, default=4 << 20,
+                        help="to a broker: larger events go in parts (default 4 MiB)")  # fmt: skip
+    parser.add_argument("--before", action="store_true", help="to a broker: with former values, where kept")
     parser.add_argument(
         "--feed", metavar="NAME", default="", help="a named feed that holds the log (SOURCE a path)"
     )
@@ -169,7 +175,8 @@ def _publication(args: argparse.Namespace) -> Any:
     upstream = upstream_at(args.source, feed=args.feed, tls=tls_of(args), token=token_of(args))
     return Publication(
         upstream, broker, cursor, topic=args.topic, name=args.name, one_line=args.order == "total",
-        log_interval_s=args.log_interval_s, wait=args.wait, keyspaces=args.keyspace, prefix=os.fsencode(args.prefix),
+        form=args.format, message_bytes_max=args.message_bytes, log_interval_s=args.log_interval_s, wait=args.wait,
+        keyspaces=args.keyspace, prefix=os.fsencode(args.prefix), before=args.before,
     )  # fmt: skip
 
 

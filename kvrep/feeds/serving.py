@@ -23,6 +23,8 @@ __all__ = ["RemoteChanges", "calls_of"]
 ANSWER_BYTES = 4 << 20
 WAIT_S_MAX = 10.0
 _PLACES = ("now", "oldest")
+_FIELDS = {"token", "timeout_s", "keyspaces", "prefix", "topics", "committed", "before"}
+"""Of a request for changes. Whatever else is asked for is refused: passed over, it would look as if it were there."""
 Call = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -37,10 +39,15 @@ def calls_of(node: Node, feeds: Feeds) -> dict[str, Callable[[Mapping[str, Any]]
 
 def _read(node: Node, feeds: Feeds, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """The changes behind ``token`` (``""``: a snapshot; or a place as ``Feeds.place`` takes it)."""
+    if unknown := request.keys() - _FIELDS:
+        raise ProtocolError(
+            f"a request for changes with {', '.join(sorted(map(str, unknown)))}", hint="upgrade this node"
+        )
     try:
         selection = Selection.of(
-            request.get("keyspaces"), request.get("prefix") or b"", request.get("topics")
-        )
+            request.get("keyspaces"), request.get("prefix") or b"", request.get("topics"),
+            before=bool(request.get("before")),
+        )  # fmt: skip
         place, timeout_s = str(request["token"]), min(max(0.0, float(request["timeout_s"])), WAIT_S_MAX)
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a request for changes: {error}") from error

@@ -18,14 +18,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from kvrep import brokers
 from kvrep.errors import ConfigurationMismatch, OpenError
 from kvrep.sinks.interface import Sink
 from kvrep.sinks.source import Source
 from kvrep.sinks.tables import Table
-from kvrep.sinks.upstream import Local, Remote, Upstream
+from kvrep.sinks.upstream import Local, Remote, Upstream, Wanted
 
 __all__ = ["is_broker", "sink_at", "source_at", "upstream_at"]
 
@@ -141,7 +141,7 @@ def source_at(
     feed: str = "",
     tls: Any = None,
     token: str | None = None,
-    **selection: Any,
+    **selection: Unpack[Wanted],
 ) -> Source:
     """A broker's topic, a running node's feed, or that of a store at a path."""
     if is_broker(address):

@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack, get_args
 
 from kvrep.brokers.interface import Broker, Publisher, Subscriber
 from kvrep.errors import (
@@ -34,8 +34,8 @@ from kvrep.sinks.cursor import Cursor
 from kvrep.sinks.delays import Delays, Rate, catch_up_s
 from kvrep.sinks.interface import NOTHING
 from kvrep.sinks.running import AgentState, Running
-from kvrep.sinks.stream import REQUESTS, Mark, Request, message_of
-from kvrep.sinks.upstream import Selected, Stream, Upstream
+from kvrep.sinks.stream import REQUESTS, Format, Mark, Request, message_of, parts_of
+from kvrep.sinks.upstream import Selected, Stream, Upstream, Wanted
 
 __all__ = ["Publication", "PublicationStatus"]
 
@@ -43,8 +43,11 @@ log = logging.getLogger("kvrep.agent")
 
 SAVE_INTERVAL_S = 0.2
 UNCONFIRMED_MAX = 4096
+MESSAGE_BYTES_MAX = 4 << 20
+"""Below what RabbitMQ and a publisher to Kafka take unless they were told otherwise."""
 PUBLISH_S = 30.0
 IDLE_S = 0.25
+MESSAGE_BYTES_MIN = 64 << 10
 SNAPSHOT_REST_S = 2.0
 """Requests for a snapshot that come so soon after one began were sent before it: who still lacks it asks again."""
 
@@ -96,6 +99,10 @@ class Publication(Running):
     else each key of the store keeps its own order and receivers restore the rest. ``mark_interval_s`` is how
     often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`;
     it closes ``upstream`` and ``broker``.
+
+    ``form`` is ``"binary"`` or ``"structured"``, the modes of CloudEvents, which agents read both, or
+    ``"debezium"``: envelopes for whoever expects those, without marks. What is larger than ``message_bytes_max``
+    goes in parts, which agents put together again.
     """
 
     kind, retryable = "publication", (PeerUnavailable, Overloaded, TimeoutError)
@@ -109,17 +116,24 @@ class Publication(Running):
         topic: str = "",
         name: str = "publisher",
         one_line: bool = True,
+        form: Format = "binary",
+        message_bytes_max: int = MESSAGE_BYTES_MAX,
         mark_interval_s: float = 5.0,
         log_interval_s: float = 60.0,
         wait: bool = False,
-        **selection: Any,
+        **selection: Unpack[Wanted],
     ) -> None:
+        if form not in get_args(Format):
+            raise ValueError(f"form is one of {', '.join(get_args(Format))}, not {form!r}")
+        if message_bytes_max < MESSAGE_BYTES_MIN:
+            raise ValueError(f"message_bytes_max is at least {MESSAGE_BYTES_MIN}")
         super().__init__(name, wait=wait)
         self.topic = topic or broker.topic
         self._upstream, self._broker, self._cursor = upstream, broker, cursor or _Held(upstream)
         self._selected = Selected(**selection)
-        self._one_line = one_line
-        self._mark_interval_s = mark_interval_s
+        self._one_line, self._form, self._message_bytes_max = one_line, form, message_bytes_max
+        self._prefix = "cloudEvents:" if broker.url.startswith("amqp") else "ce_"
+        self._mark_interval_s = 0.0 if form == "debezium" else mark_interval_s
         self._log_interval_s = log_interval_s
         self._publisher: Publisher | None = None
         self._requests: Subscriber | None = None
@@ -216,8 +230,11 @@ class Publication(Running):
         while len(self._waiting) >= UNCONFIRMED_MAX and not self._stop.is_set():
             publisher.wait(self._waiting[0][0], IDLE_S)
             self._note_confirmed()
-        number = publisher.publish(message_of(event, one_line=self._one_line), PUBLISH_S)
-        self._waiting.append((number, change))
+        message = message_of(event, one_line=self._one_line, form=self._form, prefix=self._prefix)
+        if message is not None:
+            for part in parts_of(message, event, self._message_bytes_max):
+                publisher.publish(part, PUBLISH_S)
+        self._waiting.append((publisher.published, change))
         self._published += 1
         self._sent, self._marked = change.sequence, False
         if change.kind == "begin":
