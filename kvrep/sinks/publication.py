@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack, get_args
 
+from kvrep import brokers
 from kvrep.brokers.interface import Broker, Publisher, Subscriber
 from kvrep.errors import (
     InvalidToken,
@@ -35,7 +36,8 @@ from kvrep.sinks.delays import Delays, Rate, catch_up_s
 from kvrep.sinks.interface import NOTHING
 from kvrep.sinks.running import AgentState, Running
 from kvrep.sinks.stream import REQUESTS, Format, Mark, Request, message_of, parts_of
-from kvrep.sinks.upstream import Selected, Stream, Upstream, Wanted
+from kvrep.sinks.upstream import Local, Selected, Stream, Upstream, Wanted
+from kvrep.store import Store
 
 __all__ = ["Publication", "PublicationStatus"]
 
@@ -57,6 +59,16 @@ class _Held:
 
     def __init__(self, upstream: Upstream) -> None:
         self.load, self.save = upstream.held, upstream.hold
+
+
+def _upstream_of(source: Upstream | Store | str, feed: str) -> Upstream:
+    if isinstance(source, Store):
+        return Local(source, feed=feed)
+    if isinstance(source, str):
+        from kvrep.sinks.addresses import upstream_at
+
+        return upstream_at(source, feed=feed)
+    return source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +105,14 @@ class PublicationStatus:
 class Publication(Running):
     """Publishes the changes of a store, those of ``selection`` (see :class:`Selected`), for ever.
 
-    Its place is in ``cursor``; without one, in the named feed of a :class:`~kvrep.sinks.upstream.Local`.
+    ``source`` is a :class:`Store`, the address of nodes or the path of a store; ``broker`` may be an address, too.
+    Its place is in ``cursor``; without one, in the named feed ``feed`` of a store that this process has open; without
+    either, every start begins with a snapshot.
 
     ``one_line`` gives all messages one key, so that a broker with partitions keeps the order of all of them;
     else each key of the store keeps its own order and receivers restore the rest. ``mark_interval_s`` is how
     often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`;
-    it closes ``upstream`` and ``broker``.
+    it closes ``broker``, and ``source`` unless that is a store.
 
     ``form`` is ``"binary"`` or ``"structured"``, the modes of CloudEvents, which agents read both, or
     ``"debezium"``: envelopes for whoever expects those, without marks. What is larger than ``message_bytes_max``
@@ -109,10 +123,11 @@ class Publication(Running):
 
     def __init__(
         self,
-        upstream: Upstream,
-        broker: Broker,
+        source: Upstream | Store | str,
+        broker: Broker | str,
         cursor: Cursor | None = None,
         *,
+        feed: str = "",
         topic: str = "",
         name: str = "publisher",
         one_line: bool = True,
@@ -128,7 +143,9 @@ class Publication(Running):
         if message_bytes_max < MESSAGE_BYTES_MIN:
             raise ValueError(f"message_bytes_max is at least {MESSAGE_BYTES_MIN}")
         super().__init__(name, wait=wait)
+        broker = brokers.connect(broker) if isinstance(broker, str) else broker
         self.topic = topic or broker.topic
+        upstream = _upstream_of(source, feed)
         self._upstream, self._broker, self._cursor = upstream, broker, cursor or _Held(upstream)
         self._selected = Selected(**selection)
         self._one_line, self._form, self._message_bytes_max = one_line, form, message_bytes_max
