@@ -196,6 +196,8 @@ class RabbitSubscriber:
             for name, value in headers.items()
             if name not in (KEY_HEADER, OFFSET_HEADER)
         }
+        if properties.content_type:
+            texts.setdefault("content-type", properties.content_type)
         message = Message(
             body=body,
             key=key if isinstance(key, bytes) else str(key).encode(),
