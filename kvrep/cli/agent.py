@@ -70,8 +70,8 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
                         help="to a broker: keep the order of all events, or of each key only")  # fmt: skip
     parser.add_argument("--format", choices=("binary", "structured", "debezium"), default="binary",
                         help="to a broker: a mode of CloudEvents (default binary), or Debezium's envelope")  # fmt: skip
-    parser.add_argument("--message-bytes", metavar="BYTES", type=size, default=4 << 20,
-                        help="to a broker: larger events go in parts (default 4 MiB)")  # fmt: skip
+    parser.add_argument("--message-bytes", metavar="BYTES", type=size,
+                        help="to a broker: larger events go in parts (default 4 MiB; Kafka 900 kB)")  # fmt: skip
     parser.add_argument("--before", action="store_true", help="to a broker: with former values, where kept")
     parser.add_argument(
         "--feed", metavar="NAME", default="", help="a named feed that holds the log (SOURCE a path)"
@@ -140,6 +140,8 @@ def _agent(args: argparse.Namespace) -> Any:
     from kvrep.sinks.addresses import is_broker, sink_at, source_at
     from kvrep.sinks.agent import Agent
 
+    if args.format != "binary" or args.before or args.message_bytes is not None:
+        raise UsageError("--format, --before and --message-bytes are for publishing to a broker")
     sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
     selection: dict[str, Any] = {}
     if not is_broker(args.source):

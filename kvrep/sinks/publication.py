@@ -45,8 +45,9 @@ log = logging.getLogger("kvrep.agent")
 
 SAVE_INTERVAL_S = 0.2
 UNCONFIRMED_MAX = 4096
-MESSAGE_BYTES_MAX = 4 << 20
-"""Below what RabbitMQ and a publisher to Kafka take unless they were told otherwise."""
+MESSAGE_BYTES = {"kafka": 900_000, "kafkas": 900_000}
+MESSAGE_BYTES_ELSE = 4 << 20
+"""By the scheme of the broker: what it takes unless it was told otherwise, with room to spare."""
 PUBLISH_S = 30.0
 IDLE_S = 0.25
 MESSAGE_BYTES_MIN = 64 << 10
@@ -116,7 +117,7 @@ class Publication(Running):
 
     ``form`` is ``"binary"`` or ``"structured"``, the modes of CloudEvents, which agents read both, or
     ``"debezium"``: envelopes for whoever expects those, without marks. What is larger than ``message_bytes_max``
-    goes in parts, which agents put together again.
+    (900 kB for Kafka, else 4 MiB) goes in parts, which agents put together again.
     """
 
     kind, retryable = "publication", (PeerUnavailable, Overloaded, TimeoutError)
@@ -132,7 +133,7 @@ class Publication(Running):
         name: str = "publisher",
         one_line: bool = True,
         form: Format = "binary",
-        message_bytes_max: int = MESSAGE_BYTES_MAX,
+        message_bytes_max: int | None = None,
         mark_interval_s: float = 5.0,
         log_interval_s: float = 60.0,
         wait: bool = False,
@@ -140,7 +141,7 @@ class Publication(Running):
     ) -> None:
         if form not in get_args(Format):
             raise ValueError(f"form is one of {', '.join(get_args(Format))}, not {form!r}")
-        if message_bytes_max < MESSAGE_BYTES_MIN:
+        if message_bytes_max is not None and message_bytes_max < MESSAGE_BYTES_MIN:
             raise ValueError(f"message_bytes_max is at least {MESSAGE_BYTES_MIN}")
         super().__init__(name, wait=wait)
         broker = brokers.connect(broker) if isinstance(broker, str) else broker
@@ -148,8 +149,10 @@ class Publication(Running):
         upstream = _upstream_of(source, feed)
         self._upstream, self._broker, self._cursor = upstream, broker, cursor or _Held(upstream)
         self._selected = Selected(**selection)
-        self._one_line, self._form, self._message_bytes_max = one_line, form, message_bytes_max
-        self._prefix = "cloudEvents:" if broker.url.startswith("amqp") else "ce_"
+        self._one_line, self._form = one_line, form
+        scheme = broker.url.partition(":")[0]
+        self._message_bytes_max = message_bytes_max or MESSAGE_BYTES.get(scheme, MESSAGE_BYTES_ELSE)
+        self._prefix = "cloudEvents:" if scheme.startswith("amqp") else "ce_"
         self._mark_interval_s = 0.0 if form == "debezium" else mark_interval_s
         self._log_interval_s = log_interval_s
         self._publisher: Publisher | None = None

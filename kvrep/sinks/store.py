@@ -22,7 +22,6 @@ import msgpack
 
 from kvrep.errors import (
     ClosedError,
-    Error,
     Fenced,
     NotEnoughFollowers,
     NotPrimary,
@@ -129,20 +128,21 @@ class RemoteStore:
             security=Security(tls=tls, token=token), message_bytes_max=(1 << 30) + (1 << 20)
         )
         self._store_id, self._session, self._sequence = os.urandom(16), int.from_bytes(os.urandom(7)), 0
+        self._problem = ""
+        """Of a node that did not answer."""
         address, self._epoch, self._since = self._find()
         self._connection = self._transport.connect(address, name="agent")
 
     def _find(self) -> tuple[str, int, int]:
         """Address, epoch (0: of a node that is no primary) and last committed offset of the newest primary."""
         left, asked, found = self._addresses.split(","), set[str](), ("", -1, 0)
-        problem: Error | None = None
         while left:
             address = left.pop(0)
             asked.add(address)
             try:
                 standing = self._standing(address)
             except (PeerUnavailable, ClosedError, Overloaded) as error:
-                problem = error
+                self._problem = error.message
                 continue
             found = max(
                 found, (address, standing["primary_epoch"], standing["committed"]), key=lambda f: f[1]
@@ -151,8 +151,7 @@ class RemoteStore:
             if elsewhere and elsewhere not in {*asked, *left}:
                 left.append(elsewhere)
         if found[1] < 0:
-            assert problem is not None
-            raise PeerUnavailable(problem.message, address=self._addresses) from problem
+            raise PeerUnavailable(self._problem, address=self._addresses)
         return found
 
     def _standing(self, address: str) -> dict[str, Any]:
@@ -197,7 +196,8 @@ class RemoteStore:
 
     def write(self, ops: Sequence[Op], turn: bytes | None) -> None:
         if not self._epoch:
-            raise PeerUnavailable(f"none of {self._addresses} is primary", address=self._addresses)
+            also = f", and {self._problem}" if self._problem else ""
+            raise PeerUnavailable(f"no primary answers at {self._addresses}{also}", address=self._addresses)
         self._sequence += 1
         condition = [[NOTES, _TURN, fingerprint(turn)]]
         item = [self._sequence, self._since, write_payload(list(ops)), condition, [], None, None]

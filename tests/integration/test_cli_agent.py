@@ -159,6 +159,8 @@ def test_dead_letters_are_listed_retried_and_discarded(tmp_path: Path, capfdbina
         (["--from", "nowhere", "--to", "sqlite:"], 2, "needs a path"),
         (["--from", "nowhere", "--to", "sqlite:x", "--table", "orders=xml"], 2, "orders=xml"),
         (["--from", "memory://a/b", "--to", "sqlite:x", "--prefix", "k"], 2, "where the stream is published"),
+        (["--from", "127.0.0.1:1", "--to", "sqlite:x", "--before"], 2, "publishing to a broker"),
+        (["--from", "127.0.0.1:1", "--to", "sqlite:x", "--format", "debezium"], 2, "publishing to a broker"),
         (["status", "--to", "memory://a/b"], 2, "keeps no dead letters"),
         (["status", "--from", "x", "--to", "sqlite:x"], 2, "--from is for running"),
         (["retry", "--to", "sqlite:x"], 2, "which dead letters"),

@@ -78,6 +78,22 @@ def test_a_switchover_at_the_far_group(far: Far, tmp_path: Path) -> None:
     assert status.reconnects >= 2
 
 
+def test_a_primary_that_is_lost_at_the_far_group(far: Far, tmp_path: Path) -> None:
+    """While nobody is primary over there the agent waits; the promoted node goes on from what it has."""
+    with kvrep.open(tmp_path / "db") as db:
+        with Agent(FeedSource(Local(db)), sink_at(far.addresses), batch_changes=10) as agent:
+            agent.wait_for(db.put(b"before", b"1"), WAIT_S)
+            for i in range(200):
+                db.submit_put(b"%d" % i, b"1")
+            far.a.close()
+            last = db.put(b"behind", b"1")
+            wait_until(lambda: is_waiting(agent), "it waits, and says why")
+            far.b.promote(force=True, voters=["b"], acks=0)
+            agent.wait_for(last, WAIT_S)
+            assert agent.status().snapshots == 1
+        assert copied(far.b) == content(db)
+
+
 def test_one_address_leads_to_the_primary(far: Far, tmp_path: Path) -> None:
     """Given a follower alone, the agent is led to the primary by it."""
     with kvrep.open(tmp_path / "db") as db:

@@ -6,6 +6,9 @@ import logging
 from pathlib import Path
 
 import pytest
+from broker_kit import make_site
+from kafka_kit import KafkaCluster, shared_kafka
+from rabbit_kit import RabbitServer, shared_rabbitmq
 from relay_kit import far
 from replication_kit import FAST, same
 
@@ -16,8 +19,10 @@ from kvrep.sinks.broker import BrokerSource
 from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.upstream import Local
-from tests.agent_kit import agent_of, copy_of, wait_until
+from tests.agent_kit import agent_of, content, copy_of, wait_until
 from tests.scenarios.test_agents import MemoryView
+
+__all__ = ["shared_kafka", "shared_rabbitmq"]
 
 URL = "memory://site/orders"
 WAIT_S = 30.0
@@ -79,6 +84,33 @@ def test_what_ends_the_log_is_raised(memory: MemoryBrokers, tmp_path: Path) -> N
                 log.raise_error()
             with pytest.raises(kvrep.LineageMismatch):
                 log.wait_for(kvrep.Position(1 << 40, 1), WAIT_S)
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq-queue", "rabbitmq-stream", "kafka"])
+def test_large_values_over_every_broker(
+    kind: str,
+    request: pytest.FixtureRequest,
+    shared_rabbitmq: RabbitServer,
+    shared_kafka: KafkaCluster,
+    tmp_path: Path,
+) -> None:
+    """A value above what a broker takes at once, among small ones, arrives whole and in its place on each of them."""
+    site = make_site(kind, request)
+    topic, sink = site.topic(), MemorySink()
+    with kvrep.open(tmp_path / "p") as db:
+        db.put(b"first", b"1")
+        options = {"feed": "events", "mark_interval_s": 0.2, "message_bytes_max": 900_000}
+        with kvrep.Publication(db, site.connect(topic), **options):
+            source = BrokerSource(site.connect(topic), gap_wait_s=0.5, ask_interval_s=1.0)
+            with kvrep.Agent(source, sink) as agent:
+                for number in range(3):  # librdkafka's mock cluster keeps 5 MB, so one by one
+                    db.put(b"large", bytes([number]) * (3 << 20))
+                    agent.wait_for(db.put(b"small", b"%d" % number), WAIT_S)
+                agent.wait_for(db.put(b"last", b"1"), WAIT_S)
+                wait_until(lambda: agent.status().consistent, "it is whole")
+                assert agent.status().dead_letters == 0
+        assert copy_of(MemoryView(sink)) == content(db)
+    site.close()
 
 
 def hidden(change: kvrep.Change) -> kvrep.Change | None:
