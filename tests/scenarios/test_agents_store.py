@@ -140,6 +140,21 @@ def test_a_slower_agent_cannot_take_the_place_back(far: Far) -> None:
     assert copied(far.a) == {"default": {b"a": b"newer", b"b": b"new"}}
 
 
+def test_two_agents_at_once(far: Far, tmp_path: Path) -> None:
+    """Two that run against each other by mistake make the exact copy all the same: each change takes effect once."""
+    with kvrep.open(tmp_path / "db") as db:
+        sides = [Agent(FeedSource(Local(db)), sink_at(far.addresses), batch_changes=5) for _ in range(2)]
+        with sides[0] as one, sides[1] as two:
+            for i in range(200):
+                db.submit_put(b"%d" % (i % 17), b"%d" % i)
+                if i % 5 == 0:
+                    db.delete(b"%d" % ((i + 3) % 17))
+            db.put(b"last", b"1")
+            wait_until(lambda: copied(far.a) == content(db), "the copy is exact")
+            wait_until(lambda: one.status().reconnects + two.status().reconnects > 0, "one was told")
+        assert copied(far.a) == content(db)
+
+
 def test_a_retry_beside_a_running_agent(far: Far, tmp_path: Path) -> None:
     """Dead letters that are retried meanwhile take effect once; the agent looks again and goes on."""
     with kvrep.open(tmp_path / "db") as db:
