@@ -52,6 +52,8 @@ from kvrep.transport.interface import (
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
     from kvrep.runtime.shipping import Shipping
+    from kvrep.runtime.slots import Slots
+    from kvrep.storage.engine import Engine
 
 __all__ = ["META_VERSION", "Spools", "serve_snapshot"]
 
@@ -94,7 +96,7 @@ def _check(shipping: Shipping, request: SnapshotRequest) -> None:
     closed = shipping.engine.committer.closed
     if isinstance(closed, Fenced):
         raise again(closed)
-    if not shipping.epoch:
+    if not shipping.leadership.epoch:
         raise NotPrimary("this node is not a primary yet", primary_address=None, epoch=None)
 
 
@@ -105,7 +107,7 @@ def _info(shipping: Shipping, spool: Spool) -> SnapshotInfo:
             "lineage": shipping.engine.home.lineage,
             "branch": spool.branch,
             "applied": tuple(spool.tail),
-            "epoch": shipping.epoch,
+            "epoch": shipping.leadership.epoch,
             "last": shipping.engine.tail.offset,
             # For those who pass the copy on: who gives it, and which history it is of.
             "store_id": shipping.engine.home.store_id,
@@ -132,7 +134,6 @@ class Spool:
         self.branch = copy.state.branch
         self.branches = [branch for _, branch in copy.state.branches]
         self.epochs = [tuple(entry) for entry in copy.state.epochs]
-        self.made_s = time.monotonic()
         self.users: dict[bytes, float] = {}
         """Store ids of the followers it is kept for, and when they were last seen. Guarded by Spools."""
         self.readers = 0
@@ -345,10 +346,11 @@ class Spool:
 class Spools:
     """The copies of one primary. Any thread."""
 
-    def __init__(self, shipping: Shipping) -> None:
-        self._shipping = shipping
-        self._engine = shipping.engine
-        self._directory = shipping.engine.home.spool
+    def __init__(self, engine: Engine, slots: Slots, label: str) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._label = label
+        self._directory = engine.home.spool
         # Protects everything below and the counts of every spool.
         self._lock = threading.Lock()
         self._spools: list[Spool] = []
@@ -399,7 +401,7 @@ class Spools:
 
     def _make(self, request: SnapshotRequest) -> Spool:
         self._make_room()
-        shipping, engine = self._shipping, self._engine
+        engine = self._engine
         # The slot first: nothing above it is trimmed between here and the copy.
         self._keep_log(request, engine.tree.state.applied.offset)
         copy = TreeCopy(engine.tree)
@@ -408,7 +410,7 @@ class Spools:
             spool = Spool(
                 copy,
                 self._directory,
-                shipping.node.label,
+                self._label,
                 reserve_bytes=engine.options.log_file_bytes + (4 << 20),
             )
         except OSError as error:
@@ -420,7 +422,7 @@ class Spools:
         except BaseException:
             copy.close()
             raise
-        log.info("%s: copying the state at %d for %s", shipping.node.label, spool.tail.offset, request.name)
+        log.info("%s: copying the state at %d for %s", self._label, spool.tail.offset, request.name)
         self._spools.append(spool)
         return spool
 
@@ -442,9 +444,8 @@ class Spools:
 
     def _keep_log(self, request: SnapshotRequest, above: int) -> None:
         """Have the follower's slot keep the log above an offset, be it named or not."""
-        slots = self._shipping.slots
-        old = slots.get(request.store_id)
-        slots.note(
+        old = self._slots.get(request.store_id)
+        self._slots.note(
             request.store_id,
             name=request.name,
             address=old.address if old is not None else "",
