@@ -209,15 +209,16 @@ class Parts:
     """Puts messages together again. Repeats change nothing; in any order. No clock, no thread, no I/O."""
 
     def __init__(self) -> None:
-        self._gathered: dict[tuple[str, int], dict[int, Part]] = {}
-        """By the id and the number of parts, since who publishes it again may cut it otherwise."""
+        self._gathered: dict[tuple[str, Sequence, int], dict[int, Part]] = {}
+        """By id, place (a row has another one in each snapshot) and number of parts: who publishes it again may cut
+        it otherwise."""
 
     def __len__(self) -> int:
         return len(self._gathered)
 
     def add(self, part: Part) -> Message | None:
         """Take a part as it arrives; the whole message once it was the last that was missing."""
-        name = part.id, part.count
+        name = part.id, part.sequence, part.count
         found = self._gathered.setdefault(name, {})
         found[part.index] = part
         if len(found) < part.count:
@@ -233,11 +234,7 @@ class Parts:
     def forget(self, through: Sequence) -> None:
         """Drop what belongs to events through this one: they took effect."""
         if self._gathered:
-            self._gathered = {
-                name: found
-                for name, found in self._gathered.items()
-                if next(iter(found.values())).sequence > through
-            }
+            self._gathered = {name: found for name, found in self._gathered.items() if name[1] > through}
 
     def clear(self) -> None:
         """Drop everything: it will be sent again."""

@@ -142,6 +142,23 @@ def test_parts_there_and_back(seed: int) -> None:
     assert sorted(found, key=lambda event: event.sequence) == events
 
 
+def test_parts_of_two_snapshots_are_not_mixed() -> None:
+    """A row has one id in all snapshots of a position, but another place in each: only its own parts make it."""
+    whole = []
+    parts = Parts()
+    for sequence in ((1, 2, 5), (1, 2, 9)):
+        event = Event("aa", "/x", kvrep.Position(*sequence[:2]), sequence[2] + (1 << 32), "put", "default", b"k",
+                      bytes(100_000), snapshot=True)  # fmt: skip
+        pieces = [Part.parse(m) for m in parts_of(message_of(event, one_line=True), event, 64 << 10)]
+        whole.append((event, pieces))
+    assert whole[0][1][0].id == whole[1][1][0].id
+    (_, first), (event, second) = whole
+    assert all(parts.add(piece) is None for piece in first[1:])
+    found = [parts.add(piece) for piece in second]
+    assert found[:-1] == [None] * (len(second) - 1)
+    assert event_of(Delivery(found[-1])) == event
+
+
 def test_what_fits_goes_whole_and_what_never_fits_is_refused() -> None:
     """Only what is too large is cut; more parts than a broker hands out at once would never be put together."""
     event = event_with(b"v")
