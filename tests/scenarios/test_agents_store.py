@@ -208,7 +208,7 @@ def test_a_group_without_a_primary_can_be_looked_at(far: Far) -> None:
 
 def test_a_connection_without_an_answer_passes(far: Far) -> None:
     """A primary that closes while it is asked is something that passes; a new connection finds what there is."""
-    sink = StoreSink("far", lambda: RemoteStore(far.addresses))
+    sink = StoreSink("far", lambda **_: RemoteStore(far.addresses))
     with sink:
         sink.open()
         far.a.close()
