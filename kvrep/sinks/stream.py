@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvrep.brokers.interface import Delivery, Message
-from kvrep.brokers.sizes import message_bytes
+from  import message_bytes
 from kvrep.errors import ProtocolError, ValueTooLarge
 from kvrep.model.change import BEGIN, END, Sequence
 from kvrep.model.event import STRUCTURED, Event
