@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvrep.brokers.interface import Delivery, Message
-from  import message_bytes
 from kvrep.errors import ProtocolError, ValueTooLarge
 from kvrep.model.change import BEGIN, END, Sequence
 from kvrep.model.event import STRUCTURED, Event
@@ -187,7 +186,8 @@ def parts_of(message: Message, event: Event, bytes_max: int) -> list[Message]:
 
     :class:`ValueTooLarge` when that would be too many pieces.
     """
-    if message_bytes(message) <= bytes_max:
+    around = sum(len(name) + len(text) for name, text in message.headers.items()) + PART_OVERHEAD_BYTES
+    if len(message.body) + len(message.key) + around <= bytes_max:
         return [message]
     step = bytes_max - HEADERS_BYTES_MAX - PART_OVERHEAD_BYTES - len(message.key)
     count = -(-len(message.body) // step)
