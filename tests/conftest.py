@@ -6,41 +6,20 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 LEFT_OVER_S = 5.0
 
 
-class _Shared:
-    """What fixtures of a wider scope have started, a server that many tests share above all: such a fixture may be
-    asked for in the middle of a test. (Hooks of a conftest are not called for those of a whole session.)"""
-
-    def __init__(self) -> None:
-        self.found: set[str] = set()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Any:
-        before = None if fixturedef.scope == "function" else _what_is_there()
-        made = yield
-        if before is not None:
-            self.found |= _what_is_there() - before
-        return made
-
-
-_shared = _Shared()
-
-
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """A shell starts jobs in the background with Ctrl-C ignored, and the processes of the tests would inherit that."""
-    config.pluginmanager.register(_shared)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -63,15 +42,14 @@ def _files() -> set[str]:
 
 
 def _children() -> set[str]:
-    """The processes that this one has started and that have not been waited for, by name and counted: a shared
-    server that a test has started again is no other one."""
-    names: Counter[str] = Counter()
+    """The processes that this one has started and that have not been waited for; servers that tests share may stay."""
+    lifelines = sys.modules.get("tests.lifeline")  # not there where no server's kit was imported
+    shared = lifelines.Lifeline.held if lifelines else set()
+    found = set()
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
-            for pid in file.read().split():
-                with contextlib.suppress(OSError):
-                    names[Path(f"/proc/{pid}/comm").read_text().strip()] += 1
-    return {f"process {name} {i}" for name, count in names.items() for i in range(1, count + 1)}
+            found |= {f"process {pid}" for pid in file.read().split() if int(pid) not in shared}
+    return found
 
 
 def _what_is_there() -> set[str]:
@@ -80,11 +58,14 @@ def _what_is_there() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """After the test: no thread, no child process and no file that it opened may be left."""
+    """After the test: no thread, no child process and no file that it opened may be left.
+
+    Fixtures of a wider scope, such as servers that many tests share, are made before it.
+    """
     before = _what_is_there()
     yield
     deadline = time.monotonic() + LEFT_OVER_S
-    while (extra := _what_is_there() - before - _shared.found) and time.monotonic() < deadline:
+    while (extra := _what_is_there() - before) and time.monotonic() < deadline:
         gc.collect()
         threading.Event().wait(0.02)
     assert not extra, f"left over: {sorted(extra)}"
