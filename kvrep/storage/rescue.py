@@ -89,7 +89,7 @@ def load_rescue(path: Path) -> RescueFile:
             header["lineage"],
             header["running_before"],
         )
-    except (ValueError, KeyError, TypeError, ProtocolError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, ProtocolError) as error:
         raise CorruptionError(f"{path.name} is damaged: {error}") from error
     if not records or records[-1].offset != found.last:
         raise CorruptionError(f"{path.name} ends before record {found.last}")
