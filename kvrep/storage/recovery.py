@@ -262,6 +262,7 @@ def _save_unfinished(rescue: Path, source: Path, at: int, rest: bytes) -> Path:
         file.flush()
         os.fsync(file.fileno())
     fsync_directory(rescue)
+    fsync_directory(rescue.parent)  # the first rescue made the directory
     return path
 
 

@@ -67,6 +67,7 @@ def save_records(directory: Path, log: Log, first: int, last: int, *, lineage: b
         file.flush()
         os.fsync(file.fileno())
     fsync_directory(directory)
+    fsync_directory(directory.parent)  # the first rescue made the directory
     return path
 
 

@@ -426,7 +426,7 @@ class StoreModel(RuleBasedStateMachine):
         elif change.kind in ("put", "delete"):
             if change.keyspace == "kept" and not change.snapshot:
                 assert change.before == fed.get(place)
-                assert change.created == (change.kind == "put" and place not in fed)
+                assert change.created == (place not in fed)
             if change.kind == "put":
                 fed[place] = change.value
             else:
