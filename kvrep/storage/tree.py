@@ -382,10 +382,14 @@ class Tree:
                 # see what the memtables add up to the present with, and pin no page that the flush could use.
                 boats = [self.env.begin() for _ in range(BOATS)]
                 self._commit(state, created, changes, update, breathe)
-        except StorageFailed as error:
-            if self._disk_bytes() < 64 * PAGE_BYTES:  # a short write is EIO in LMDB's words
-                raise StorageFull("no disk space while flushing") from error
-            self._boats, boats = boats, []
+        except (StorageFailed, StorageFull) as error:
+            if self._panics():  # nothing can be written or begun any more, whatever the reason was
+                self._boats, boats = boats, []
+                raise StorageFailed(f"LMDB cannot be written any more: {error.message}") from error
+            if type(error) is StorageFailed and self._disk_bytes() < 64 * PAGE_BYTES:
+                raise StorageFull(
+                    "no disk space while flushing"
+                ) from error  # a short write is EIO in LMDB's words
             raise
         finally:
             for boat in boats:
@@ -395,6 +399,16 @@ class Tree:
         self.refresh()
         self._handles.update(created)  # last: a read transaction from before the commit does not know them
         return state
+
+    def _panics(self) -> bool:
+        """Whether LMDB has given up for good, as it does when the page that makes a commit valid is not written."""
+        try:
+            self.env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            pass
+        return False
 
     def _commit(
         self,
