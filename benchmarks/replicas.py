@@ -19,6 +19,7 @@ from benchmarks.measure import Bench, Bound, Outcome, figure, percentile, timed
 from benchmarks.peer import Peer, round_trips, serve_stream
 from benchmarks.stores import MAP_BYTES, VALUE, bare_map, copied, key, keys, store, template, value, warm_up
 from benchmarks.writes import (
+    FLUSH_INTERVAL_S,
     durable_puts,
     log_bytes_per_put,
     put_latencies,
@@ -43,7 +44,7 @@ def put_aio(bench: Bench) -> Outcome:
 
 async def _many_tasks(bench: Bench, path: Path, count: int) -> float:
     """Durable puts per second of 64 tasks."""
-    async with kvrep.aio.open(path) as db:
+    async with kvrep.aio.open(path, flush_interval_s=FLUSH_INTERVAL_S) as db:
         await asyncio.gather(*(db.put(k, VALUE) for k in keys(bench.chance(99), 64, count)))
         await db.flush()
         done = 0
@@ -72,10 +73,12 @@ def pair(bench: Bench, count: int, *, acks: int) -> Iterator[tuple[kvrep.Store, 
     with (
         copied(bench, count, "primary") as path,
         bench.path("follower") as other,
-        kvrep.open(path, name="a", listen="127.0.0.1:0") as db,
+        kvrep.open(path, name="a", listen="127.0.0.1:0", flush_interval_s=FLUSH_INTERVAL_S) as db,
         Peer() as peer,
     ):
-        peer.ask("open", path=str(other / "store"), name="b", follow=db.address)
+        peer.ask(
+            "open", path=str(other / "store"), name="b", follow=db.address, flush_interval_s=FLUSH_INTERVAL_S
+        )
         peer.ask("wait_for", position=str(db.put(key(0), VALUE)))
         if acks:
             _until(lambda: "b" in db.status().voters, "the follower is a voter")
@@ -99,7 +102,10 @@ def _until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) ->
 )  # fmt: skip
 def put_async(bench: Bench) -> Outcome:
     count = bench.size(MILLION, 2000)
-    with pair(bench, count, acks=0) as (db, peer), store(bench, count) as alone:
+    with (
+        pair(bench, count, acks=0) as (db, peer),
+        store(bench, count, flush_interval_s=FLUSH_INTERVAL_S) as alone,
+    ):
         with_follower = single_puts(bench, db, count)
 
         def sample() -> float:
@@ -300,7 +306,7 @@ def _copied_and_sent(bench: Bench, env: lmdb.Environment) -> float:
 
 @figure(18, "lag", "lag of an asynchronous follower at half of the primary's full rate")
 def lag(bench: Bench) -> Outcome:
-    count, seconds = bench.size(MILLION, 2000), bench.seconds(30, 0.5)
+    count, seconds = bench.size(MILLION, 2000), bench.seconds(70, 0.5)
     with pair(bench, count, acks=0) as (db, peer):
         full = single_puts(bench, db, count, 3.0)()
         peer.ask("wait_for", position=str(db.position))

@@ -39,7 +39,6 @@ from kvrep.errors import ClosedError as ClosedError
 from kvrep.errors import ConfigurationMismatch as ConfigurationMismatch
 from kvrep.errors import CorruptionError as CorruptionError
 from kvrep.errors import DigestMismatch as DigestMismatch
-from kvrep.errors import Diverged as Diverged
 from kvrep.errors import Error as Error
 from kvrep.errors import Fenced as Fenced
 from kvrep.errors import ForkedError as ForkedError
@@ -122,7 +121,6 @@ __all__ = [
     "ConfigurationMismatch",
     "CorruptionError",
     "DigestMismatch",
-    "Diverged",
     "Error",
     "Etcd",
     "Event",

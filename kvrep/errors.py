@@ -41,7 +41,6 @@
     └── ReplicationError
         ├── LogTrimmed               the asked records are gone; bootstrap from a snapshot
         ├── RejectedChange           a secondary system cannot hold this change
-        ├── Diverged                 the histories differ from an offset on
         ├── LineageMismatch          the other node holds another store altogether
         ├── ProtocolError            a peer sent what the protocol does not allow
         ├── PeerUnavailable          no answer from an address
@@ -62,7 +61,6 @@ __all__ = [
     "ConfigurationMismatch",
     "CorruptionError",
     "DigestMismatch",
-    "Diverged",
     "Error",
     "Fenced",
     "ForkedError",
@@ -171,6 +169,7 @@ class StoreInUse(OpenError):
 class ConfigurationMismatch(OpenError):
     """An option contradicts what the store says of itself, or is not understood."""
 
+    hint = "give the stored value, or leave the option out; some can be changed with reconfigure()"
     _names: ClassVar[tuple[str, ...]] = ("option", "given", "stored")
     option: str
     given: Any
@@ -189,6 +188,7 @@ class UpgradeRequired(OpenError):
 class NotAStore(OpenError):
     """The directory is not a kvrep store, or a part of the store is missing."""
 
+    hint = "check the path; kvrep makes a store only in a folder that is empty or missing"
     _names: ClassVar[tuple[str, ...]] = ("path",)
     path: str
 
@@ -239,6 +239,7 @@ class Overloaded(RefusedError):
 class UnsafePromotion(RefusedError):
     """Too few voters answered to promote without risking acknowledged writes."""
 
+    hint = "start or reach the voters that it names, then try again"
     _names: ClassVar[tuple[str, ...]] = ("missing", "needed", "answered")
     missing: tuple[str, ...]
     needed: int
@@ -266,17 +267,25 @@ class InvalidInput(RefusedError, ValueError):
 class InvalidKey(InvalidInput):
     """A key must have at least one byte."""
 
+    hint = "give every key a name of its own; an empty prefix is fine for scans"
+
 
 class KeyTooLong(InvalidInput):
     """A key is longer than 511 bytes."""
+
+    hint = "put a hash of it, such as hashlib.blake2b(key).digest(), in its place, and the whole key into the value"
 
 
 class ValueTooLarge(InvalidInput):
     """A value, or a transaction, is larger than its limit."""
 
+    hint = "split it over several keys or transactions, or raise the limit that the message names"
+
 
 class InvalidKeyspace(InvalidInput):
     """A keyspace name is not allowed, or there are too many keyspaces."""
+
+    hint = "names have 1 to 64 of a-z 0-9 _ -; for many small sets use one keyspace and prefixes of keys"
 
 
 class UnknownOutcome(Error):
@@ -317,12 +326,12 @@ class LogCorrupt(CorruptionError):
 
 
 class DigestMismatch(CorruptionError):
-    """This copy's state differs from what it must be."""
+    """This copy's state differs from what its log adds up to, so it may not be promoted."""
 
-    hint = "let this node bootstrap again from a healthy one"
-    _names: ClassVar[tuple[str, ...]] = ("keyspace", "position")
-    keyspace: str
-    position: Any
+    hint = "promote another node; move this one's directory away and let it bootstrap from a healthy one"
+    _names: ClassVar[tuple[str, ...]] = ("at",)
+    at: int
+    """The offset of the first record that showed it."""
 
 
 class ReadError(Error):
@@ -350,6 +359,9 @@ class SnapshotExpired(ReadError):
 class RolledBack(ReadError):
     """The position is not part of this store's history."""
 
+    hint = (
+        "a failover dropped it and saved it to a rescue file ('kvrep rescue list'), or it is of another store"
+    )
     _names: ClassVar[tuple[str, ...]] = ("position",)
     position: Any
 
@@ -357,6 +369,7 @@ class RolledBack(ReadError):
 class TooOld(ReadError):
     """The position lies below what this node still knows."""
 
+    hint = "read the keys themselves: what they hold now shows whether the write is there"
     _names: ClassVar[tuple[str, ...]] = ("position",)
     position: Any
 
@@ -383,6 +396,8 @@ class NoSuchFeed(ReadError, KeyError):
 class InvalidToken(ReadError, ValueError):
     """A token of a feed is damaged, or belongs to another store."""
 
+    hint = "use the token that the feed gave, unchanged; without one, begin with a snapshot"
+
 
 class ReplicationError(Error):
     """Replication cannot go on as it is."""
@@ -399,18 +414,12 @@ class LogTrimmed(ReplicationError):
 class RejectedChange(ReplicationError):
     """A secondary system cannot hold this change, however often it is tried."""
 
+    hint = "'kvrep agent dead-letters' shows what was put aside, 'kvrep agent retry' tries it again"
     _names: ClassVar[tuple[str, ...]] = ("index", "keyspace", "key")
     index: int
     """Its number among the changes that were given together."""
     keyspace: str
     key: bytes
-
-
-class Diverged(ReplicationError):
-    """The two histories differ."""
-
-    _names: ClassVar[tuple[str, ...]] = ("at",)
-    at: int
 
 
 class LineageMismatch(ReplicationError):
@@ -425,10 +434,13 @@ class LineageMismatch(ReplicationError):
 class ProtocolError(ReplicationError):
     """A peer sent what the protocol does not allow."""
 
+    hint = "check the address, and that both sides run versions that go together"
+
 
 class PeerUnavailable(ReplicationError):
     """A node did not answer."""
 
+    hint = "check that it runs, and that the address is right"
     _names: ClassVar[tuple[str, ...]] = ("address",)
     address: str
 
@@ -436,6 +448,10 @@ class PeerUnavailable(ReplicationError):
 class AuthenticationFailed(ReplicationError):
     """The peer could not prove who it is."""
 
+    hint = "give both sides the same token, or certificates of the same authority"
+
 
 class PermissionDenied(ReplicationError):
     """The peer may not do that."""
+
+    hint = "use the token or certificate of a node, or ask who runs the group"

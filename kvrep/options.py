@@ -139,10 +139,10 @@ class Options:
     tls: Any = None
     """A :class:`kvrep.TLS`; ``None`` speaks plain text."""
     token: str | None = None
+    """A shared secret that followers and clients must show; needs ``tls`` beyond the loopback."""
     coordinator: CoordinatorChoice | None = None
     """Who decides which node tries to be primary: a :class:`kvrep.Quorum` or :class:`kvrep.Etcd`, the same on
     every node; ``None``: people do."""
-    """A shared secret that followers and clients must show; needs ``tls`` beyond the loopback."""
 
     def __post_init__(self) -> None:
         self._check_types()

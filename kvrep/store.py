@@ -277,6 +277,7 @@ class Store(Keyspace[bytes]):
         """
         if not force and (voters or acks is not None):
             raise ValueError("voters and acks are for force=True; else use reconfigure()")
+        self._node.engine.need_alive()
         self._node.roles.promote(timeout_s, Force(voters=tuple(voters), acks=acks) if force else None)
         return self.position
 
@@ -286,6 +287,7 @@ class Store(Keyspace[bytes]):
         Records that the other history does not contain are saved to a rescue file and dropped; writers that
         still wait get the true outcome of their writes.
         """
+        self._node.engine.need_alive()
         self._node.roles.follow(address)
 
     def switchover(self, to: str, *, timeout_s: float = 10.0, dry_run: bool = False) -> tuple[str, ...]:
@@ -293,6 +295,7 @@ class Store(Keyspace[bytes]):
 
         With ``dry_run`` only says what would block it. Afterwards this node follows the new primary.
         """
+        self._node.engine.need_alive()
         return self._node.roles.switchover(to, timeout_s, dry_run=dry_run)
 
     def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
@@ -302,6 +305,7 @@ class Store(Keyspace[bytes]):
         nothing but later events (of more than 1000 waiting ones the oldest are dropped). Returns a function
         that ends it.
         """
+        self._node.engine.need_unforked()
         return self._node.events.listen(listener)
 
     def on_rollback(self, listener: Callable[[Event], None]) -> Callable[[], None]:

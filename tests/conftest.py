@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -23,7 +24,7 @@ def pytest_configure() -> None:
 
 
 def _threads() -> set[str]:
-    return {t.name for t in threading.enumerate() if t.name.startswith("kvrep") and t.is_alive()}
+    return {f"thread {t.name}" for t in threading.enumerate() if t.is_alive()}
 
 
 def _files() -> set[str]:
@@ -39,13 +40,29 @@ def _files() -> set[str]:
     return found
 
 
+def _children() -> set[str]:
+    """The processes that this one has started and that have not been waited for."""
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
+            found |= {f"process {pid}" for pid in file.read().split()}
+    return found
+
+
+def _what_is_there() -> set[str]:
+    return _threads() | _files() | _children()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """After the test: no thread of ours and no file that it opened may be left."""
-    threads, files = _threads(), _files()
+    """After the test: no thread, no child process and no file that it opened may be left.
+
+    Fixtures of a wider scope, such as servers that many tests share, are made before it.
+    """
+    before = _what_is_there()
     yield
     deadline = time.monotonic() + LEFT_OVER_S
-    while (extra := (_threads() - threads) | (_files() - files)) and time.monotonic() < deadline:
+    while (extra := _what_is_there() - before) and time.monotonic() < deadline:
         gc.collect()
         threading.Event().wait(0.02)
     assert not extra, f"left over: {sorted(extra)}"

@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import Error, Fenced, NotPrimary, ProtocolError, ReplicationError, UnsafePromotion
+from kvrep.errors import (
+    DigestMismatch,
+    Error,
+    Fenced,
+    NotPrimary,
+    ProtocolError,
+    ReplicationError,
+    UnsafePromotion,
+)
 from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import ZERO, EpochTable, Position, epoch_after
 from kvrep.replication.messages import Promise
@@ -136,7 +144,10 @@ def _rules(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
 
 
 def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configuration, ...]) -> None:
-    """``UnsafePromotion`` unless this node is a data voter that holds all it ever confirmed."""
+    """``UnsafePromotion`` unless this node is a data voter that holds all it ever confirmed.
+
+    ``DigestMismatch`` where its log is right and its LMDB is not: it would show wrong values.
+    """
     home = node.engine.home
     voter = (rules[-1] if rules else effective).voter(home.store_id)
     text, hint = "", ""
@@ -148,6 +159,11 @@ def _check_candidate(node: Node, effective: Configuration, rules: tuple[Configur
         hint = "let it catch up, or promote another voter"
     if text:
         raise UnsafePromotion(text, hint=hint, missing=(), needed=effective.fence, answered=0)
+    at = node.engine.tree.state.diverged
+    if at:
+        raise DigestMismatch(
+            f"the copy of {node.label} differs from its log since record {at} or before", at=at
+        )
 
 
 def _would_do(

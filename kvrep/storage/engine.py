@@ -222,7 +222,7 @@ class Engine:
             after=self._after_flush,
             tick=self._tick,
             failed=self._fail,
-            busy=self.committer.lead.locked,
+            logged=lambda: self.committer.log.tail.offset,
             flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
         )
 

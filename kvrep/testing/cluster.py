@@ -146,8 +146,9 @@ class Cluster:
             with ThreadPoolExecutor(thread_name_prefix="kvrep-test-start") as pool:
                 list(pool.map(self._start, self.nodes[first:]))
             self.wait_until_ready()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            error.add_note(f"seed {seed}, timeline of the cluster that did not start:\n{self.timeline}")
             raise
 
     # -- who is there ------------------------------------------------------------------------------
@@ -607,7 +608,11 @@ class Cluster:
             return None
 
     def assert_no_acknowledged_loss(self) -> None:
-        """Every write that returned, through a node or a recorded client, is in the primary's history."""
+        """Every write that returned is in the primary's history.
+
+        Of recorded clients, of ``put`` and ``delete`` of nodes, and of everything that nodes in this process
+        committed as primaries: batches, transactions and pipelined writes too.
+        """
         primary = self.wait_for_primary()
         violations = self._lost(primary)
         assert_none(violations)
@@ -627,7 +632,7 @@ class Cluster:
 
     def _acknowledged(self) -> Iterator[Position]:
         for node in self.nodes:
-            yield from node.acknowledged
+            yield from node.all_acknowledged()
         for operation in self.history:
             if operation.result == "done" and operation.position is not None:
                 yield operation.position

@@ -25,6 +25,7 @@ from kvrep.runtime.node import Node, _grpc
 from kvrep.status import Outcome
 from kvrep.storage.engine import Engine
 from kvrep.store import Store
+from kvrep.testing.namespaces import NotPrivileged
 from kvrep.testing.timeline import Timeline
 from kvrep.transport.client import GrpcConnection
 from kvrep.transport.interface import Connection, Server, Service, Transport
@@ -40,8 +41,8 @@ CALL_S = 10.0
 class ClusterNode(ABC):
     """A node by name; the same object before and after it is killed and restarted.
 
-    ``put``, ``get``, ``delete``, ``scan``, ``status``, ``position``, ``wait_for`` and ``resolve`` are those
-    of the store. In-process nodes have all the rest of :class:`kvrep.Store` as well.
+    ``put``, ``get``, ``delete``, ``scan``, ``status``, ``position``, ``wait_for``, ``resolve`` and ``node[key]``
+    are those of the store. In-process nodes have all the rest of :class:`kvrep.Store` as well.
     """
 
     def __init__(self, name: str, path: Path, options: dict[str, Any], timeline: Timeline) -> None:
@@ -50,7 +51,7 @@ class ClusterNode(ABC):
         self.options = options
         self.timeline = timeline
         self.acknowledged: list[Position] = []
-        """Positions of the writes that were made through this object and returned."""
+        """Positions of writes that returned, made through this object, or of what came after them."""
 
     def __repr__(self) -> str:
         return f"<node {self.name}, {'running' if self.running else 'down'}>"
@@ -99,6 +100,10 @@ class ClusterNode(ABC):
     @abstractmethod
     def resolve(self, position: Position) -> Outcome: ...
 
+    def all_acknowledged(self) -> list[Position]:
+        """:attr:`acknowledged`, with what this node has committed as a primary where that can be seen from here."""
+        return self.acknowledged
+
     @property
     def position(self) -> Position:
         """What its reads show now."""
@@ -110,6 +115,16 @@ class ClusterNode(ABC):
         if value is None:
             raise KeyError(key)
         return value
+
+    def __setitem__(self, key: bytes, value: bytes) -> None:
+        self.put(key, value)
+
+    def __delitem__(self, key: bytes) -> None:
+        self[key]  # a key that is not there is a KeyError, as of the store
+        self.delete(key)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, bytes) and self.get(key) is not None
 
 
 # -- in this process -------------------------------------------------------------------------------
@@ -173,6 +188,7 @@ class LocalNode(ClusterNode):
         self.resume()
         store, self._store = self._store, None
         if store is not None:
+            self._note_committed(store)
             store.close()
 
     def kill(self) -> None:
@@ -185,7 +201,20 @@ class LocalNode(ClusterNode):
         committer.fail_storage(OSError("the node was killed by the test"))
         with committer.lead:
             committer.log._current = None  # so that closing leaves the file as it is
+        self._note_committed(store)  # only now: nothing can be acknowledged any more
         store.close()
+
+    def all_acknowledged(self) -> list[Position]:
+        """All that a primary has committed counts as acknowledged, whichever call it was made by."""
+        if self._store is not None:
+            self._note_committed(self._store)
+        return self.acknowledged
+
+    def _note_committed(self, store: Store) -> None:
+        engine = store._node.engine
+        position = engine.committed_position
+        if store._node.engine.committer.epoch == position.epoch > 0:
+            self.acknowledged.append(position)
 
     def pause(self) -> None:
         """Hold the log: no write of this node gets on. The cluster holds its links."""
@@ -382,7 +411,7 @@ class ProcessNode(ClusterNode):
             return
         tool = shutil.which("strace")
         if tool is None:
-            raise RuntimeError("slow_disk needs strace for nodes that are processes")
+            raise NotPrivileged("slow_disk needs strace for nodes that are processes")
         calls = "fsync,fdatasync,pwritev2"
         command = [tool, "-f", "-o", os.devnull, "-e", f"trace={calls}", "-p", str(self.pid)]
         command += ["-e", f"inject={calls}:delay_enter={int(seconds * 1e6)}"]
@@ -392,7 +421,7 @@ class ProcessNode(ClusterNode):
         said = tracer.stderr.readline()
         if "attached" not in said:
             self._end_slowing()
-            raise RuntimeError(f"strace cannot attach: {said.strip()}")
+            raise NotPrivileged(f"strace cannot attach: {said.strip()}")
 
     def _end_slowing(self) -> None:
         tracer, self._slowing = self._slowing, None

@@ -57,6 +57,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report  # type: ignore[no-any-return]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A fault that this machine does not allow skips the test, and says why."""
+    try:
+        yield
+    except Exception as error:
+        if item.stash.get(_clusters, None):
+            from kvrep.testing.cluster import NotPrivileged
+
+            if isinstance(error, NotPrivileged):
+                pytest.skip(str(error))
+        raise
+
+
 def _seed(request: pytest.FixtureRequest) -> int:
     given = request.config.getoption("--kvrep-seed")
     return zlib.crc32(request.node.nodeid.encode()) if given is None else int(given)

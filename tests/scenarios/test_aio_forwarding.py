@@ -136,8 +136,16 @@ def test_outcomes(tmp_path: Path) -> None:
             assert a._node.engine.committer.take_place(owner, lambda: None)
             with pytest.raises(kvrep.AckTimeout) as caught:
                 await b.put(b"k", b"v", timeout_s=0.3)
+            committer = a._node.engine.committer
+
+            def waiting() -> int:
+                return len(committer._behind) + len(committer._queue)
+
+            before = waiting()
             task = asyncio.create_task(b.put(b"cancelled", b"v"))
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(WAIT_S):
+                while waiting() == before:  # until it has come to the primary
+                    await asyncio.sleep(0.002)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

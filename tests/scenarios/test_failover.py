@@ -73,6 +73,24 @@ def test_a_promoted_follower_has_every_acknowledged_write(tmp_path: Path, acks: 
         assert again.status().primary_address == b.address
 
 
+def test_copies_are_compared_by_digests_after_a_failover(tmp_path: Path) -> None:
+    """The new primary's digests go into its log, and the others find theirs equal to them."""
+    quick = {"flush_interval_s": 0.05}
+    with stores(tmp_path) as start:
+        a = start("a", acks=1, **quick)
+        b, c = (start(name, follow=a.address, **quick) for name in "bc")
+        voters(a, "a", "b", "c")
+        c.wait_for(a.put(b"k", b"1"), WAIT_S)
+        a.close()
+        b.promote()
+        began = b.status().last_offset
+        for turn in range(3):
+            put(b, b"k%d" % turn, b"2")
+            b.flush()
+        until(lambda: c.status().verified_through > began)
+        assert c.status().diverged_at == 0
+
+
 def test_a_promotion_without_enough_voters_names_them_and_changes_nothing(tmp_path: Path) -> None:
     """acks=1 of three: with one node left nobody may be promoted, nothing is promised, reads go on."""
     with group(tmp_path, 1) as (_, (a, b, c)):

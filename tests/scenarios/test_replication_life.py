@@ -184,7 +184,7 @@ def test_status_tells_the_truth_about_the_lag(tmp_path: Path) -> None:
 
 
 def test_copies_are_compared_by_digests(tmp_path: Path) -> None:
-    """verified_through moves on followers; a value that rotted on a follower shows at the next mark."""
+    """verified_through moves on followers; rot shows at the next mark, and such a copy is not promoted."""
     import lmdb
 
     fast = {**FAST, "flush_interval_s": 0.05}
@@ -215,6 +215,11 @@ def test_copies_are_compared_by_digests(tmp_path: Path) -> None:
             p.flush()
             until(lambda: f.status().diverged_at > 0)
             assert f.status().to_json()["diverged_at"] > 0
+            voters(p, "a", "b")
+            p.close()
+            with pytest.raises(kvrep.DigestMismatch) as caught:
+                f.promote()
+            assert caught.value.at == f.status().diverged_at
 
 
 # -- sizes --------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import pytest
+
 import kvrep
 from kvrep import errors
 from kvrep.options import OpenOptions, Options
@@ -47,6 +49,16 @@ def test_import_is_light() -> None:
     )
 
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", sorted(kvrep.errors.__all__))
+def test_every_error_says_what_to_do_next(name: str) -> None:
+    """Each kind that is raised as such has a hint; a closed store needs none."""
+    kind = getattr(kvrep.errors, name)
+    if any(sub.__name__ in kvrep.errors.__all__ for sub in kind.__subclasses__()):
+        return
+    assert kind.hint
+    assert kind.hint in str(kind("what happened"))
 
 
 def test_errors_survive_pickling() -> None:

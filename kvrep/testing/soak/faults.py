@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvrep.testing.checkers import Violation
-from kvrep.testing.cluster import Cluster
+from kvrep.testing.cluster import Cluster, NotPrivileged
 from kvrep.testing.nodes import ClusterNode
 
 __all__ = ["KINDS", "FaultSpan", "Faults", "Kind"]
@@ -174,7 +174,7 @@ class Faults:
             kind.apply(self.cluster, node, self.chance)
         except OSError as reason:  # such as a disk that was filled by somebody else at the same time
             self.cluster.timeline.add(node.name, f"{kind.name} failed: {reason}")
-        except RuntimeError as reason:  # slow-disk: strace may not attach
+        except NotPrivileged as reason:  # slow-disk: strace may not attach
             self.cluster.timeline.add(node.name, f"{kind.name} is not possible: {reason}")
             self.kinds.remove(kind)
         if kind.mend is not _restart:

@@ -46,6 +46,40 @@ def test_disk(kvrep_cluster, monkeypatch):
     result.stdout.fnmatch_lines(["*disk_bytes needs root*"])
 
 
+def test_a_fault_that_is_not_allowed_skips(pytester: pytest.Pytester) -> None:
+    """In the middle of a test too, and the reason is shown."""
+    result = run(
+        pytester,
+        """
+def test_slow(kvrep_cluster, monkeypatch):
+    cluster = kvrep_cluster(nodes=1, acks=0, processes=True)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    cluster.slow_disk("a", 0.1)
+""",
+        "-rs",
+    )
+
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*slow_disk needs strace*"])
+
+
+def test_a_cluster_that_does_not_start_shows_its_timeline(pytester: pytest.Pytester) -> None:
+    """Seed and timeline are there when the fixture itself fails, too."""
+    result = run(
+        pytester,
+        """
+def test_fails(kvrep_cluster, tmp_path):
+    (tmp_path / "cluster-1" / "a" / "store").mkdir(parents=True)
+    (tmp_path / "cluster-1" / "a" / "store" / "stranger").touch()
+    kvrep_cluster(nodes=1, acks=0)
+""",
+        "--kvrep-seed=1234",
+    )
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*seed 1234, timeline of the cluster that did not start*", "*a*starts*"])
+
+
 def test_what_fails(pytester: pytest.Pytester) -> None:
     """Failures show seed and timeline; damage and impossible histories that a passing test left are errors.
 
