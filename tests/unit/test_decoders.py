@@ -285,7 +285,7 @@ def test_what_is_whole_is_read(scratch: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@settings(derandomize=True, database=None, deadline=None, max_examples=150)
+@settings(derandomize=True, database=None, deadline=None, max_examples=60)
 @given(data=st.data())
 def test_what_is_wrong_inside_is_refused_by_name(scratch: Path, name: str, data: st.DataObject) -> None:
     """With any node of it replaced, removed or added, a value is read, or refused with the error that says so."""
