@@ -52,7 +52,7 @@ class Batch(Generic[V]):
         if not self._open:
             raise ClosedError("the batch is over")
         self._size += size
-        self._space._node.check_record_size(self._size)
+        self._space._node.writes.check_record_size(self._size)
         self._emits.append(message)
 
     def put(self, key: bytes, value: V, *, keyspace: Keyspace[Any] | None = None) -> None:
@@ -72,7 +72,7 @@ class Batch(Generic[V]):
             raise ClosedError("the batch is over")
         self._size = size = self._size + size
         if size > self._size_max:
-            self._space._node.check_record_size(size)
+            self._space._node.writes.check_record_size(size)
         if space._keyspace != self._name:
             self._name, self._flat = space._keyspace, []
             self._payload += (self._name, self._flat)
@@ -106,4 +106,4 @@ class Batch(Generic[V]):
             return
         write = self._write() if kind is None else None
         if write is not None:
-            self.position = self._space._node.commit(write, self._timeout_s)
+            self.position = self._space._node.writes.commit(write, self._timeout_s)

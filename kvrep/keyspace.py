@@ -58,7 +58,7 @@ class WriteFuture:
         write = self._write
         if write.done and write.error is None:
             return write.position
-        return self._node.finish(write, timeout)
+        return self._node.writes.finish(write, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Like :meth:`result`, but gives the error instead of raising it."""
@@ -140,7 +140,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         if type(key) is not bytes:
             key = check_key(key)
         if at_least is not None or max_staleness_s is not None or consistency != "local":
-            self._node.freshen(at_least, max_staleness_s, timeout_s, consistency)
+            self._node.freshness.need(at_least, max_staleness_s, timeout_s, consistency)
         value = self._node.engine.view.get(self._keyspace, self._prefix, key)
         if value is None:
             return default
@@ -188,7 +188,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`. ``consistency`` is that of :meth:`get`.
         """
         if consistency != "local":
-            self._node.freshen(None, None, None, consistency)
+            self._node.freshness.need(None, None, None, consistency)
         low, high = bounds(prefix, start, stop)
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"limit must be a number of pairs, not {limit!r}")
@@ -231,7 +231,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         """
         if self._keeps:
             return self._commit_noted(timeout_s, acks, level, key, value)
-        return self._node.commit(self._put(key, value), timeout_s, acks, level)
+        return self._node.writes.commit(self._put(key, value), timeout_s, acks, level)
 
     def delete(
         self,
@@ -244,7 +244,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
         if self._keeps:
             return self._commit_noted(timeout_s, acks, level, key)
-        return self._node.commit(self._delete(key), timeout_s, acks, level)
+        return self._node.writes.commit(self._delete(key), timeout_s, acks, level)
 
     def _commit_noted(
         self, timeout_s: float | None, acks: Any, level: Any, key: bytes, *value: V
@@ -252,7 +252,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         """A put (with a value) or a delete, together with what was there."""
         more = acks is not None or level is not None
         if more:
-            self._node.check_more(acks, level)
+            self._node.writes.check_more(acks, level)
         deadline = self._node.deadline(timeout_s)
 
         def body(txn: Transaction[V]) -> None:
@@ -264,7 +264,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         _, position = self._atomically(body, timeout_s)
         assert position is not None
         if more:
-            self._node.await_more(position, acks, level, deadline)
+            self._node.writes.await_more(position, acks, level, deadline)
         return position
 
     def _order_noted(self, timeout_s: float | None, key: bytes, *value: V, wait: bool = True) -> Write:
@@ -288,13 +288,13 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         """Order the write and return at once; refusals are raised here, outcomes by the future."""
         if self._keeps:
             return self._submit_noted(key, value)
-        return WriteFuture(self._node, self._node.submit(self._put(key, value)))
+        return WriteFuture(self._node, self._node.writes.submit(self._put(key, value)))
 
     def submit_delete(self, key: bytes) -> WriteFuture:
         """Like :meth:`submit_put`, for :meth:`delete`."""
         if self._keeps:
             return self._submit_noted(key)
-        return WriteFuture(self._node, self._node.submit(self._delete(key)))
+        return WriteFuture(self._node, self._node.writes.submit(self._delete(key)))
 
     def _submit_noted(self, key: bytes, *value: V) -> WriteFuture:
         write = self._order_noted(None, key, *value)
@@ -326,7 +326,7 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         if self._keeps:
             self._commit_noted(None, None, None, key, value)
         else:
-            self._node.commit(self._put(key, value), None)
+            self._node.writes.commit(self._put(key, value), None)
 
     def __delitem__(self, key: bytes) -> None:
         """Remove a key that exists; ``KeyError`` if it does not."""

@@ -22,9 +22,11 @@ from kvrep.model.sessions import RequestId
 from kvrep.model.token import Token
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.checks import check_name
+from kvrep.runtime.configuring import add_voter, add_witness, reconfigure
 from kvrep.runtime.node import Node
 from kvrep.runtime.promoting import Force
 from kvrep.runtime.replaying import check_address
+from kvrep.runtime.reporting import status_of
 from kvrep.snapshot import Snapshot
 from kvrep.status import Event, EventKind, Outcome, Status
 
@@ -93,7 +95,7 @@ class Store(Keyspace[bytes]):
         ``consistency`` is that of :meth:`get`.
         """
         if consistency != "local":
-            self._node.freshen(None, None, timeout_s, consistency)
+            self._node.freshness.need(None, None, timeout_s, consistency)
         return Snapshot(self._node, BYTES, DEFAULT_KEYSPACE, self._node.engine.snapshot())
 
     # -- positions ---------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ class Store(Keyspace[bytes]):
         history any more.
         """
         self._node.engine.need_unforked()
-        self._node.wait_for(position, timeout_s)
+        self._node.freshness.wait_for(position, timeout_s)
 
     def resolve(self, position: Position | RequestId) -> Outcome:
         """What became of a write whose outcome was unknown: committed, pending or rolled back.
@@ -119,7 +121,7 @@ class Store(Keyspace[bytes]):
         Says what this node knows, at once. Of a :class:`RequestId` that is committed or pending.
         """
         self._node.engine.need_unforked()
-        return self._node.resolve(position)
+        return self._node.writes.resolve(position)
 
     def settle(self, request: RequestId, *, timeout_s: float = 5.0) -> Outcome:
         """What became of a forwarded write (``AckTimeout.request``), asked of the primary.
@@ -128,7 +130,7 @@ class Store(Keyspace[bytes]):
         when no such answer can be had in ``timeout_s``; :class:`TooOld` when nobody can tell any more.
         """
         self._node.engine.need_alive()
-        return self._node.settle(request, timeout_s)
+        return self._node.writes.settle(request, timeout_s)
 
     # -- feeds -------------------------------------------------------------------------------------
 
@@ -254,7 +256,7 @@ class Store(Keyspace[bytes]):
     def status(self) -> Status:
         """Where this node and its followers stand, as one frozen value."""
         self._node.engine.need_unforked()
-        return self._node.status()
+        return status_of(self._node)
 
     def promote(
         self,
@@ -347,7 +349,7 @@ class Store(Keyspace[bytes]):
             return new
 
         change(self._node.engine.configuration)  # raises for what no configuration can say
-        return self._node.reconfigure(change, timeout_s)
+        return reconfigure(self._node, change, timeout_s)
 
     def add_voter(
         self, name: str, *, witness: bool = False, address: str | None = None, timeout_s: float = 10.0
@@ -364,8 +366,8 @@ class Store(Keyspace[bytes]):
             raise ValueError("a witness has an address, and only a witness is given one")
         if address is not None:
             check_address(address)
-            return self._node.add_witness(name, address, timeout_s)
-        return self._node.add_voter(name, timeout_s)
+            return add_witness(self._node, name, address, timeout_s)
+        return add_voter(self._node, name, timeout_s)
 
     def remove_voter(self, name: str, *, timeout_s: float = 10.0) -> Position:
         """Take a store off the list of voters, on the primary. ``ValueError`` when it is not on it.
@@ -380,7 +382,7 @@ class Store(Keyspace[bytes]):
                 raise ValueError(f"{name!r} is not a voter that could be removed")
             return now.without_voter(voter.store_id)
 
-        return self._node.reconfigure(change, timeout_s)
+        return reconfigure(self._node, change, timeout_s)
 
 
 def _position(given: Any) -> Position | None:

@@ -186,7 +186,7 @@ class Transaction(Generic[V]):
             raise ClosedError("the transaction is over")
         name, (key, value) = write.payload
         self._size += write.size + 16
-        self._node.check_record_size(self._size)
+        self._node.writes.check_record_size(self._size)
         if space._keeps:
             self._keeping.add((name, key))
         self._writes[(name, key)] = value
@@ -201,7 +201,7 @@ class Transaction(Generic[V]):
         if not self._open:
             raise ClosedError("the transaction is over")
         self._size += size
-        self._node.check_record_size(self._size)
+        self._node.writes.check_record_size(self._size)
         self._emits.append(message)
 
     def __getitem__(self, key: bytes) -> V:
@@ -261,7 +261,7 @@ class Transaction(Generic[V]):
             return
         if write is not None:
             try:
-                position = self._node.finish(write, self._timeout_s)
+                position = self._node.writes.finish(write, self._timeout_s)
             except Error:
                 forward = self._redirected(write)
                 if forward is None:
@@ -270,7 +270,7 @@ class Transaction(Generic[V]):
                 position = self._node.forwarder.commit(forward)
             self.position = position if self._wrote else None
         elif self._barrier is not None:
-            self._node.await_record(self._barrier, self._timeout_s)
+            self._node.writes.await_record(self._barrier, self._timeout_s)
 
     def end(self, *, commit: bool, order: Callable[[Write], None] | None = None) -> Write | None:
         """Give the place back; with ``commit`` and something written, order the record and return it.
@@ -333,7 +333,7 @@ class Transaction(Generic[V]):
                 value = self._former(*at)
                 notes += (index, value)
                 self._size += len(value or b"") + 8
-        self._node.check_record_size(self._size)
+        self._node.writes.check_record_size(self._size)
         self._notes = notes
 
     def _place_now(self) -> None:

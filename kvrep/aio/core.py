@@ -16,6 +16,7 @@ from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.runtime.forwarding import GRACE_S, Forward, is_elsewhere
 from kvrep.runtime.node import Node
+from kvrep.runtime.writing import check_asked
 from kvrep.storage.write import Write, complete_all
 
 __all__ = ["Core", "Threads"]
@@ -68,7 +69,7 @@ class Core:
         self._crowd = 0
         self._questions: dict[asyncio.AbstractEventLoop, _Questions] = {}
         """Each belongs to its loop."""
-        node.on_moved = self._on_moved
+        node.moves.on_move = self._on_moved
 
     def here(self) -> LoopWaits:
         """The waits of the running loop."""
@@ -95,13 +96,13 @@ class Core:
         acks: Acks | None = None,
         level: Literal["synced", "visible"] | None = None,
     ) -> Position:
-        """Order a write and wait for its outcome, as :meth:`Node.commit` does for threads."""
+        """Order a write and wait for its outcome, as :meth:`Writing.commit` does for threads."""
         node = self.node
         deadline_s = time.monotonic() + (node.ack_timeout_s if timeout_s is None else timeout_s)
         more = acks is not None or level is not None
         if node.forwards_now():
             if more:
-                node.check_asked(acks, level)
+                check_asked(acks, level)
             return await self._forward(write, deadline_s, acks, level)
         try:
             await self._order_and_wait(write, deadline_s, acks, level)
@@ -114,7 +115,7 @@ class Core:
                 return await self._forward(write, deadline_s, acks, level)
             self._raise_outcome(write)
         if more and node.shipping is not None:
-            await self.call(node.await_more, write.position, acks, level, deadline_s)
+            await self.call(node.writes.await_more, write.position, acks, level, deadline_s)
         return Position(write.epoch, write.offset)
 
     async def _order_and_wait(
@@ -122,7 +123,7 @@ class Core:
     ) -> None:
         node = self.node
         if acks is not None or level is not None:
-            node.check_more(acks, level)
+            node.writes.check_more(acks, level)
         if node.engine.flusher.behind >= 0.5:
             await self.slow_down(deadline_s)
         waits = self._loops.get(asyncio.get_running_loop()) or self.here()
@@ -272,7 +273,7 @@ class Core:
                     self._early_bytes -= write.size
             if early:
                 raise Overloaded("this node did not begin to write in time; nothing of it was written")
-        self.node._raise_outcome(write)
+        self.node.writes.raise_outcome(write)
 
     async def slow_down(self, deadline_s: float) -> None:
         """Tasks that write are slowed as the flush falls behind, and stopped at the bound."""
@@ -300,7 +301,7 @@ class Core:
     # -- waiting for positions ---------------------------------------------------------------------
 
     async def wait_for(self, position: Position, timeout_s: float) -> None:
-        """As :meth:`Node.wait_for`, told by every commit instead of holding a thread."""
+        """As :meth:`Freshness.wait_for`, told by every commit instead of holding a thread."""
         try:
             epoch, offset = position
         except (TypeError, ValueError):
@@ -308,12 +309,12 @@ class Core:
         wanted = Position(epoch, offset)
         deadline_s = time.monotonic() + timeout_s
         node = self.node
-        while not node.reached(wanted):
+        while not node.freshness.reached(wanted):
             if node.engine.closed or self._closing is not None:
                 raise self.closed_error()
             left = deadline_s - time.monotonic()
             if left <= 0:
-                raise node.stale(wanted, timeout_s)
+                raise node.freshness.stale(wanted, timeout_s)
             # A position of an epoch that is not here yet may need records at or below its offset.
             await self._until_moved(max(offset, node.engine.view.last + 1), min(left, LOOK_UP_S))
 
@@ -353,7 +354,7 @@ class Core:
         await self._until_moved(shown + 1, timeout_s)
 
     async def linearize(self, timeout_s: float | None) -> None:
-        """As :meth:`Node.linearize`: those who ask while a question is under way share the next one."""
+        """As :meth:`Freshness.linearize`: those who ask while a question is under way share the next one."""
         waits = self.here()
         seconds = self.node.ack_timeout_s if timeout_s is None else timeout_s
         question = self._questions.get(waits.loop)
@@ -391,7 +392,7 @@ class Core:
         def work() -> None:
             error: BaseException | None = None
             try:
-                self.node.linearize(longest)
+                self.node.freshness.linearize(longest)
             except BaseException as failed:
                 error = failed
             waits.call(ended, error)

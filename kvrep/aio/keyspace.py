@@ -14,6 +14,7 @@ from kvrep.aio.reading import paced
 from kvrep.aio.writing import Batch, Transaction, WriteFuture
 from kvrep.errors import RolledBack, StaleRead, TransactionConflict
 from kvrep.model.position import Position
+from kvrep.runtime.freshness import is_linearizable
 
 __all__ = ["Keyspace"]
 
@@ -80,7 +81,7 @@ class Keyspace(Generic[V]):
         return self._plain.get(key, default)
 
     async def _linearize(self, consistency: sync.Consistency, timeout_s: float | None = None) -> None:
-        if self._core.node.is_linearizable(consistency):
+        if is_linearizable(consistency):
             await self._core.linearize(timeout_s)
 
     def __getitem__(self, key: bytes) -> Awaitable[V]:

@@ -24,6 +24,7 @@ from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.model.sessions import RequestId
 from kvrep.options import OpenOptions, Options
+from kvrep.runtime.freshness import is_linearizable
 from kvrep.runtime.node import Node
 from kvrep.status import Event, EventKind, Outcome, Status
 
@@ -125,7 +126,7 @@ class Store(Keyspace[bytes]):
 
         It keeps old pages of LMDB alive; past ``snapshot_age_max_s`` it raises :class:`SnapshotExpired`.
         """
-        linearizable = self._core.node.is_linearizable(consistency)
+        linearizable = is_linearizable(consistency)
         return Snapshot(self._core, self._sync.snapshot, (timeout_s,) if linearizable else None)
 
     # -- positions ---------------------------------------------------------------------------------

@@ -203,7 +203,9 @@ class LocalReader:
         return sorted({"default", *self._engine.view.keyspaces})
 
     def status(self) -> dict[str, Any]:
-        status = self.node().status().to_json()
+        from kvrep.runtime.reporting import status_of
+
+        status = status_of(self.node()).to_json()
         return {**status, "role": "offline", "not_writable": "no process has it open", "primary_address": ""}
 
     def close(self) -> None:
@@ -211,7 +213,7 @@ class LocalReader:
 
     def _check_reached(self, at_least: Position | None) -> None:
         if at_least is not None:
-            self.node().wait_for(at_least, 0.0)
+            self.node().freshness.wait_for(at_least, 0.0)
 
     def node(self) -> Node:
         """A node without a role: it answers questions, and starts nothing."""

@@ -165,7 +165,7 @@ class EtcdCoordinator(Driver):
                 peers[member.key.rpartition("/")[2]] = address
         with self._lock:
             if self._election is not None:
-                self._election.peers = peers
+                self._election.told_addresses(peers)
 
     def _begin_group(self, node: NodeView) -> None:
         """The first empty node to say so begins the group; it may repeat that as long as it is empty."""
@@ -326,8 +326,7 @@ class EtcdCoordinator(Driver):
 
 def _note_outside(promised: int, election: Election, now: float) -> list[ElectionAction]:
     del now
-    election.outside_epoch = max(election.outside_epoch, promised)
-    return []
+    return election.promised_outside(promised)
 
 
 def _promised(there: KeyValue | None) -> tuple[int, Position]:

@@ -13,7 +13,7 @@ from kvrep.errors import Error, Fenced, ProtocolError
 from kvrep.model.configuration import Acks, Configuration
 from kvrep.model.position import EpochTable, Position
 from kvrep.replication.ballots import PrimarySeen
-from kvrep.replication.election import BecomePrimary, Standing, without_data
+from kvrep.replication.election import BecomePrimary, Standing
 from kvrep.replication.messages import Promise
 from kvrep.transport.interface import Session, SnapshotItem, SnapshotRequest, Transport
 
@@ -104,7 +104,7 @@ class MemoryNode:
                 return None
             disk.promised, disk.promised_to = epoch, to
             if self.coordinator.witness:
-                return without_data(epoch)
+                return Promise.without_data(epoch)
             return self._own_promise()
 
     def _own_promise(self) -> Promise:

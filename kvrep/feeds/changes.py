@@ -155,7 +155,7 @@ class Changes:
             if left <= 0 or self._closed:
                 return False
             if changes is None:
-                node.await_move(self._stirred(seen), left)
+                node.moves.wait_once(self._stirred(seen), left)
         return False
 
     def _stirred(self, seen: int) -> Callable[[], bool]:
@@ -198,7 +198,7 @@ class Changes:
     def close(self) -> None:
         """End the iteration, also one that waits in another thread. Idempotent."""
         self._closed = True
-        self._node.stir()
+        self._node.moves.stir()
         if self._stepping.acquire(blocking=False):
             try:
                 self._let_go()

@@ -330,7 +330,7 @@ class Feed:
             if state.paused:
                 if self._node.closing:
                     raise ClosedError("the store is closed")
-                self._node.await_move(lambda: self._closed, min(left, LOOK_UP_S))
+                self._node.moves.wait_once(lambda: self._closed, min(left, LOOK_UP_S))
             else:
                 changes = self._changes.poll(min(left, LOOK_UP_S))
                 if changes:

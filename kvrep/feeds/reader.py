@@ -134,9 +134,9 @@ class LogReader:
         """Whether ``at``, of an epoch above what is shown there, cannot come any more: a primary knows; a
         follower that may have been left behind itself does only if its branch is the newer one."""
         node, engine = self.node, self.node.engine
-        replaying, shipping = node.replaying, node.shipping
+        replaying = node.replaying
         if replaying is None:
-            sure = shipping is None or shipping.leading
+            sure = node.shipping is None or node.shipping.leadership.leading
             newer = at.epoch > engine.epochs.last_epoch or at.offset > engine.tail.offset
             return sure and (at.offset <= shown or newer)
         if self._branch:

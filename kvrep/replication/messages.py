@@ -92,6 +92,11 @@ class Promise:
     """From that record on fewer copies may have been enough: whoever is promoted must hold it, or go on from
     a later epoch. ``ZERO`` when this voter never agreed to such a thing."""
 
+    @classmethod
+    def without_data(cls, epoch: int, lowered: Position = ZERO) -> Promise:
+        """The promise of a witness: it binds like any other and says nothing of a log."""
+        return cls(epoch=epoch, last=ZERO, committed=0, epochs=EpochTable(), lowered=lowered)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:

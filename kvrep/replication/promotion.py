@@ -13,14 +13,14 @@ them tells; whoever does not hold that record, nor one of a later epoch, is not 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kvrep.model.configuration import Configuration, Voter
-from kvrep.model.position import ZERO, Position, epoch_after
+from kvrep.model.position import ZERO, Position, epoch_after, member_of
 from kvrep.replication.messages import Promise
 
-__all__ = ["Fetch", "Promotion", "most"]
+__all__ = ["Fetch", "Promotion", "most", "why_not_go_on"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,30 @@ def most(rule: Configuration, stores: Collection[bytes], *, outside: bool) -> bo
     """Whether ``stores`` are most voters, where a service outside may count as one voter more."""
     votes, total = sum(v.store_id in stores for v in rule.voters), len(rule.voters)
     return 2 * votes > total or (outside and 2 * (votes + 1) > total + 1)
+
+
+def why_not_go_on(
+    held: Promise, answers: Iterable[tuple[Voter, Promise]], member: int, *, synchronous: bool
+) -> str:
+    """Why a primary that was restarted, and holds ``held``, may not begin again without fetching what data
+    voters have beyond it; empty when it may. ``member`` is its own number.
+
+    A primary commits nothing that is not durable at itself, so what its own followers have beyond it was never
+    acknowledged, unless it lost its disk. What another primary wrote may have been. (Asynchronous primaries
+    that lost their unsynced tail go on without it.)
+    """
+    own = held.last
+    for voter, promise in answers:
+        if promise.last <= own:
+            continue
+        if member_of(promise.last.epoch) != member:
+            return f"{voter.name} holds records of another primary that this node lacks; follow it instead"
+        if promise.committed > own.offset and synchronous:
+            return (
+                f"{voter.name} knows records through {promise.committed} as committed, and this node,"
+                f" which wrote them, ends at {own.offset}: it lost data; follow {voter.name} instead"
+            )
+    return ""
 
 
 class Promotion:

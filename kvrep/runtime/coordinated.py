@@ -11,7 +11,7 @@ from kvrep.errors import ClosedError, Fenced, NotPrimary
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import Position
 from kvrep.replication.ballots import PrimarySeen
-from kvrep.replication.election import BecomePrimary, Standing, without_data
+from kvrep.replication.election import BecomePrimary, Standing
 from kvrep.replication.messages import Promise
 from kvrep.runtime.promoting import fetch_all, promise_of
 from kvrep.transport.interface import Transport
@@ -88,7 +88,7 @@ class CoordinatedNode:
             if to != home.store_id:
                 # Under the lock: nothing is appended, or acked, in the old epoch after this answer was made.
                 node.roles.promised(epoch, "")
-            return without_data(epoch, home.lowered) if self._witness else promise_of(node, epoch)
+            return Promise.without_data(epoch, home.lowered) if self._witness else promise_of(node, epoch)
 
     def become_primary(self, order: BecomePrimary) -> None:
         node, roles = self._node, self._node.roles

@@ -38,7 +38,7 @@ class NodeView(Protocol):
 
         From before it returns nothing of a lower epoch is stored, acknowledged or confirmed, and the
         returned :class:`Promise` says what the log durably holds at that moment (nothing, for a witness:
-        :func:`kvrep.replication.election.without_data`). ``None`` when a higher epoch, or this one to
+        :meth:`kvrep.replication.messages.Promise.without_data`). ``None`` when a higher epoch, or this one to
         somebody else, was promised before. ``OSError`` or ``StorageFailed`` when it cannot be stored.
         """
 

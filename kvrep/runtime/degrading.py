@@ -18,13 +18,17 @@ import time
 from typing import TYPE_CHECKING
 
 from kvrep.errors import ClosedError, Error
+from kvrep.model.configuration import Configuration
 from kvrep.model.position import ZERO, Position
 from kvrep.replication.promotion import most
 from kvrep.runtime.promoting import Peer, ask_all
 from kvrep.status import EventKind
 
 if TYPE_CHECKING:
-    from kvrep.runtime.shipping import Shipping
+    from kvrep.runtime.configuring import Configuring
+    from kvrep.runtime.followers import Followers
+    from kvrep.runtime.leadership import Leadership
+    from kvrep.runtime.node import Node
 
 __all__ = ["Degrading"]
 
@@ -38,9 +42,13 @@ LOOK_S = 0.01
 class Degrading:
     """One per role as primary. Its thread (``kvrep-degrade-NAME``) runs only while it has something to do."""
 
-    def __init__(self, shipping: Shipping) -> None:
-        self._shipping = shipping
-        self._node = shipping.node
+    def __init__(
+        self, node: Node, followers: Followers, leadership: Leadership, configuring: Configuring
+    ) -> None:
+        self._node = node
+        self._followers = followers
+        self._leadership = leadership
+        self._configuring = configuring
         self._short_since: float | None = None
         self._next_s = 0.0
         self._told = ""
@@ -49,8 +57,9 @@ class Degrading:
 
     def tick(self, now: float) -> None:
         """Begin an attempt when copies have been missing for too long. Quick; one thread, twice a second."""
-        after_s = self._shipping.degrade_after_s
-        if not after_s or not self._shipping.missing_copies():
+        tracker = self._followers.tracker
+        after_s = tracker.configuration.degrade_after_s if tracker is not None else 0.0
+        if not after_s or not self._leadership.leading or not self._followers.missing_copies():
             self._short_since, self._told = None, ""
             return
         if self._short_since is None:
@@ -77,12 +86,12 @@ class Degrading:
 
     def _attempt(self, deadline_s: float) -> str:
         """Why the rule stays as it is; empty when it changed, or nobody is missing any more."""
-        shipping, roles, home = self._shipping, self._node.roles, self._node.engine.home
-        epoch = shipping.epoch
+        roles, home = self._node.roles, self._node.engine.home
+        epoch = self._leadership.epoch
         problem = self._too_few(epoch, ask_all(roles, "standing", {}, deadline_s), ZERO)
-        if problem or not shipping.go_on_without():
+        if problem or not self._configuring.go_on_without():
             return problem
-        while (offset := shipping.ready_without()) == 0:
+        while (offset := self._ready()) == 0:
             if time.monotonic() >= deadline_s or self._stopped.wait(LOOK_S):
                 return "the copies that are left were not made in time"
         if not home.lower(Position(epoch, offset)):
@@ -98,8 +107,43 @@ class Degrading:
         peers = [p for p in ask_all(roles, "lower", request, deadline_s) if p.promise.lowered >= wanted]
         problem = self._too_few(epoch, peers, wanted)
         if not problem:
-            shipping.effect(epoch, offset)
+            self.effect(epoch, offset)
         return problem
+
+    def _ready(self) -> int:
+        """The offset through which every copy that is left holds what was ordered, and the start of this epoch;
+        0 while they do not."""
+        with self._followers.lock:
+            tracker = self._followers.tracker
+            proposed = tracker.proposed if tracker is not None else None
+            if tracker is None or proposed is None or not proposed[1].away:
+                return 0
+            offset = max(proposed[0], tracker.epoch_start)
+            return offset if tracker.proposed_reached() >= offset else 0
+
+    def effect(self, epoch: int, offset: int) -> None:
+        """Most voters have stored that what was ordered is enough: it is in force."""
+        with self._followers.lock:
+            tracker = self._followers.tracker
+            if tracker is None or not self._leadership.leading or self._leadership.epoch != epoch:
+                return
+            proposed = tracker.proposed
+            if proposed is None or max(proposed[0], tracker.epoch_start) != offset:
+                return  # those who were missing have come back meanwhile
+            committed = tracker.effect()
+        self._followers.commit(committed)
+
+    def tell(self, before: Configuration, now: Configuration) -> None:
+        """Another configuration is in force: tell if the rule goes on without voters, or with all again."""
+        if before.away == now.away:
+            return
+        first, last = now.unprotected[-1] if now.unprotected else (0, 0)
+        names = ", ".join(v.name for v in now.away)
+        kind = EventKind.DEGRADED if names else EventKind.RESTORED
+        log.warning("%s: %s", self._node.label,
+                    f"writes from {first} on are acknowledged without copies at {names}" if names
+                    else f"all copies count again; {first} to {last} were acknowledged with fewer")  # fmt: skip
+        self._node.tell(kind, name=names, first=first, last=last, epoch=self._leadership.epoch)
 
     def _too_few(self, epoch: int, peers: list[Peer], wanted: Position) -> str:
         """Why those who answered, and this node, are not enough to go by; empty when they are.

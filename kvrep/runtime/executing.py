@@ -43,7 +43,6 @@ from kvrep.transport.faults import encode_fault
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
-    from kvrep.runtime.shipping import Shipping
 
 __all__ = ["Forwarded"]
 
@@ -138,7 +137,7 @@ class Forwarded:
             outcomes = [list(self._end(*one, deadline_s)) for one in begun]
             shipping = node.shipping
             if shipping is not None:
-                shipping.hurry(store_id)  # it waits until it can read them
+                shipping.followers.hurry(store_id)  # it waits until it can read them
             return {"outcomes": outcomes}
 
     def settle(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -178,21 +177,21 @@ class Forwarded:
 
     def _ready(self, request: Mapping[str, Any], deadline_s: float) -> int:
         """The epoch, once all that came before it is committed here: then the table is complete."""
-        node = self._node
+        node, epoch = self._node, request.get("epoch")
         shipping = node.shipping
-        epoch = request.get("epoch")
-        if shipping is None or not shipping.leading or shipping.epoch != epoch:
+        if shipping is None or type(epoch) is not int or not self._leads(epoch):
             raise self._elsewhere()
-        if not node.until(lambda: shipping.started or not self._leads(shipping, epoch), deadline_s):
+        followers = shipping.followers
+        if not node.moves.until(lambda: followers.started or not self._leads(epoch), deadline_s):
             node.engine.writable()
-            raise NotPrimary("the start of this epoch is not committed yet", epoch=shipping.epoch,
+            raise NotPrimary("the start of this epoch is not committed yet", epoch=epoch,
                              primary_address=None)  # fmt: skip
-        if not self._leads(shipping, epoch):
+        if not self._leads(epoch):
             raise self._elsewhere()
-        return shipping.epoch
+        return epoch
 
-    def _leads(self, shipping: Shipping, epoch: Any) -> bool:
-        return self._node.shipping is shipping and shipping.leading and shipping.epoch == epoch
+    def _leads(self, epoch: int) -> bool:
+        return 0 < epoch == self._node.primary_epoch
 
     def _elsewhere(self) -> NotPrimary:
         node = self._node
@@ -203,7 +202,7 @@ class Forwarded:
     def _still_primary(self, deadline_s: float) -> None:
         """Before something negative is said: a primary that was replaced would not know better."""
         if self._node.engine.configuration.synchronous:
-            self._node.confirm(deadline_s)
+            self._node.freshness.confirm(deadline_s)
 
     # -- one write ---------------------------------------------------------------------------------
 
@@ -271,7 +270,7 @@ class Forwarded:
         """Put ``write`` in order; the position that was read for one that has nothing to write."""
         node = self._node
         if item.acks is not None or item.level is not None:
-            node.check_more(item.acks, item.level)
+            node.writes.check_more(item.acks, item.level)
         if item.conditional:
             return self._order_if(item, write, deadline_s)
         if not item.payload:
@@ -294,7 +293,7 @@ class Forwarded:
                 return None
         # Nothing is written: what was compared must be committed, and this node the primary still.
         if ahead:
-            node.await_record(ahead[-1], max(0.0, deadline_s - time.monotonic()))
+            node.writes.await_record(ahead[-1], max(0.0, deadline_s - time.monotonic()))
         self._still_primary(deadline_s)
         position = node.engine.committed_position
         if same:
@@ -337,7 +336,7 @@ class Forwarded:
         if item.acks is None and item.level is None:
             return answer
         try:
-            self._node.await_more(Position(*answer[1]), item.acks, item.level, deadline_s)
+            self._node.writes.await_more(Position(*answer[1]), item.acks, item.level, deadline_s)
         except AckTimeout as error:
             return "refused", encode_fault(error)
         return answer
@@ -409,7 +408,7 @@ def _checked(node: Node, payload: Any) -> tuple[list[Any], int]:
             if value is not None:
                 check_value(value, value_max)
             size += len(key) + len(value or b"") + 16
-    node.check_record_size(size)
+    node.writes.check_record_size(size)
     return payload, size
 
 
@@ -427,7 +426,7 @@ def _checked_notes(node: Node, payload: Any) -> tuple[list[Any], int]:
         if type(index) is not int or not (value is None or isinstance(value, bytes)):
             raise ValueError("a note is a number and the value before")
         size += len(value or b"") + 8
-    node.check_record_size(size)
+    node.writes.check_record_size(size)
     return payload, size
 
 

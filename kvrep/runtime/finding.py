@@ -46,6 +46,8 @@ class PrimaryLink:
         """Where the connection leads."""
         self._over = 0
         """Up to this epoch nobody is primary any more."""
+        self._known_epoch, self._known_s = 0, 0.0
+        """The newest epoch in which a primary was heard of, and since when."""
         self._asked_s, self._interval_s = 0.0, ASK_INTERVAL_S
         self._moved = threading.Event()
         self._stopped = False
@@ -58,7 +60,7 @@ class PrimaryLink:
             target = self._known() or self._ask(deadline_s)
             if target is not None:
                 self._interval_s = ASK_INTERVAL_S
-                self._node.knows_primary(target.epoch)
+                self.knows(target.epoch)
                 return target
             left = deadline_s - time.monotonic()
             if left <= 0:
@@ -74,9 +76,10 @@ class PrimaryLink:
 
     def _known(self) -> Target | None:
         node = self._node
-        shipping, replaying = node.shipping, node.replaying
-        if shipping is not None:
-            return Target("", shipping.epoch) if shipping.leading and shipping.epoch else None
+        replaying = node.replaying
+        if node.shipping is not None:
+            epoch = node.primary_epoch
+            return Target("", epoch) if epoch else None
         if replaying is not None:
             address, epoch = replaying.joined
             if address and epoch > self._over:
@@ -144,9 +147,15 @@ class PrimaryLink:
         with self._lock:
             self._over = max(self._over, epoch)
 
-    def moved(self, epoch: int) -> None:
-        """A primary in ``epoch`` is known: calls to one of an older epoch are not waited for any more."""
+    def knows(self, epoch: int) -> None:
+        """There is a primary of ``epoch``: this node, one whose stream has joined, or one that said so.
+
+        Calls to one of an older epoch are not waited for any more.
+        """
         with self._lock:
+            if epoch <= self._known_epoch:
+                return
+            self._known_epoch, self._known_s = epoch, time.monotonic()
             self._over = max(self._over, epoch - 1)
             old = self._connection if self._target.epoch < epoch else None
             if old is not None:
@@ -154,6 +163,11 @@ class PrimaryLink:
         self._moved.set()
         if old is not None:
             old.close()
+
+    @property
+    def settling(self) -> bool:
+        """Whether the present primary is so new that its followers may not have found it yet."""
+        return time.monotonic() - self._known_s < self._node.options.heartbeat_timeout_s
 
     def stop(self) -> None:
         """End calls under way."""

@@ -213,7 +213,7 @@ class Forwarder:
     def outcome(self, item: Forward) -> Position:
         """The position, or the error that says how it stands now; to be called when nobody waits any more."""
         if not item.done and item.local is not None:
-            return self._node.finish(item.local, 0.0)
+            return self._node.writes.finish(item.local, 0.0)
         if not item.done:
             self._abandon(item)
         if item.done:
@@ -399,7 +399,7 @@ class Forwarder:
 
     def _patient(self, item: Forward) -> bool:
         """Whether followers that are missing are waited for: a new primary needs some time to get them."""
-        return item.moved or item.ambiguous or self._node.settling
+        return item.moved or item.ambiguous or self._node.link.settling
 
     def _is_final(self, item: Forward, error: Error) -> bool:
         if isinstance(error, _MOVED):
@@ -435,7 +435,7 @@ class Forwarder:
         with self._changed:
             for item in self._answered:
                 try:
-                    if self._node.reached(item.position):
+                    if self._node.freshness.reached(item.position):
                         shown.append(item)
                 except RolledBack as error:
                     lost.append((item, error))
@@ -548,10 +548,6 @@ class Forwarder:
         except ValueError:
             raise ProtocolError("the primary did not answer with an outcome") from None
 
-    def read_set(self) -> ReadSet:
-        """For a transaction that reads here and commits at the primary."""
-        return ReadSet(self._node.engine.snapshot())
-
     def catch_up(self, conflict: TransactionConflict, deadline_s: float) -> None:
         """Before what was read is read again: get what the primary compared it with. At the deadline the
         conflict is raised."""
@@ -560,7 +556,7 @@ class Forwarder:
             raise conflict
         with suppress(StaleRead, RolledBack):
             if conflict.position is not None:
-                self._node.wait_for(conflict.position, left)
+                self._node.freshness.wait_for(conflict.position, left)
 
     # -- the end -----------------------------------------------------------------------------------
 

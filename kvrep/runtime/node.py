@@ -1,4 +1,4 @@
-"""One node: the engine, the role it plays, and the calls of the public face."""
+"""One node: its parts, its start and end, the role it plays, and how it begins an epoch."""
 
 from __future__ import annotations
 
@@ -8,43 +8,30 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import (
-    AckTimeout,
-    ClosedError,
-    ConfigurationMismatch,
-    Error,
-    Fenced,
-    NotPrimary,
-    OpenError,
-    Overloaded,
-    ProtocolError,
-    RolledBack,
-    StaleRead,
-    StorageFailed,
-    ValueTooLarge,
-    again,
-)
-from kvrep.model.configuration import Acks, Configuration, check_acks
-from kvrep.model.position import Position, epoch_after
-from kvrep.model.sessions import RequestId
+from kvrep.errors import ClosedError, ConfigurationMismatch, NotPrimary, OpenError, StorageFailed
+from kvrep.model.configuration import Configuration
+from kvrep.model.position import epoch_after
 from kvrep.options import Options
 from kvrep.runtime.compression import need_zstd
 from kvrep.runtime.events import Events
 from kvrep.runtime.executing import Forwarded
 from kvrep.runtime.finding import PrimaryLink
-from kvrep.runtime.forwarding import Forward, Forwarder, is_elsewhere
+from kvrep.runtime.forwarding import Forwarder
+from kvrep.runtime.freshness import Freshness
 from kvrep.runtime.horizon import HeldByFeeds
 from kvrep.runtime.roles import Roles
-from kvrep.runtime.shared import Shared
-from kvrep.status import Event, EventKind, Outcome, Role, Status
+from kvrep.runtime.signal import Moves
+from kvrep.runtime.writing import Writing
+from kvrep.status import Event, EventKind, Role
 from kvrep.storage.engine import Engine
 from kvrep.storage.write import Write
 
 if TYPE_CHECKING:
     from kvrep.runtime.bootstrapping import Verification
     from kvrep.runtime.coordinator import Coordinator
+    from kvrep.runtime.leadership import Leadership
     from kvrep.runtime.replaying import Replaying
     from kvrep.runtime.shipping import Shipping
     from kvrep.transport.interface import Server, Transport
@@ -52,9 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Node"]
 
 log = logging.getLogger("kvrep")
-
-NO_TIMEOUT_S = 86_400.0
-_position = tuple.__new__  # half the price of a named tuple's own constructor
 
 
 def _no_coordinator(choice: Any) -> Coordinator:
@@ -89,20 +73,15 @@ class Node:
         self.calls: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
         """What layers above answer to clients in other processes, by the name of the call."""
         self.link = PrimaryLink(self)
+        self.moves = Moves()
         self.forwarded = Forwarded(self)
         self.forwarder = Forwarder(self) if options.forward_writes else None
         """Takes writes to the primary while this node is none; ``None`` without ``forward_writes``."""
-        self._known_epoch, self._known_s = 0, 0.0
-        """The newest epoch in which a primary was heard of, and since when."""
-        self._reads = Shared(self._ask_read_position)
+        self.writes = Writing(self, self.forwarder)
+        self.freshness = Freshness(self)
         self._pid = os.getpid()
-        # Announces every commit to those who wait for a position; notified only while somebody waits.
-        self._moved = threading.Condition()
-        self._waiting = 0
-        self.on_moved: Callable[[], None] = _nothing
-        """For those who wait without a thread: called after every commit and at close, on any thread."""
-        # Serializes role changes, reconfigurations and close.
-        self._role_lock = threading.RLock()
+        # Serializes the begin of an epoch and changes of the configuration on a node alone, and close.
+        self.lock = threading.RLock()
         self._closed = False
 
     # -- opening and closing -----------------------------------------------------------------------
@@ -209,7 +188,7 @@ class Node:
         engine.writable = self._begin_alone
 
     def _begin_alone(self) -> None:
-        with self._role_lock:
+        with self.lock:
             if self.engine.committer.epoch or self._closed:
                 self.engine.writable = _nothing
                 return
@@ -217,7 +196,7 @@ class Node:
                 write = self.begin_epoch(self.next_epoch(), fenced=(self.engine.home.store_id,))
             except OSError as error:
                 raise StorageFailed(f"the promise of an epoch could not be stored: {error}") from error
-            self.finish(write, None)  # it may find no room: then the next write begins the epoch
+            self.writes.finish(write, None)  # it may find no room: then the next write begins the epoch
             self.engine.writable = _nothing
 
     def next_epoch(self, seen: int = 0) -> int:
@@ -287,13 +266,6 @@ class Node:
         self._server = server
         self.address = self.options.advertise or _reachable(bound)
 
-    def tell(self, kind: EventKind, **fields: Any) -> None:
-        """Tell the application's listeners, on their own thread."""
-        self.events.tell(Event(kind=kind, node=self.label, time_s=time.time(), **fields))
-
-    def _on_rollback(self, first: int, last: int, path: Path, reason: str) -> None:
-        self.tell(EventKind.ROLLED_BACK, first=first, last=last, path=str(path), reason=reason)
-
     @property
     def witness(self) -> bool:
         """Whether this node votes without data."""
@@ -306,14 +278,19 @@ class Node:
     @property
     def primary_epoch(self) -> int:
         """The epoch in which this node is primary; 0 when it is not."""
-        shipping = self.shipping
-        return shipping.epoch if shipping is not None and shipping.leading else 0
+        leadership = self._leadership
+        return leadership.epoch if leadership is not None and leadership.leading else 0
 
     @property
     def fenced(self) -> bool:
         """Whether it is primary by a full fence, or by force."""
+        leadership = self._leadership
+        return leadership is not None and leadership.leading and (leadership.fenced or leadership.forced)
+
+    @property
+    def _leadership(self) -> Leadership | None:
         shipping = self.shipping
-        return shipping is not None and shipping.leading and (shipping.fenced or shipping.forced)
+        return shipping.leadership if shipping is not None else None
 
     @property
     def label(self) -> str:
@@ -329,175 +306,55 @@ class Node:
     def close(self, timeout_s: float | None = None) -> None:
         """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread."""
         deadline = time.monotonic() + (self.options.close_timeout_s if timeout_s is None else timeout_s)
+
+        def left() -> float:
+            return max(0.5, deadline - time.monotonic())
+
         if os.getpid() != self._pid:
             return  # a forked child: nothing here is ours, and nobody may ever let go of the locks
-        with self._role_lock:
+        with self.lock:
             if self._closed:
                 return
             self._closed = True
             if self.coordinator is not None:
-                self.coordinator.stop(max(0.5, deadline - time.monotonic()))
+                self.coordinator.stop(left())
             self.engine.committer.refuse(ClosedError("the store is closed"))
-            with self._moved:
-                self._moved.notify_all()
-            self.on_moved()
+            self.moves.end()
             self.link.stop()
             if self.forwarder is not None:
-                self.forwarder.stop(max(0.5, deadline - time.monotonic()))
-            self.roles.stop(max(0.5, deadline - time.monotonic()))  # no role changes after this
-            for part in (self.shipping, self.replaying, self._server):
+                self.forwarder.stop(left())
+            self.roles.stop(left())  # no role changes after this
+            for part in (self.shipping, self.replaying, self._server, self._verification):
                 if part is not None:
-                    part.stop(max(0.5, deadline - time.monotonic()))
-            if self._verification is not None:
-                self._verification.stop(max(0.5, deadline - time.monotonic()))
-            self.engine.close(max(0.5, deadline - time.monotonic()))
-            self.events.stop(max(0.5, deadline - time.monotonic()))
+                    part.stop(left())
+            self.engine.close(left())
+            self.events.stop(left())
 
-    # -- writing -----------------------------------------------------------------------------------
+    # -- what others ask ---------------------------------------------------------------------------
 
     def deadline(self, timeout_s: float | None) -> float:
+        """The end of a wait for an ack; default ``ack_timeout_s``."""
         return time.monotonic() + (self.ack_timeout_s if timeout_s is None else timeout_s)
-
-    def commit(
-        self,
-        write: Write,
-        timeout_s: float | None,
-        acks: Acks | None = None,
-        level: Literal["synced", "visible"] | None = None,
-    ) -> Position:
-        """Order a write and wait for its outcome; raises what refuses it or :class:`AckTimeout`."""
-        if timeout_s is None:
-            timeout_s = self.ack_timeout_s
-        if acks is not None or level is not None:
-            return self._commit_more(write, timeout_s, acks, level)
-        try:
-            self.engine.commit(write, timeout_s)
-        except Error as error:
-            if self.forwarder is None or not is_elsewhere(error):
-                raise
-            return self._forward(write, timeout_s)
-        if write.error is not None or not write.done:
-            if self.forwarder is not None and is_elsewhere(write.error):
-                return self._forward(write, timeout_s)
-            self._raise_outcome(write)
-        return _position(Position, (write.epoch, write.offset))
-
-    def _forward(
-        self, write: Write, timeout_s: float, acks: Acks | None = None, level: str | None = None
-    ) -> Position:
-        """A write that this node did not log, because another one is, or will be, primary."""
-        assert self.forwarder is not None
-        deadline_s = time.monotonic() + timeout_s
-        return self.forwarder.commit(self.forwarder.make(write.payload, write.size, deadline_s, acks, level))
 
     def forwards_now(self) -> bool:
         """Whether writes go to another node: ``forward_writes`` is set, and this node is not primary."""
         return self.forwarder is not None and self.replaying is not None
 
-    def _commit_more(
-        self, write: Write, timeout_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
-    ) -> Position:
-        deadline = time.monotonic() + timeout_s
-        if self.forwards_now():
-            self.check_asked(acks, level)
-            return self._forward(write, timeout_s, acks, level)
-        try:
-            self.check_more(acks, level)
-            self.engine.commit(write, timeout_s)
-        except Error as error:
-            if self.forwarder is None or not is_elsewhere(error):
-                raise
-            return self._forward(write, deadline - time.monotonic(), acks, level)
-        if write.error is not None or not write.done:
-            if self.forwarder is not None and is_elsewhere(write.error):
-                return self._forward(write, deadline - time.monotonic(), acks, level)
-            self._raise_outcome(write)
-        self.await_more(write.position, acks, level, deadline)
-        return write.position
+    @property
+    def primary_address(self) -> str:
+        """Where the primary is, as far as this node knows."""
+        replaying, leadership = self.replaying, self._leadership
+        if replaying is not None:
+            return replaying.primary_address or ""
+        return leadership.primary_address if leadership is not None else self.address
 
-    def finish(self, write: Write, timeout_s: float | None) -> Position:
-        """Wait for a write that is in order already."""
-        if type(write) is Forward:
-            assert self.forwarder is not None
-            return self.forwarder.finish(write, self.deadline(timeout_s))
-        self.engine.committer.finish(write, self.deadline(timeout_s))
-        if write.error is not None or not write.done:
-            self._raise_outcome(write)
-        return Position(write.epoch, write.offset)
-
-    def submit(self, write: Write) -> Write:
-        """Order a write for the background leader, or for the primary; returns what to wait for."""
-        forwarder = self.forwarder
-        if forwarder is None:
-            self.engine.submit(write, self.ack_timeout_s)
-            return write
-        item = forwarder.make(write.payload, write.size, self.deadline(None))
-        try:
-            self.engine.submit(write, self.ack_timeout_s)
-        except Error as error:
-            if not is_elsewhere(error):
-                raise
-            forwarder.order(item)
-        else:
-            forwarder.follow(item, write)
-        return item
-
-    def _raise_outcome(self, write: Write) -> None:
-        if type(write) is Forward and self.forwarder is not None:
-            self.forwarder.outcome(write)
-            return
-        if write.error is not None:
-            error = write.error
-            raise again(error) if isinstance(error, Error) else error
-        if not write.offset and self.engine.committer.withdraw(write):
-            raise Overloaded("the log did not get to this write in time; nothing of it was written")
-        position = write.position if write.offset else None
-        reached = self.shipping.copies_at(write.offset) if self.shipping is not None and position else 1
-        needed = self.engine.configuration.copies
-        raise AckTimeout(
-            f"the write at {position} is logged here; {reached} of {needed} copies confirmed it in time",
-            position=position,
-            reached=reached,
-            needed=needed,
-        )
-
-    @staticmethod
-    def check_asked(acks: Acks | None, level: str | None) -> None:
-        """``ValueError`` unless a write may ask for these."""
-        if level not in (None, "synced", "visible"):
-            raise ValueError(f'level must be "synced" or "visible", not {level!r}')
-        if acks is not None:
-            check_acks(acks)
-
-    def check_more(self, acks: Acks | None, level: str | None) -> None:
-        """Refuse a write that asks for more than can be done now."""
-        self.check_asked(acks, level)
-        if self.shipping is None:
-            if acks not in (None, 0):
-                raise NotPrimary("this store serves no followers, so none can confirm the write",
-                                 hint="open the primary with listen=")  # fmt: skip
-            return
-        self.shipping.check_more(acks)
-
-    def await_more(self, position: Position, acks: Acks | None, level: Any, deadline: float) -> None:
-        """Wait until a committed write has what it asked for; :class:`AckTimeout` at the deadline."""
-        if self.shipping is not None:
-            self.shipping.await_more(position, acks, level or "synced", deadline)
-
-    def await_record(self, record: Any, timeout_s: float | None) -> None:
-        """Wait until a record that a transaction has read is committed."""
-        if type(record) is Write:
-            self.finish(record, timeout_s)
-            return
-        seconds = self.ack_timeout_s if timeout_s is None else timeout_s
-        self.wait_for(Position(record.epoch, record.offset), seconds)
-
-    def check_record_size(self, size: int) -> None:
-        if size > self.options.record_bytes_max:
-            raise ValueTooLarge(
-                f"the transaction has {size} bytes, record_bytes_max allows {self.options.record_bytes_max}",
-                hint="split it, or open the store with a larger record_bytes_max",
-            )
+    def refuse_follower(self) -> None:
+        """The engine's ``writable`` of a follower."""
+        replaying = self.replaying
+        address = replaying.primary_address if replaying is not None else None
+        epoch = self.engine.epochs.last_epoch
+        where = f"; the primary is at {address}" if address else ""
+        raise NotPrimary(f"this node is a follower{where}", primary_address=address, epoch=epoch)
 
     def guarded(self, callback: Callable[[Any], None], argument: Any) -> None:
         """Call a user's callback; what it raises is logged and dropped."""
@@ -506,20 +363,13 @@ class Node:
         except Exception:
             log.exception("%s: a callback raised", self.label)
 
-    def refuse_follower(self) -> None:
-        replaying = self.replaying
-        address = replaying.primary_address if replaying is not None else None
-        epoch = self.engine.epochs.last_epoch
-        where = f"; the primary is at {address}" if address else ""
-        raise NotPrimary(f"this node is a follower{where}", primary_address=address, epoch=epoch)
-
-    # -- waiting and freshness ---------------------------------------------------------------------
+    # -- what happens ------------------------------------------------------------------------------
 
     def _on_committed(self, committed: int) -> None:
-        if self._waiting:
-            with self._moved:
-                self._moved.notify_all()
-        self.on_moved()
+        moves = self.moves
+        if moves.waiting:
+            moves.stir()
+        moves.on_move()
         if self.shipping is not None:
             self.shipping.on_committed(committed)
         if self.forwarder is not None:
@@ -527,342 +377,15 @@ class Node:
 
     def on_acked(self) -> None:
         """A follower confirmed more: with ``acks=0`` that moves the horizon."""
-        if self._waiting:
-            with self._moved:
-                self._moved.notify_all()
+        if self.moves.waiting:
+            self.moves.stir()
 
-    def await_move(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Wait until something is committed, or the node is closed, or ``timeout_s`` have passed; not at all
-        if ``ready()``. A part of what is waited for shows without notice: look again every quarter second."""
-        with self._moved:
-            self._waiting += 1
-            try:
-                if not ready() and not self._closed:
-                    self._moved.wait(timeout_s)
-            finally:
-                self._waiting -= 1
+    def tell(self, kind: EventKind, **fields: Any) -> None:
+        """Tell the application's listeners, on their own thread."""
+        self.events.tell(Event(kind=kind, node=self.label, time_s=time.time(), **fields))
 
-    def stir(self) -> None:
-        """Wake everybody who waits in :meth:`await_move`."""
-        with self._moved:
-            self._moved.notify_all()
-
-    def wait_for(self, position: Position, timeout_s: float) -> None:
-        """Return once reads here show ``position``; :class:`StaleRead` after ``timeout_s``.
-
-        :class:`RolledBack` when this history cannot contain it any more.
-        """
-        try:
-            epoch, offset = position
-        except (TypeError, ValueError):
-            raise TypeError(f"expected a Position, not {type(position).__name__}") from None
-        wanted = Position(epoch, offset)
-        deadline = time.monotonic() + timeout_s
-        if self.reached(wanted):
-            return
-        with self._moved:
-            self._waiting += 1
-            try:
-                while not self.reached(wanted):
-                    if self._closed:
-                        raise ClosedError("the store is closed")
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        raise self.stale(wanted, timeout_s)
-                    self._moved.wait(min(left, 0.25))
-            finally:
-                self._waiting -= 1
-
-    def until(self, condition: Callable[[], bool], deadline_s: float) -> bool:
-        """Wait until something that comes with commits is so; False when it is not by ``deadline_s``."""
-        if condition():
-            return True
-        with self._moved:
-            self._waiting += 1
-            try:
-                while not condition():
-                    left = deadline_s - time.monotonic()
-                    if left <= 0 or self._closed:
-                        return condition()
-                    self._moved.wait(min(left, 0.02))
-            finally:
-                self._waiting -= 1
-        return True
-
-    def knows_primary(self, epoch: int) -> None:
-        """There is a primary of ``epoch``: this node, one whose stream has joined, or one that said so."""
-        if epoch > self._known_epoch:
-            self._known_epoch, self._known_s = epoch, time.monotonic()
-            self.link.moved(epoch)
-
-    @property
-    def settling(self) -> bool:
-        """Whether the present primary is so new that its followers may not have found it yet."""
-        return time.monotonic() - self._known_s < self.options.heartbeat_timeout_s
-
-    def confirm(self, deadline_s: float) -> None:
-        """As primary, make sure that this node still is one; see :meth:`Shipping.confirm`."""
-        shipping = self.shipping
-        if shipping is None:
-            if self.replaying is not None:
-                self.refuse_follower()
-            return  # alone: there is nobody else
-        shipping.confirm(deadline_s)
-
-    def linearize(self, timeout_s: float | None) -> None:
-        """Return when reads here show everything that was committed anywhere before the call.
-
-        A primary asks its voters whether it still is one; a follower asks its primary for the committed
-        position and waits for it. Calls at the same time share a question. :class:`StaleRead` or
-        :class:`NotPrimary` when that cannot be had in ``timeout_s``.
-        """
-        deadline_s = self.deadline(timeout_s)
-        while True:
-            if self.replaying is None:
-                self.engine.need_alive()
-                try:
-                    self.confirm(deadline_s)
-                    return
-                except NotPrimary:
-                    if self.replaying is None:
-                        raise
-            position: Position = self._reads.run(deadline_s)
-            try:
-                self.wait_for(position, max(0.0, deadline_s - time.monotonic()))
-                return
-            except RolledBack:  # only a forced promotion takes back what was confirmed: ask again
-                if time.monotonic() >= deadline_s:
-                    raise
-
-    def _ask_read_position(self, deadline_s: float) -> Position:
-        """What the primary, confirmed, has committed. One attempt after another until ``deadline_s``."""
-        while True:
-            target = self.link.find(deadline_s)
-            left = deadline_s - time.monotonic()
-            try:
-                if not target.address:
-                    self.confirm(deadline_s)
-                    return self.engine.committed_position
-                answer = self.link.call(target, "read_position", {"timeout_s": left}, left + 0.05)
-                return Position.parse(str(answer.get("position")))
-            except (NotPrimary, Fenced) as error:
-                self.link.over(target.epoch)
-                failed: Error = error
-            except StaleRead:
-                raise
-            except ValueError as error:
-                raise ProtocolError(f"the primary did not answer with a position: {error}") from None
-            except Error as error:
-                failed = error
-            if time.monotonic() >= deadline_s or self._closed:
-                raise StaleRead(
-                    f"the primary did not confirm in time what is committed: {failed}",
-                    position=self.engine.committed_position,
-                ) from failed
-            time.sleep(0.01)
-
-    def reached(self, position: Position) -> bool:
-        """Whether reads here show ``position``; :class:`RolledBack` when this history cannot contain it.
-
-        It cannot when a newer epoch is committed at or below it. An older one there means that this node
-        has not heard of the newer history yet.
-        """
-        epoch, offset = position
-        shown = self.engine.view.last
-        here = self.engine.epochs.epoch_at(min(offset, shown))
-        if here > epoch:
-            raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
-        return offset <= shown and (here == epoch or not offset)
-
-    def stale(self, wanted: Position, timeout_s: float) -> StaleRead:
-        """The error of a wait that ended without its position."""
-        shown = self.engine.committed_position
-        return StaleRead(
-            f"position {wanted} is not here after {timeout_s:g} s; this node shows {shown}",
-            position=shown,
-            wanted=wanted,
-        )
-
-    def check_history(self, position: Position) -> None:
-        """:class:`RolledBack` or :class:`StaleRead` unless ``position`` is part of what is shown here."""
-        if not self.reached(position):
-            raise self.stale(position, 0.0)
-
-    def freshen(
-        self,
-        at_least: Position | None,
-        max_staleness_s: float | None,
-        timeout_s: float | None,
-        consistency: str | None = None,
-    ) -> None:
-        """Before a read: wait for a position, check the staleness, or make it linearizable."""
-        if consistency is not None and self.is_linearizable(consistency):
-            self.linearize(timeout_s)
-        if at_least is not None:
-            self.wait_for(at_least, 5.0 if timeout_s is None else timeout_s)
-        if max_staleness_s is not None and self.replaying is not None:
-            self._need_fresh(self.replaying, max_staleness_s, 1.0 if timeout_s is None else timeout_s)
-
-    @staticmethod
-    def is_linearizable(consistency: str) -> bool:
-        """Whether the read waits for the primary's word; ``ValueError`` for what is no consistency."""
-        if consistency not in ("local", "linearizable"):
-            raise ValueError(f'consistency must be "local" or "linearizable", not {consistency!r}')
-        return consistency == "linearizable"
-
-    def _need_fresh(self, replaying: Replaying, max_staleness_s: float, timeout_s: float) -> None:
-        """Wait for an answer of the primary if this copy may be too old; ``StaleRead`` without one."""
-        staleness = replaying.staleness_s()
-        if staleness <= max_staleness_s:
-            return
-        if replaying.connected:
-            deadline = time.monotonic() + timeout_s
-            replaying.probe()
-            with self._moved:
-                self._waiting += 1
-                try:
-                    while (staleness := replaying.staleness_s()) > max_staleness_s:
-                        left = deadline - time.monotonic()
-                        if left <= 0 or not replaying.connected:
-                            break
-                        self._moved.wait(min(left, 0.02))
-                finally:
-                    self._waiting -= 1
-        if staleness > max_staleness_s:
-            raise StaleRead(
-                f"this copy may be {staleness:.3f} s old, {max_staleness_s:g} s are allowed",
-                staleness_s=staleness,
-                position=self.engine.committed_position,
-            )
-
-    def settle(self, request: RequestId, timeout_s: float) -> Outcome:
-        """What became of a forwarded write; see :meth:`Forwarder.settle`."""
-        forwarder = self.forwarder
-        if forwarder is None:
-            raise TypeError("only a store that was opened with forward_writes=True has request ids")
-        return forwarder.settle(request, timeout_s)
-
-    def resolve(self, position: Position | RequestId) -> Outcome:
-        """What became of a write; never a guess."""
-        if isinstance(position, RequestId):
-            found = self.engine.view.forwarded(position)[0]
-            return Outcome.COMMITTED if found is not None else Outcome.PENDING
-        epoch, offset = position
-        engine = self.engine
-        shown = engine.view.last
-        here = engine.epochs.epoch_at(min(offset, shown))
-        if here > epoch:
-            return Outcome.ROLLED_BACK
-        # What is logged here and not committed says nothing: it can be cut itself.
-        return Outcome.COMMITTED if offset <= shown and here == epoch else Outcome.PENDING
-
-    # -- configuration -----------------------------------------------------------------------------
-
-    def reconfigure(self, change: Callable[[Configuration], Configuration], timeout_s: float) -> Position:
-        """Log a changed configuration and wait until it is committed under the old and the new rule."""
-        deadline = time.monotonic() + timeout_s
-        if self.shipping is not None:
-            write = self.shipping.propose(change, deadline)
-        else:
-            with self._role_lock:
-                self.engine.writable_as_primary()
-                write = self.engine.configure(change(self.engine.configuration))
-        self.engine.committer.finish(write, deadline)
-        if write.error is not None or not write.done:
-            self._raise_outcome(write)
-        self.ack_timeout_s = self.engine.configuration.ack_timeout_s
-        return write.position
-
-    def add_witness(self, name: str, address: str, timeout_s: float) -> Position:
-        """Make the node at ``address``, which was opened as a witness, a voter without data."""
-        if self.shipping is None:
-            self.engine.writable_as_primary()
-            raise ValueError("this store serves no other nodes; open it with listen=")
-        answer = self.roles.call(address, "standing", {}, timeout_s)
-        store_id, lineage = bytes(answer["store_id"]), bytes(answer["lineage"])
-        if str(answer["name"]) != name or not answer.get("witness"):
-            raise ValueError(f"the node at {address} is not a witness named {name!r}")
-        if lineage and lineage != self.engine.home.lineage:
-            raise ValueError(f"the witness at {address} belongs to another group")
-
-        def change(now: Configuration) -> Configuration:
-            if now.voter(store_id) is not None:
-                return now
-            return now.with_voter(store_id, name, address, witness=True)
-
-        return self.reconfigure(change, timeout_s)
-
-    def add_voter(self, name: str, timeout_s: float) -> Position:
-        """Make a known follower a voter, even one that was removed before."""
-        shipping = self.shipping
-        if shipping is None:
-            self.engine.writable_as_primary()
-            raise ValueError(f"no follower named {name!r} is known here")
-        return self.reconfigure(lambda now: shipping.with_voter(now, name), timeout_s)
-
-    # -- status ------------------------------------------------------------------------------------
-
-    def status(self) -> Status:
-        """Where this node stands; cheap enough to ask once a second."""
-        engine = self.engine
-        home, state, committer = engine.home, engine.tree.state, engine.committer
-        configuration, effective = engine.configuration, engine.configurations_in_force()[0]
-        closed = engine.closed
-        return Status(
-            role=self.role,
-            name=home.name,
-            store_id=home.store_id.hex(),
-            lineage=home.lineage.hex(),
-            address=self.address,
-            path=str(home.path),
-            epoch=committer.epoch or engine.epochs.last_epoch,
-            first_offset=committer.log.first,
-            last_offset=engine.tail.offset,
-            durable_offset=committer.durable,
-            committed_offset=committer.committed,
-            applied_offset=state.applied.offset,
-            position=engine.committed_position,
-            acks=configuration.acks,
-            ack_timeout_s=configuration.ack_timeout_s,
-            durability=self.options.durability,
-            voters=tuple(v.name or v.store_id.hex()[:8] for v in configuration.voters),
-            copies=effective.copies_wanted,
-            away=tuple(v.name or v.store_id.hex()[:8] for v in effective.away),
-            unprotected=effective.unprotected,
-            degrade_after_s=configuration.degrade_after_s,
-            not_writable=self._not_writable(),
-            primary_address=self.primary_address,
-            followers=self.shipping.followers() if self.shipping is not None else (),
-            source=self.replaying.status() if self.replaying is not None else None,
-            verified_through=0 if engine.unverified else state.verified,
-            diverged_at=state.diverged,
-            memtable_bytes=engine.view.memory_bytes,
-            log_bytes=committer.log.size,
-            lmdb_bytes=0 if closed else engine.tree.file_bytes,
-            flushes=engine.flusher.flushes,
-            uncommitted_bytes=committer.pending_bytes,
-            snapshot_age_s=engine.view.oldest_snapshot_age_s(),
-            rescued=tuple(str(p) for p in engine.rescued),
-        )
-
-    @property
-    def primary_address(self) -> str:
-        replaying, shipping = self.replaying, self.shipping
-        if replaying is not None:
-            return replaying.primary_address or ""
-        return shipping.primary_address if shipping is not None else self.address
-
-    def _not_writable(self) -> str:
-        committer = self.engine.committer
-        if committer.closed is not None:
-            return str(committer.closed)
-        if self.shipping is None and self.replaying is None:
-            return ""
-        try:
-            self.engine.writable()
-        except Error as error:
-            return error.message
-        return ""
+    def _on_rollback(self, first: int, last: int, path: Path, reason: str) -> None:
+        self.tell(EventKind.ROLLED_BACK, first=first, last=last, path=str(path), reason=reason)
 
 
 def _grpc(options: Options) -> Transport:

@@ -45,6 +45,7 @@ __all__ = [
     "fetch_all",
     "promise_of",
     "promote",
+    "rules_of",
 ]
 
 log = logging.getLogger("kvrep.replication")
@@ -98,7 +99,7 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
         return _promote_by_force(roles, force, deadline_s)
     rival = seen = 0
     for attempt in range(ATTEMPTS_MAX):
-        effective, rules = _rules(engine)
+        effective, rules = rules_of(engine)
         _check_candidate(node, effective, rules)
         if attempt or not asked:
             peers = ask_all(roles, "standing", {}, deadline_s, _would_do(node, effective, rules))
@@ -128,7 +129,7 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
                 if not promotion.enough:
                     raise _unsafe(node, promotion, answered=len(promotion.promised))
                 fetch_all(roles, promotion, deadline_s)
-                _check_candidate(node, *_rules(engine))
+                _check_candidate(node, *rules_of(engine))
                 roles.take_over(epoch, promotion.promised)
                 return epoch
             seen = promotion.highest_seen if promotion is not None else 0
@@ -137,7 +138,7 @@ def promote(roles: Roles, deadline_s: float, force: Force | None = None, *, aske
     raise Fenced(f"other promotions came between, the last one at epoch {seen}", epoch=seen)
 
 
-def _rules(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
+def rules_of(engine: Engine) -> tuple[Configuration, tuple[Configuration, ...]]:
     """The configuration in effect, and those that may be, too."""
     effective, proposed = engine.configurations_in_force()
     return effective, () if proposed is None else (proposed[1],)

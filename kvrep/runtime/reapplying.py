@@ -57,7 +57,7 @@ def answer_reapply(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     engine = node.engine
     size = sum(len(key) + len(value or b"") + 16 for _, key, value in ops)
-    node.check_record_size(size)
+    node.writes.check_record_size(size)
     engine.writable()
     owner, granted = object(), threading.Event()
     committer = engine.committer
@@ -73,7 +73,7 @@ def answer_reapply(node: Node, request: Mapping[str, Any]) -> dict[str, Any]:
     finally:
         committer.leave_place(owner, None)
     committer.kick()
-    position: Position = node.finish(write, max(0.0, deadline - time.monotonic()))
+    position: Position = node.writes.finish(write, max(0.0, deadline - time.monotonic()))
     return {"changed": [], "position": str(position)}
 
 

@@ -423,7 +423,7 @@ class Replaying:
                     self._primary_name, self._primary_id = welcome.name, welcome.store_id
                     self._tell_heard()
                     self._say("streaming")
-                    self.node.knows_primary(welcome.epoch)
+                    self.node.link.knows(welcome.epoch)
                 case MakePromise(epoch, reply):
                     self._promise(stream, epoch, reply)
                 case Cut():

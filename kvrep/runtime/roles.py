@@ -26,9 +26,10 @@ from kvrep.errors import (
 )
 from kvrep.model.configuration import Configuration, Voter
 from kvrep.runtime.brokered import is_broker_url
+from kvrep.runtime.leadership import nothing_commits
 from kvrep.runtime.promoting import Force, ask_all, promote
 from kvrep.runtime.replaying import Replaying, check_address
-from kvrep.runtime.shipping import Shipping, nothing_commits
+from kvrep.runtime.shipping import Shipping
 from kvrep.status import EventKind
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class Roles:
         self._need_transport()
         with self.changing(timeout_s):
             shipping = node.shipping
-            if shipping is not None and shipping.leading:
-                return shipping.epoch
+            if shipping is not None and shipping.leadership.leading:
+                return shipping.leadership.epoch
             if shipping is None and node.replaying is None:
                 raise NotPrimary("this store is not part of a group; it takes writes as it is",
                                  primary_address=None, epoch=None)  # fmt: skip
@@ -115,20 +116,25 @@ class Roles:
         self._need_transport()
         self._check_source(address)
         with self.changing(SETTLE_S):
-            self._follow(address)
+            self.go_after(address)
 
-    def _follow(self, address: str) -> None:
+    def go_after(self, address: str) -> None:
         """As :meth:`follow`, of a node that is known to be ours. The lock is held."""
-        node = self.node
-        if node.replaying is not None:
-            node.replaying.follow(address)
+        replaying = self.node.replaying
+        if replaying is not None:
+            replaying.follow(address)
             return
+        error = NotPrimary(f"this node follows {address}", primary_address=address, epoch=None)
+        self.end_primary(error, address)
+
+    def end_primary(self, error: Error, address: str = "") -> None:
+        """Be primary no more; follow the node at ``address``, or nobody until told whom. The lock is held."""
+        node = self.node
         shipping = node.shipping
         assert shipping is not None
-        shipping.retire(NotPrimary(f"this node follows {address}", primary_address=address, epoch=None))
-        shipping.stop(STOP_S)
-        replaying = self.be_follower((address,))
-        replaying.primary_address = address
+        shipping.retire(error, STOP_S)
+        replaying = self.be_follower((address,) if address else ())
+        replaying.primary_address = address or None
         node.shipping = None
         replaying.start()
         node.tell(EventKind.FOLLOWER, address=address)
@@ -179,14 +185,15 @@ class Roles:
             log.warning("%s: %s is primary in epoch %d; following it",
                         self.node.label, newest.voter.name, newest.primary_epoch)  # fmt: skip
             with self.lock:
-                self._follow(newest.voter.address)
+                self.go_after(newest.voter.address)
             return
-        problem = shipping.lost(peers)
+        shipping.attach()
+        problem = shipping.leadership.lost(peers)
         if problem:
-            shipping.complain(f"{self.node.label}: {problem}")
-            shipping.hold(problem)
+            log.error("%s: %s", self.node.label, problem)
+            shipping.leadership.hold(problem)
         else:
-            shipping.start()
+            shipping.leadership.start()
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -201,7 +208,7 @@ class Roles:
                 if replaying.alive:
                     raise Overloaded("this node is still busy with what its primary sent")
             elif shipping is not None:
-                shipping.suspend("this node is being promoted")
+                shipping.leadership.suspend("this node is being promoted")
             yield
         finally:
             if node.closing:
@@ -209,7 +216,7 @@ class Roles:
             elif replaying is not None and node.replaying is replaying:
                 self.be_follower(replaying.sources, replaying).start()
             elif shipping is not None and node.shipping is shipping:
-                shipping.resume()
+                shipping.leadership.resume()
                 self.seek()
             with self._changed:
                 self._promoting = False
@@ -219,23 +226,6 @@ class Roles:
         """Wait, not for long, for the end of a promotion that is under way here."""
         with self._changed:
             self._changed.wait_for(lambda: not self._promoting or self._stop.is_set(), SETTLE_S)
-
-    def go_after(self, address: str) -> None:
-        """Follow the node at ``address``, which the coordinator knows to be primary. The lock is held."""
-        self._follow(address)
-
-    def end_primary(self, error: Error) -> None:
-        """Be primary no more, and follow nobody until told whom. The lock is held."""
-        node = self.node
-        shipping = node.shipping
-        assert shipping is not None
-        shipping.retire(error)
-        shipping.stop(STOP_S)
-        self.be_follower(())
-        node.shipping = None
-        assert node.replaying is not None
-        node.replaying.start()
-        node.tell(EventKind.FOLLOWER)
 
     def take_over(
         self,
@@ -251,20 +241,18 @@ class Roles:
         self.need_open()
         replaying, old = node.replaying, node.shipping
         if old is not None:
-            old.retire(Fenced(f"epoch {epoch} begins", epoch=epoch))
-            old.stop(STOP_S)
-        shipping = Shipping(node)
-        if replaying is not None:
-            shipping.inherit(replaying.slots)
+            old.retire(Fenced(f"epoch {epoch} begins", epoch=epoch), STOP_S)
+        shipping = Shipping(node, replaying.slots if replaying is not None else ())
         node.shipping, node.replaying = shipping, None
         try:
-            shipping.take_over(epoch, fenced, forced, founding=founding, unfenced=unfenced)
+            shipping.attach()
+            shipping.leadership.take_over(epoch, fenced, forced, founding=founding, unfenced=unfenced)
         except BaseException as error:
-            shipping.retire(Fenced(f"epoch {epoch} did not begin: {error}", epoch=epoch))
-            shipping.stop(STOP_S)
+            shipping.retire(Fenced(f"epoch {epoch} did not begin: {error}", epoch=epoch), STOP_S)
             if old is not None and replaying is None:
                 node.shipping = Shipping(node)
-                node.shipping.resume()
+                node.shipping.attach()
+                node.shipping.leadership.resume()
             else:
                 node.shipping, node.replaying = None, replaying
             raise
@@ -279,7 +267,7 @@ class Roles:
         node = self.node
         shipping, replaying = node.shipping, node.replaying
         if shipping is not None:
-            shipping.promised_away(epoch, address)
+            shipping.leadership.promised_away(epoch, address)
             self.seek()
         if replaying is not None:
             replaying.promised(epoch, address)
@@ -311,8 +299,7 @@ class Roles:
                     log.info("%s: looking for the primary: %s", self.node.label, error)
                 except Exception:
                     log.exception("%s: looking for the primary", self.node.label)
-                shipping = self.node.shipping
-                missed = missed + 1 if shipping is not None and shipping.leading else 0
+                missed = missed + 1 if self.node.primary_epoch else 0
                 pause = min(SEEK_INTERVAL_S * 2 ** min(missed, 8), MISSED_INTERVAL_MAX_S)
                 if self._seek.wait(pause):
                     missed = 0
@@ -329,9 +316,9 @@ class Roles:
         shipping = self.node.shipping
         if shipping is None or self.node.coordinator is not None:
             return False
-        if not shipping.leading or not (shipping.fenced or shipping.forced):
+        if not self.node.fenced:
             return True
-        missing = shipping.missing_voters()
+        missing = shipping.followers.missing_voters()
         return bool(missing) and any(v.address for v in self.other_voters() if v.store_id in missing)
 
     def _look(self) -> None:
@@ -342,14 +329,13 @@ class Roles:
             if self._stop.is_set() or not self._unsettled():
                 return
             newest = max(node.engine.epochs.last_epoch, node.primary_epoch)
-            shipping = node.shipping
-            unfenced = shipping is not None and shipping.leading and not (shipping.fenced or shipping.forced)
+            unfenced = node.primary_epoch and not node.fenced
             found = [p for p in peers if p.primary_epoch > newest or (unfenced and p.fenced)]
             if found:
                 peer = max(found, key=lambda p: p.primary_epoch)
                 log.warning("%s: %s is primary in epoch %d; following it",
                             node.label, peer.voter.name, peer.primary_epoch)  # fmt: skip
-                self._follow(peer.voter.address)
+                self.go_after(peer.voter.address)
 
     def _renew(self) -> None:
         """A primary that was fenced for an epoch which began and came to nothing promotes itself anew.
@@ -360,10 +346,11 @@ class Roles:
         shipping, options = self.node.shipping, self.node.options
         if shipping is None:
             return
-        if not shipping.replaced:
-            shipping.renew(time.monotonic())
+        leadership = shipping.leadership
+        if not leadership.replaced:
+            leadership.renew(time.monotonic())
             return
-        if shipping.superseded_s(time.monotonic()) < options.heartbeat_timeout_s:
+        if leadership.superseded_s(time.monotonic()) < options.heartbeat_timeout_s:
             return
         log.warning("%s: no primary of the newer epoch shows itself; trying again above it", self.node.label)
         self.promote(2 * options.heartbeat_timeout_s)
@@ -374,7 +361,7 @@ class Roles:
         """What would block a switchover to the voter named ``to``; empty when nothing would."""
         node = self.node
         shipping = node.shipping
-        if shipping is None or not shipping.leading:
+        if shipping is None or not shipping.leadership.leading:
             return ["this node is not the primary"]
         voter = node.engine.configuration.named(to)
         if voter is None:
@@ -388,11 +375,10 @@ class Roles:
             found.append(f"the ack rule goes on without {to}, which may lack acknowledged records")
         if not voter.address:
             found.append(f"{to} does not listen, so nobody could follow it")
-        status = next((f for f in shipping.followers() if f.store_id == voter.store_id.hex()), None)
-        if status is None or not status.connected or status.state != "streaming":
+        if not shipping.streams_to(voter.store_id):
             found.append(f"{to} is not connected")
         rule = node.engine.configuration
-        away = set(shipping.missing_voters())
+        away = set(shipping.followers.missing_voters())
         there = rule.data_voters - len(away)
         if there < rule.fence:
             names = ", ".join(v.name for v in rule.voters if v.store_id in away)
@@ -416,7 +402,7 @@ class Roles:
             voter = node.engine.configuration.named(to)
             assert voter is not None
             self._hand_over(voter, deadline)
-            self._follow(voter.address)
+            self.go_after(voter.address)
         return ()
 
     def _hand_over(self, voter: Voter, deadline: float) -> None:
@@ -446,10 +432,10 @@ class Roles:
             failure = error
         peers = ask_all(self, "standing", {}, time.monotonic() + 2.0)
         shipping = node.shipping
-        epoch = shipping.epoch if shipping is not None else 0
+        epoch = shipping.leadership.epoch if shipping is not None else 0
         if any(p.voter.store_id == voter.store_id and p.primary_epoch > epoch for p in peers):
             return  # it succeeded, and only the answer was lost
-        if shipping is not None and not shipping.leading:
+        if shipping is not None and not shipping.leadership.leading:
             try:
                 promote(self, time.monotonic() + 5.0)
                 log.warning("%s: goes on as primary in epoch %d", node.label, node.primary_epoch)
@@ -469,14 +455,14 @@ class Roles:
                 raise Fenced("this node was fenced meanwhile", epoch=0)
             if (
                 not node.engine.committer.busy
-                and shipping.synced_by(voter.store_id) >= node.engine.tail.offset
+                and shipping.followers.synced_by(voter.store_id) >= node.engine.tail.offset
             ):
                 return
             if time.monotonic() >= deadline:
                 raise UnsafePromotion(
                     f"{voter.name} did not catch up in time", missing=(voter.name,), needed=1, answered=0
                 )
-            shipping.await_ack(0.05)
+            shipping.followers.await_ack(0.05)
 
     # -- the others --------------------------------------------------------------------------------
 

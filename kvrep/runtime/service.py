@@ -21,6 +21,7 @@ from kvrep.runtime.promoting import (
     answer_standing,
 )
 from kvrep.runtime.reapplying import answer_changes, answer_reapply
+from kvrep.runtime.reporting import status_of
 from kvrep.runtime.signal import Signal
 from kvrep.storage.digest import DIGEST_MODULUS
 from kvrep.storage.tree import digests_out
@@ -85,9 +86,6 @@ class NodeService:
     def snapshot(self, request: SnapshotRequest) -> Iterator[SnapshotItem]:
         from kvrep.runtime.spooling import serve_snapshot
 
-        if self._node.shipping is None:
-            raise NotPrimary("snapshots come from the primary", primary_address=self._node.primary_address,
-                             epoch=None)  # fmt: skip
         return serve_snapshot(self._node, request)
 
     def call(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -110,13 +108,13 @@ class NodeService:
 
     def _status(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         del request
-        return {"status": self._node.status().to_json(), "time": time.time()}
+        return {"status": status_of(self._node).to_json(), "time": time.time()}
 
     def _get(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         name, prefix = self._space(request)
         key = check_key(request.get("key"))
         at_least = _position(request.get("at_least"))
-        self._node.freshen(
+        self._node.freshness.need(
             at_least, request.get("max_staleness_s"), _timeout(request), request.get("consistency")
         )
         return {"value": self._node.engine.view.get(name, prefix, key), "position": str(self._position())}
@@ -136,18 +134,18 @@ class NodeService:
             size += len(key) + len(value or b"") + 16
         if not ops:
             raise ProtocolError("a write without operations")
-        self._node.check_record_size(size)
+        self._node.writes.check_record_size(size)
         write = Write(Kind.WRITE, write_payload(ops), size)
-        position = self._node.commit(write, _timeout(request), request.get("acks"), request.get("level"))
+        position = self._node.writes.commit(
+            write, _timeout(request), request.get("acks"), request.get("level")
+        )
         return {"position": str(position)}
 
     def _read_position(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """What this primary, confirmed by its voters after the question came, has committed."""
         node = self._node
         deadline_s = node.deadline(_timeout(request))
-        if node.shipping is None:
-            node.refuse_follower()
-        node.confirm(deadline_s)
+        node.freshness.confirm(deadline_s)
         return {"position": str(node.engine.committed_position)}
 
     def _promote(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -166,13 +164,13 @@ class NodeService:
         position = _position(request.get("position"))
         if position is None:
             raise ProtocolError("resolve needs a position")
-        return {"outcome": self._node.resolve(position).value}
+        return {"outcome": self._node.writes.resolve(position).value}
 
     def _wait(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         position = _position(request.get("position"))
         if position is None:
             raise ProtocolError("wait needs a position")
-        self._node.wait_for(position, _timeout(request) or 5.0)
+        self._node.freshness.wait_for(position, _timeout(request) or 5.0)
         return {"position": str(self._position())}
 
     def _digests(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -242,7 +240,7 @@ class NodeService:
 
     def scan(self, request: Mapping[str, Any]) -> Iterator[list[tuple[bytes, bytes]]]:
         name, _ = self._space(request)
-        self._node.freshen(
+        self._node.freshness.need(
             _position(request.get("at_least")),
             request.get("max_staleness_s"),
             5.0 if request.get("timeout_s") is None else _timeout(request),

@@ -77,7 +77,7 @@ class FollowerSession:
         # Protects progress and sender: the reader reports, the sender thread asks.
         self._lock = threading.Lock()
         # Held while it is decided how the Hello is answered, and at the end: the reader does that, and any
-        # thread that begins an epoch. Taken before the locks of Shipping, never after them.
+        # thread that begins an epoch. Taken before the locks of leadership and followers, never after them.
         self._joining = threading.Lock()
         self._feeding = False
         """Set when the Welcome is in the outbox: records may follow it."""
@@ -149,7 +149,7 @@ class FollowerSession:
                 return
             if self._last_message or self._ended:
                 return
-            asking, epoch = self._shipping.stage()
+            asking, epoch = self._shipping.leadership.stage()
             if asking:
                 self._fence(progress, asking)
             elif epoch:
@@ -180,7 +180,8 @@ class FollowerSession:
             if self.progress is None:
                 raise ProtocolError("a promise before the Hello")
             self.progress.last_heard = time.monotonic()
-            self._shipping.on_promise(self, message)
+            self._shipping.leadership.on_promise(self.store_id, message)
+            self.proceed()
         else:
             raise ProtocolError(f"{type(message).__name__} is not for a primary")
 
@@ -192,7 +193,7 @@ class FollowerSession:
             with self._lock:
                 moved = sender.on_ack(ack, time.monotonic())
         except Fenced as error:
-            self._shipping.superseded(self.store_id, error.epoch, written=0)
+            self._shipping.leadership.superseded(self.store_id, error.epoch, written=0)
             raise
         if moved:
             self._shipping.on_ack(self, ack)
@@ -204,10 +205,10 @@ class FollowerSession:
         if sender is None or progress is None:
             raise ProtocolError("an answer before the join")
         if message.promised_epoch > sender.epoch:
-            self._shipping.superseded(self.store_id, message.promised_epoch, written=0)
+            self._shipping.leadership.superseded(self.store_id, message.promised_epoch, written=0)
             return
         progress.last_heard = time.monotonic()
-        self._shipping.on_confirm(self, message.round)
+        self._shipping.confirming.on_confirm(self, message.round)
 
     def _on_credit(self, credit: Credit) -> None:
         if self._sender is None:
@@ -227,14 +228,15 @@ class FollowerSession:
             last_heard=time.monotonic(),
         )
         self.hello = hello
-        refused = refusal(hello, self._view()) or self._shipping.admit(self)
+        refused = refusal(hello, self._view()) or self._shipping.followers.admit(self)
         if refused is not None:
             self.end(refused)
             return
-        self._shipping.greeted(self)
+        self._shipping.leadership.heard(hello.store_id, max(hello.promised_epoch, hello.last.epoch))
+        self.proceed()
 
     def _view(self) -> LogView:
-        engine, shipping = self._engine, self._shipping
+        engine, leadership = self._engine, self._shipping.leadership
         log = engine.committer.log
         return LogView(
             store_id=engine.home.store_id,
@@ -242,12 +244,12 @@ class FollowerSession:
             lineage=engine.home.lineage,
             branch=engine.branch,
             ancestors=tuple(branch for _, branch in engine.branches[:-1]),
-            epoch=shipping.epoch,
-            fenced=shipping.fenced or shipping.forced,
+            epoch=leadership.epoch,
+            fenced=leadership.fenced or leadership.forced,
             first=log.first,
             last=log.tail.offset,
             epochs=engine.epochs,
-            primary_address=shipping.node.primary_address,
+            primary_address=self._shipping.node.primary_address,
         )
 
     def _join(self, hello: Hello) -> None:
@@ -258,7 +260,9 @@ class FollowerSession:
         elif isinstance(plan, Truncate | NeedBootstrap):
             plan = self._check_loss(hello, view) or plan
         if isinstance(plan, Superseded):
-            self._shipping.superseded(hello.store_id, plan.epoch, written=hello.last.epoch, follows=True)
+            self._shipping.leadership.superseded(
+                hello.store_id, plan.epoch, written=hello.last.epoch, follows=True
+            )
             self.end(Refused(reason="superseded", message=f"epoch {plan.epoch} is newer", epoch=plan.epoch))
         elif isinstance(plan, Continue):
             self._welcome(plan, hello)
@@ -270,7 +274,7 @@ class FollowerSession:
             self._signal.set()
 
     def _check_loss(self, hello: Hello, view: LogView) -> Refused | None:
-        if self._shipping.forced or not self._engine.configuration.synchronous:
+        if self._shipping.leadership.forced or not self._engine.configuration.synchronous:
             return None
         refused = check_loss(hello, view)
         if refused is not None:
@@ -293,7 +297,7 @@ class FollowerSession:
         if options.compression == "zstd" and "zstd" in hello.features:
             features, self._compress = (*features, "zstd"), compressor()
         now = time.monotonic()
-        epoch = self._shipping.epoch
+        epoch = self._shipping.leadership.epoch
         self.progress.join(plan.at, hello.credit_bytes, epoch, now)
         welcome = Welcome(
             lineage=engine.home.lineage,
@@ -342,8 +346,8 @@ class FollowerSession:
                 if not self._await_join():
                     return None
                 continue
-            if self._probes and self._shipping.probes_wanted > self._probed:
-                self._probed = self._shipping.probing()
+            if self._probes and self._shipping.followers.rounds.wanted > self._probed:
+                self._probed = self._shipping.confirming.probing()
                 return Probe(epoch=self._sender.epoch, round=self._probed)
             message = self._step(self._sender)
             if message is not None:
@@ -453,6 +457,6 @@ class FollowerSession:
             stamp_us=stamp,
             time_us=time.time_ns() // 1000,
             slots=slots,
-            path=self._shipping.path(),
+            path=(self._engine.home.name,) if self._engine.home.name else (),
             behind_bytes=self._engine.committer.log.bytes_after(progress.sent) + progress.in_flight_bytes,
         )

@@ -51,6 +51,8 @@ from kvrep.transport.interface import (
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
     from kvrep.runtime.shipping import Shipping
+    from kvrep.runtime.slots import Slots
+    from kvrep.storage.engine import Engine
 
 __all__ = ["Spools", "serve_snapshot"]
 
@@ -92,7 +94,7 @@ def _check(shipping: Shipping, request: SnapshotRequest) -> None:
     closed = shipping.engine.committer.closed
     if isinstance(closed, Fenced):
         raise again(closed)
-    if not shipping.epoch:
+    if not shipping.leadership.epoch:
         raise NotPrimary("this node is not a primary yet", primary_address=None, epoch=None)
 
 
@@ -102,7 +104,7 @@ def _info(shipping: Shipping, spool: Spool) -> SnapshotInfo:
         lineage=home.lineage,
         branch=spool.branch,
         applied=spool.tail,
-        epoch=shipping.epoch,
+        epoch=shipping.leadership.epoch,
         last=shipping.engine.tail.offset,
         store_id=home.store_id,
         name=home.name,
@@ -127,7 +129,6 @@ class Spool:
         self.branch = copy.state.branch
         self.branches = tuple(branch for _, branch in copy.state.branches)
         self.epochs = copy.state.epochs
-        self.made_s = time.monotonic()
         self.users: dict[bytes, float] = {}
         """Store ids of the followers it is kept for, and when they were last seen. Guarded by Spools."""
         self.readers = 0
@@ -340,10 +341,11 @@ class Spool:
 class Spools:
     """The copies of one primary. Any thread."""
 
-    def __init__(self, shipping: Shipping) -> None:
-        self._shipping = shipping
-        self._engine = shipping.engine
-        self._directory = shipping.engine.home.spool
+    def __init__(self, engine: Engine, slots: Slots, label: str) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._label = label
+        self._directory = engine.home.spool
         # Protects everything below and the counts of every spool.
         self._lock = threading.Lock()
         self._spools: list[Spool] = []
@@ -394,7 +396,7 @@ class Spools:
 
     def _make(self, request: SnapshotRequest) -> Spool:
         self._make_room()
-        shipping, engine = self._shipping, self._engine
+        engine = self._engine
         # The slot first: nothing above it is trimmed between here and the copy.
         self._keep_log(request, engine.tree.state.applied.offset)
         copy = TreeCopy(engine.tree)
@@ -403,7 +405,7 @@ class Spools:
             spool = Spool(
                 copy,
                 self._directory,
-                shipping.node.label,
+                self._label,
                 reserve_bytes=engine.options.log_file_bytes + (4 << 20),
             )
         except OSError as error:
@@ -415,7 +417,7 @@ class Spools:
         except BaseException:
             copy.close()
             raise
-        log.info("%s: copying the state at %d for %s", shipping.node.label, spool.tail.offset, request.name)
+        log.info("%s: copying the state at %d for %s", self._label, spool.tail.offset, request.name)
         self._spools.append(spool)
         return spool
 
@@ -437,9 +439,8 @@ class Spools:
 
     def _keep_log(self, request: SnapshotRequest, above: int) -> None:
         """Have the follower's slot keep the log above an offset, be it named or not."""
-        slots = self._shipping.slots
-        old = slots.get(request.store_id)
-        slots.note(
+        old = self._slots.get(request.store_id)
+        self._slots.note(
             request.store_id,
             name=request.name,
             address=old.address if old is not None else "",

@@ -22,7 +22,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvrep.errors import ClosedError, Error, NotPrimary, Overloaded, StorageFailed, StorageFull, again
+from kvrep.errors import (
+    ClosedError,
+    Error,
+    ForkedError,
+    NotPrimary,
+    Overloaded,
+    StorageFailed,
+    StorageFull,
+    again,
+)
 from kvrep.model.codec import RecordEncoder
 from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
@@ -504,6 +513,18 @@ class Committer:
         if grant is not None:
             grant()
 
+    def undo_append(self, error: OSError) -> None:
+        """An append failed. On return there was no room for it, and no trace of it is left.
+
+        Raises :class:`StorageFailed` when it is worse.
+        """
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise self.fail_storage(error) from error
+        try:
+            self.log.undo_append()
+        except OSError as second:
+            raise self.fail_storage(second) from second
+
     def fail_storage(self, error: BaseException) -> StorageFailed:
         """The disk failed for good: nothing is written any more in this process."""
         if self.failure is None:
@@ -671,6 +692,12 @@ class Committer:
                 self.advance()
             if isinstance(self.closed, ClosedError):
                 return
+
+    def forked(self, error: ForkedError) -> None:
+        """In a forked child: refuse everything, and wait for no lock that a thread of the parent holds."""
+        self.closed = error
+        self._order = threading.Lock()
+        self.lead = threading.Lock()
 
     def stop(self, timeout_s: float) -> None:
         """End the background thread; ``closed`` is set already."""

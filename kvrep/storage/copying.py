@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrep.errors import CorruptionError, OpenError, ReplicationError
+from kvrep.storage.digest import DIGEST_MODULUS
 from kvrep.storage.tree import PAGE_BYTES, STATE_KEY, State, Tree, lmdb_errors
 
 __all__ = ["HEAD_BYTES", "PinnedState", "TreeCopy", "copy_bytes", "free_bytes", "open_received"]
@@ -148,6 +149,21 @@ class PinnedState:
             if off != (0, 0):
                 wrong[name] = off
         return wrong
+
+    def correct(self, differing: dict[str, tuple[int, int]]) -> None:
+        """Put digests right that are off by so much, in the state that LMDB has now; no flush is under way.
+
+        From now on they tell what is really here, and later marks show the difference, too.
+        """
+        state, at = self._tree.state, self.state.applied.offset
+        if not differing:
+            state.verified = max(state.verified, at)
+        elif not state.diverged:
+            state.diverged = at
+        for name, (digest, count) in differing.items():
+            for digests in (state.digests, state.mark_digests):
+                digests[name] = (digests.get(name, 0) + digest) % DIGEST_MODULUS
+            state.counts[name] = state.counts.get(name, 0) + count
 
     def close(self) -> None:
         txn, self._txn = self._txn, None

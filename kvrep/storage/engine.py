@@ -6,13 +6,9 @@ It knows nothing of networks. Who may write, and when a record counts as committ
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import threading
 import time
-import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,36 +17,37 @@ import msgpack
 
 from kvrep.errors import (
     ClosedError,
-    ConfigurationMismatch,
     Error,
     Fenced,
     ForkedError,
     LogCorrupt,
-    OpenError,
     Overloaded,
     ProtocolError,
     RolledBack,
     StorageFull,
     UnknownOutcome,
-    UpgradeRequired,
     again,
 )
 from kvrep.model.codec import FRAME_BYTES, decode
-from kvrep.model.configuration import Configuration, in_force
+from kvrep.model.configuration import Configuration
 from kvrep.model.position import EPOCH_MAX, OFFSET_MAX, EpochTable, Position
-from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Record, is_system, writes_in
+from kvrep.model.record import Kind, Record
 from kvrep.options import Options
+from kvrep.storage import forks, marks
 from kvrep.storage.committer import Committer
 from kvrep.storage.copying import PinnedState
-from kvrep.storage.digest import DIGEST_MODULUS, Hasher
+from kvrep.storage.digest import Hasher
 from kvrep.storage.flusher import Flusher
-from kvrep.storage.home import COPY, Home
-from kvrep.storage.log import Run, Tail
+from kvrep.storage.history import ORDINARY, History, need_known
+from kvrep.storage.home import COPY
+from kvrep.storage.log import Tail
 from kvrep.storage.log_file import fsync_directory
 from kvrep.storage.memtable import Table
-from kvrep.storage.recovery import fresh, recover
+from kvrep.storage.opening import Parts, open_parts
+from kvrep.storage.recovery import fresh
 from kvrep.storage.rescue import save_records
-from kvrep.storage.tree import State, Tree, digests_in, digests_out
+from kvrep.storage.tree import State, Tree, digests_out
+from kvrep.storage.upkeep import Upkeep
 from kvrep.storage.view import Snapshot, View
 from kvrep.storage.write import Write
 
@@ -58,214 +55,82 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("kvrep.storage")
 
-DELETES_BEHIND_MAX = 1.25
-"""Up to this share of memtable_bytes_max deletes are taken while there is no room for a flush."""
-
-_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_fork_guard = threading.Lock()
-_fork_guarded = False
-
-
-def _guard_forks() -> None:
-    """Once per process, at the first open: a forked child must not touch what its parent has open."""
-    global _fork_guarded  # noqa: PLW0603 - register_at_fork can be neither undone nor repeated
-    with _fork_guard:
-        if not _fork_guarded:
-            os.register_at_fork(after_in_child=_in_forked_child)
-            _fork_guarded = True
-
-
-def _in_forked_child() -> None:
-    for engine in list(_open_engines):
-        engine.forked()
-
 
 class Engine:
     """An open store directory. Made by :meth:`open`; every method may be called on any thread."""
 
-    def __init__(self, home: Home, tree: Tree, options: Options) -> None:
+    def __init__(self, parts: Parts, options: Options) -> None:
+        """Takes what :func:`open_parts` made; the threads are started by :meth:`open`."""
+        home = parts.home
         self.home = home
-        self.tree = tree
+        self.tree = parts.tree
         self.options = options
-        self.epochs: EpochTable = tree.state.epochs
-        """The epochs of all records in the log, committed or not."""
-        self.configurations: list[tuple[int, Configuration]] = [
-            (tree.state.configured_at, tree.state.configuration)
-        ]
-        """Configurations by the offset of their record, oldest first; the last one is in force."""
-        self.branches: list[tuple[int, bytes]] = list(tree.state.branches)
-        """(first offset, id) of every branch of the log; the last one is in force. A forced promotion begins one."""
-        self.view = View(tree, keyspaces_max=options.keyspaces_max)
-        self.committer: Committer
-        self.flusher: Flusher
-        self.keep_from: Callable[[], int] = lambda: self.tree.state.applied.offset + 1
+        self.history = parts.history
+        """Of all records in the log, committed or not. Replaced, under ``committer.lead``, by who changes it."""
+        self.view = View(self.tree, keyspaces_max=options.keyspaces_max)
+        self.committer = Committer(
+            parts.log,
+            self.view,
+            committed=self.tree.state.applied.offset,
+            sync=options.durability == "sync",
+            uncommitted_bytes_max=options.uncommitted_bytes_max,
+        )
+        self.committer.on_special = self._on_special
+        self.committer.pending.extend(parts.pending)
+        self.committer.commit_through(parts.committed)
+        self._upkeep = Upkeep(self.committer, options, home.path, self.sync)
+        self.flusher = Flusher(
+            self.view,
+            self.tree,
+            memtable_bytes=options.memtable_bytes,
+            memtable_bytes_max=options.memtable_bytes_max,
+            interval_s=options.flush_interval_s,
+            update=self._update_state,
+            before=self._before_flush,
+            after=self.trim,
+            tick=self._tick,
+            failed=self.committer.fail_storage,
+            logged=lambda: self.committer.log.tail.offset,
+            flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
+        )
+        self.keep_from: Callable[[], int]
         """The first offset that some follower still needs. Replaced by the replication of a primary."""
         self.on_rollback: Callable[[int, int, Path, str], None] = lambda first, last, path, reason: None
         """Called when records were dropped: (first, last, rescue file, reason)."""
         self.feeds_from: Callable[[], int] = lambda: OFFSET_MAX
         """The first offset that some named feed still has to read."""
-        self.flush_limit: Callable[[], int | None] = lambda: None
+        self.flush_limit: Callable[[], int | None]
+        """Through which offset a flush may go that nobody asked for; ``None``: through the last."""
         self.writable: Callable[[], None] = lambda: None
         """Called before a user's write is ordered; raises what refuses it."""
-        self.on_configuration: Callable[[int, Configuration], None] = lambda offset, configuration: None
+        self.on_configuration: Callable[[int, Configuration], None]
         """Called when a configuration record is in the log, before it can be committed."""
-        self.on_tick: Callable[[], None] = lambda: None
+        self.on_tick: Callable[[], None]
         """Called on the flush thread about twice a second."""
+        self.reset_hooks()
         self._slow_bytes = options.memtable_bytes_max // 2
         """Memory of unflushed writes from which on writers are slowed."""
-        self.marks = True
-        """Whether this node, as primary, puts digest marks into the log."""
         self.unverified = (home.generation / COPY).exists()
         """Whether this is a received copy whose digest has not been recomputed yet."""
-        self.recovered_bytes = 0
-        self.rescued: list[Path] = []
-        self._marked = tree.state.mark
+        self.rescued = parts.rescued
         self._closed = False
-        self._synced_s = time.monotonic()
-        self._seen = -1
-        """The end of the log at the last tick."""
         # Makes close() run once.
         self._close_lock = threading.Lock()
-
-    # -- opening -----------------------------------------------------------------------------------
 
     @classmethod
     def open(cls, path: Path, options: Options, *, lineage: bytes) -> Engine:
         """Open or create the store at ``path``; ``lineage`` is for a new one (empty: adopted later)."""
+        parts = open_parts(path, options, lineage=lineage)
         try:
-            home = Home.open(path, create=options.create, name=options.name, lineage=lineage)
-        except OSError as error:
-            raise OpenError(f"cannot open the store at {path}: {error.strerror}") from error
-        tree = None
-        try:
-            generation = home.generation
-            tree = Tree.open(
-                generation / "data",
-                home.lineage,
-                map_bytes=options.map_bytes,
-                keyspaces_max=options.keyspaces_max,
-                readers_max=options.readers_max,
-                create=home.created or (not (generation / "data" / "data.mdb").exists() and not home.lineage),
-            )
-            engine = cls(home, tree, options)
-            engine._recover(generation / "log")
-            if home.created:  # the marker comes last: a creation that ends before is begun anew
-                fsync_directory(generation / "data")
-                home.finish_creation()
-        except BaseException as error:
-            if tree is not None:
-                tree.close(1.0)
-            home.close()
-            if isinstance(error, OSError):
-                raise OpenError(f"cannot open the store at {path}: {error.strerror}") from error
+            engine = cls(parts, options)
+        except BaseException:
+            parts.close()
             raise
-        _guard_forks()
-        _open_engines.add(engine)
-        engine._start_threads()
+        forks.guard(engine)
+        label = engine.home.name or engine.home.path.name
+        engine.committer.start(f"kvrep-commit-{label}")
+        engine.flusher.start(f"kvrep-flush-{label}")
         return engine
-
-    def _recover(self, directory: Path) -> None:
-        state = self.tree.state
-        tail_epoch = state.applied.epoch
-        pending: list[Record] = []
-
-        def replay(run: Run) -> None:
-            nonlocal tail_epoch
-            records = self._decode_recovered(run, pending[-1] if pending else None)
-            for record in records:
-                self._note_special(record)
-            tail_epoch = records[-1].epoch
-            pending.extend(records)
-
-        self._replay_running = state.applied.running
-        found = recover(
-            directory,
-            self.home.lineage,
-            state.applied,
-            file_bytes=self.options.log_file_bytes,
-            rescue=self.home.rescue,
-            replay=replay,
-            epoch_of=lambda run: tail_epoch,
-            expected=state.logged_in == self._copy_id,
-        )
-        if found.rescue_path is not None:
-            log.warning(
-                "%s: an unfinished write of %d bytes was cut from the log and saved to %s",
-                self.home.path, found.unfinished_bytes, found.rescue_path,
-            )  # fmt: skip
-            self.rescued.append(found.rescue_path)
-        names = {name for record in pending for name in writes_in(record.kind, record.payload)[::2]}
-        try:
-            self._check_keyspaces(names.union(self.tree.keyspaces))
-        except Error:
-            found.log.abandon()
-            raise
-        committed = max(state.applied.offset, min(found.committed, found.log.tail.offset))
-        self.committer = Committer(
-            found.log,
-            self.view,
-            committed=state.applied.offset,
-            sync=self.options.durability == "sync",
-            uncommitted_bytes_max=self.options.uncommitted_bytes_max,
-        )
-        self.committer.on_special = self._on_special
-        self.committer.pending.extend(pending)
-        self.committer.commit_through(committed)
-        self.flusher = Flusher(
-            self.view,
-            self.tree,
-            memtable_bytes=self.options.memtable_bytes,
-            memtable_bytes_max=self.options.memtable_bytes_max,
-            interval_s=self.options.flush_interval_s,
-            update=self._update_state,
-            before=self._before_flush,
-            after=self._after_flush,
-            tick=self._tick,
-            failed=self._fail,
-            logged=lambda: self.committer.log.tail.offset,
-            flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
-        )
-
-    def _check_keyspaces(self, names: set[str]) -> None:
-        most = self.options.keyspaces_max
-        names = {name for name in names if not is_system(name)}
-        if len(names | {DEFAULT_KEYSPACE}) > most:
-            raise ConfigurationMismatch(
-                f"the store has {len(names | {DEFAULT_KEYSPACE})} keyspaces, keyspaces_max allows {most}",
-                option="keyspaces_max",
-                given=most,
-                stored=len(names),
-            )
-
-    def _decode_recovered(self, run: Run, before: Record | None) -> list[Record]:
-        del before
-        records, self._replay_running = decode(run.data, run.first, self._replay_running)
-        return records
-
-    def _start_threads(self) -> None:
-        label = self.home.name or self.home.path.name
-        self.committer.start(f"kvrep-commit-{label}")
-        self.flusher.start(f"kvrep-flush-{label}")
-
-    def _note_special(self, record: Any) -> None:
-        """Keep what records other than writes say about the log itself."""
-        if record.kind in (Kind.WRITE, Kind.DIGEST, Kind.NOTED):
-            return
-        payload = record.payload
-        if record.kind == Kind.EPOCH:
-            if record.epoch > self.epochs.last_epoch:
-                self.epochs = self.epochs.with_epoch(record.epoch, record.offset)
-            self._note_branch(record.offset, payload["branch"])
-            payload = payload["configuration"]
-        elif record.kind != Kind.CONFIGURATION:
-            raise UpgradeRequired(
-                f"record {record.offset} is of kind {record.kind}, which this version does not know",
-                hint="upgrade this node first",
-                found=int(record.kind),
-                supported=int(max(Kind)),
-            )
-        if record.offset > self.configurations[-1][0]:
-            self.configurations.append((record.offset, Configuration.from_wire(payload).at(record.offset)))
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -274,42 +139,44 @@ class Engine:
         return self.committer.log.tail
 
     @property
-    def configuration(self) -> Configuration:
-        """The newest configuration in the log, committed or not."""
-        return self.configurations[-1][1]
+    def epochs(self) -> EpochTable:
+        return self.history.epochs
 
-    def configuration_at(self, offset: int) -> tuple[int, Configuration]:
-        """The configuration that was in force when ``offset`` was logged, and its record's offset."""
-        i = bisect_right(self.configurations, offset, key=lambda entry: entry[0])
-        return self.configurations[max(0, i - 1)]
-
-    def configurations_in_force(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
-        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet."""
-        return in_force(self.configurations, self.committer.committed)
+    @property
+    def branches(self) -> tuple[tuple[int, bytes], ...]:
+        return self.history.branches
 
     @property
     def branch(self) -> bytes:
-        """The branch of this history; empty before the first epoch."""
-        return self.branches[-1][1] if self.branches else b""
+        return self.history.branch
 
-    def _note_branch(self, offset: int, branch: bytes) -> None:
-        if branch != self.branch:
-            self.branches.append((offset, branch))
+    @property
+    def configurations(self) -> tuple[tuple[int, Configuration], ...]:
+        return self.history.configurations
+
+    @property
+    def configuration(self) -> Configuration:
+        """The newest configuration in the log, committed or not."""
+        return self.history.configurations[-1][1]
+
+    def configurations_in_force(self) -> tuple[Configuration, tuple[int, Configuration] | None]:
+        """The configuration in effect, and the one (with its offset) that is perhaps not committed yet."""
+        return self.history.in_force(self.committer.committed)
+
+    def position_at(self, offset: int) -> Position:
+        return self.history.position_at(offset)
+
+    @property
+    def committed_position(self) -> Position:
+        return self.history.position_at(self.view.last)
 
     def reset_hooks(self) -> None:
-        """Forget what a primary's replication asked for."""
+        """Forget what the replication of a primary or follower asked for."""
         self.keep_from = lambda: self.tree.state.applied.offset + 1
         self.on_configuration = lambda offset, configuration: None
         self.on_tick = lambda: None
         self.flush_limit = lambda: None
         self.view.withheld = None
-
-    def position_at(self, offset: int) -> Position:
-        return Position(self.epochs.epoch_at(offset), offset)
-
-    @property
-    def committed_position(self) -> Position:
-        return self.position_at(self.view.last)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -331,7 +198,7 @@ class Engine:
             if isinstance(done.error, StorageFull):
                 committer.no_epoch = done.error
                 committer.epoch = 0
-                self.epochs, self.branches, self.configurations = before
+                self.history = before
 
         write.when_done(began)
         with committer.lead:  # no group is being encoded meanwhile, nothing is promised, nothing appended
@@ -342,17 +209,12 @@ class Engine:
                 raise Fenced(
                     f"the log ends in epoch {self.tail.epoch}, not below {epoch}", epoch=self.tail.epoch
                 )
-            before = self.epochs, self.branches[:], self.configurations[:]
+            before = self.history
             prepare()
             committer.begin_epoch(epoch, write)
             last = self.tail.offset
-            offset = last + 1
             # Cut first: the start of an epoch before may have been refused after it was ordered.
-            self.epochs = self.epochs.cut(last).with_epoch(epoch, offset)
-            self.branches = [b for b in self.branches if b[0] <= last]
-            self._note_branch(offset, payload["branch"])
-            self.configurations = [c for c in self.configurations if c[0] <= last] or self.configurations[:1]
-            self.configurations.append((offset, Configuration.from_wire(payload["configuration"]).at(offset)))
+            self.history = self.history.cut(last).begin(epoch, last + 1, payload)
             committer.write_group()
         if write.error is not None:
             raise again(write.error) if isinstance(write.error, Error) else write.error
@@ -369,22 +231,21 @@ class Engine:
     def _on_special(self, write: Write, offset: int) -> None:
         """A configuration is in the log: it is in force from here on, if not yet committed."""
         if write.kind == Kind.CONFIGURATION and offset > self.configurations[-1][0]:
-            configuration = Configuration.from_wire(write.payload).at(offset)
-            self.configurations.append((offset, configuration))
-            self.on_configuration(offset, configuration)
+            self.history = self.history.configure(offset, write.payload)
+            self.on_configuration(offset, self.configuration)
 
     def order(self, write: Write, deadline_s: float) -> None:
         """Put a user's write in order; waits for memory, not for the disk. Raises what refuses it."""
         self.writable()
         if self.view.memory_bytes >= self._slow_bytes:
-            self._slow_down(deadline_s, deletes=_deletes_only(write))
+            self._slow_down(write, deadline_s)
         self.committer.order(write)
 
     def submit(self, write: Write, timeout_s: float) -> None:
         """Order a user's write for the background leader; waits for memory up to ``timeout_s``."""
         self.writable()
         if self.view.memory_bytes >= self._slow_bytes:
-            self._slow_down(time.monotonic() + timeout_s, deletes=_deletes_only(write))
+            self._slow_down(write, time.monotonic() + timeout_s)
         self.committer.order(write)
         self.committer.kick()  # always: who holds the lead lock need not look for new writes
 
@@ -395,31 +256,11 @@ class Engine:
             return
         deadline_s = time.monotonic() + timeout_s
         if self.view.memory_bytes >= self._slow_bytes:
-            self._slow_down(deadline_s, deletes=_deletes_only(write))
+            self._slow_down(write, deadline_s)
         self.committer.commit(write, deadline_s)
 
-    def admit_now(self) -> float:
-        """For callers that may not block: seconds to wait before ordering (0: go on). Raises refusals."""
-        self.writable()
-        behind = self.flusher.behind
-        if behind < 0.5:
-            return 0.0
-        if self.flusher.full is not None and behind >= 1.0:
-            raise StorageFull(self.flusher.full.message) from self.flusher.full
-        return 0.005 if behind >= 1.0 else (behind - 0.5) * 0.004
-
-    def _slow_down(self, deadline_s: float, *, deletes: bool) -> None:
-        """Writers are slowed as the flush falls behind, and stopped at the bound."""
-        flusher = self.flusher
-        if flusher.full is not None:  # deletes help, so they get some room of their own
-            if deletes and flusher.behind < DELETES_BEHIND_MAX:
-                return
-            raise StorageFull(flusher.full.message, hint=flusher.full.hint) from flusher.full
-        if flusher.behind < 1.0:
-            time.sleep(max(0.0, flusher.behind - 0.5) * 0.004)
-        elif not flusher.wait_for_room(deadline_s):
-            if flusher.full is not None:
-                raise StorageFull(flusher.full.message, hint=flusher.full.hint) from flusher.full
+    def _slow_down(self, write: Write, deadline_s: float) -> None:
+        if not self.flusher.slow_down(deadline_s, deletes=write.deletes_only):
             if self.committer.closed is not None:
                 raise again(self.committer.closed)
             raise Overloaded("writing is faster than the flush into LMDB (memtable_bytes_max)")
@@ -430,8 +271,8 @@ class Engine:
         """Check and log records as a primary sent them, ``first`` the next offset. They wait for commit.
 
         ``epoch`` is that of the primary: nothing is taken from it once a higher one is promised.
-        Raises ``ProtocolError`` (``ChainBroken``) when they do not join, what :meth:`_note_special` raises,
-        :class:`StorageFull` (nothing logged) or :class:`StorageFailed`.
+        Raises ``ProtocolError`` (``ChainBroken``) when they do not join, ``UpgradeRequired`` for a
+        record of an unknown kind, :class:`StorageFull` (nothing logged) or :class:`StorageFailed`.
         """
         tail = self.tail
         if first != tail.offset + 1:
@@ -439,10 +280,9 @@ class Engine:
         records, running = decode(data, first, tail.running)
         if records[0].epoch < tail.epoch:
             raise ProtocolError(f"record {first} is of epoch {records[0].epoch}, below {tail.epoch}")
-        known = Kind.DIGEST
-        for record in records:
-            if record.kind > known:
-                self._note_special(record)
+        telling = [record for record in records if record.kind not in ORDINARY]
+        for record in telling:
+            need_known(record)
         end = Tail(records[-1].offset, records[-1].epoch, running)
 
         def check() -> None:
@@ -453,20 +293,13 @@ class Engine:
         try:
             self.committer.append_records(records, data, end, sync=sync, check=check)
         except OSError as error:
-            self._append_failed(error)
-        for record in records:
-            if record.kind:
-                self._note_special(record)
-        return records
-
-    def _append_failed(self, error: OSError) -> None:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            try:
-                self.committer.log.undo_append()
-            except OSError as second:
-                raise self.committer.fail_storage(second) from second
+            self.committer.undo_append(error)
             raise StorageFull("no disk space for the log") from error
-        raise self.committer.fail_storage(error) from error
+        if telling:
+            with self.committer.lead:
+                for record in telling:
+                    self.history = self.history.note(record)
+        return records
 
     def sync(self) -> None:
         """Make everything logged durable."""
@@ -501,9 +334,7 @@ class Engine:
             dropped = committer.drop_pending(to)
             if self.view.last > to:
                 self._rebuild_view(applied, to)
-            self.epochs = self.epochs.cut(to)
-            self.branches = [b for b in self.branches if b[0] <= to]
-            self.configurations = [c for c in self.configurations if c[0] <= to] or self.configurations[:1]
+            self.history = self.history.cut(to)
         for record in dropped:
             if type(record) is Write:
                 record.complete(
@@ -544,28 +375,17 @@ class Engine:
             return PinnedState(self.tree)
 
     def verified(self, pinned: PinnedState, differing: dict[str, tuple[int, int]]) -> None:
-        """A received copy was compared with its digests, and these are off by so much.
-
-        They are put right: from now on they tell what is really here, and later marks show the difference, too.
-        """
-        at = pinned.state.applied.offset
+        """A received copy was compared with its digests, and these are off by so much: they are put right."""
         with self.flusher.hold:
             if not pinned.of(self.tree):
                 return  # the next copy is live already
-            state = self.tree.state
             self.unverified = False
+            pinned.correct(differing)
             if not differing:
-                state.verified = max(state.verified, at)
                 (self.home.generation / COPY).unlink(missing_ok=True)
-            elif not state.diverged:
-                state.diverged = at
-            for name, (digest, count) in differing.items():
-                for digests in (state.digests, state.mark_digests):
-                    digests[name] = (digests.get(name, 0) + digest) % DIGEST_MODULUS
-                state.counts[name] = state.counts.get(name, 0) + count
         if differing:
             log.error("%s: keyspaces %s of the copy received at record %d differ from their digests",
-                      self.home.path, ", ".join(differing), at)  # fmt: skip
+                      self.home.path, ", ".join(differing), pinned.state.applied.offset)  # fmt: skip
 
     def replace_copy(self, generation: Path, tree: Tree, lineage: bytes) -> None:
         """Make a received copy (``tree``, in ``generation``) the live one, in place: who holds this engine,
@@ -590,8 +410,7 @@ class Engine:
                 self.unverified = True
                 view = self.view.succeed(tree)
                 self.tree = tree
-                self.epochs, self.branches = state.epochs, list(state.branches)
-                self.configurations = [(state.configured_at, state.configuration)]
+                self.history = History.of(state)
                 dropped = committer.replace(fresh_log, view, state.applied.offset)
                 flusher.replace(view, tree)
                 self.view = view
@@ -616,22 +435,13 @@ class Engine:
     def _before_flush(self) -> None:
         """Sync the log through the cut; as primary, have every node cut at the same place."""
         committer = self.committer
-        if committer.epoch and self.marks and committer.closed is None and self._writes_since_mark():
-            state = self.tree.state
-            write = Write(Kind.DIGEST, [state.mark, digests_out(state.mark_digests)], 64)
+        if committer.epoch and committer.closed is None and marks.due(self.view.tables):
+            write = marks.mark(self.tree.state)
             try:
                 committer.order(write)
             except Error:
                 return
             committer.finish(write, time.monotonic() + 0.5)
-
-    def _writes_since_mark(self) -> bool:
-        for table in self.view.tables:
-            if table.mark is not None:
-                return False
-            if table.writes:
-                return True
-        return False
 
     def _update_state(self, state: State, tables: Sequence[Table]) -> None:
         """Fill in what LMDB shall say after a flush of ``tables``, newest first."""
@@ -640,97 +450,23 @@ class Engine:
         if self.committer.log.synced < last:
             self.sync()
         state.applied = Tail(last, self.epochs.epoch_at(last), self.committer.log.running_at(last))
-        state.logged_in = self._copy_id
-        state.epochs = self.epochs.cut(last)
-        state.configured_at, state.configuration = self.configuration_at(last)
-        state.branches = [b for b in self.branches if b[0] <= last]
+        state.logged_in = self.home.copy_id
+        self.history.describe(state, last)
         for table in reversed(tables):
             state.sessions.note_all(table.origins)
-        if newest.mark is not None:
-            self._compare(state, newest)
-
-    def _compare(self, state: State, newest: Table) -> None:
-        """At a digest mark: compare what the primary had at the previous mark with what we had."""
-        assert newest.mark is not None
-        theirs_at, theirs = newest.mark[0], digests_in(newest.mark[1])
-        if theirs_at and theirs_at == state.mark:
-            ours = {k: v for k, v in state.mark_digests.items() if v}
-            if ours == {k: v for k, v in theirs.items() if v}:
-                state.verified = theirs_at
-            elif not state.diverged:
-                state.diverged = theirs_at
-                log.error("%s: the state digest at record %d differs from the primary's",
-                          self.home.path, theirs_at)  # fmt: skip
-        state.mark = newest.last
-        state.mark_digests = dict(state.digests)
-
-    def _after_flush(self) -> None:
-        self.trim()
+        if newest.mark is not None and not marks.compare(state, newest):
+            log.error("%s: the state digest at record %d differs from the primary's",
+                      self.home.path, state.diverged)  # fmt: skip
 
     def trim(self) -> int:
         """Unlink log files that nobody needs; returns how many."""
-        options = self.options
         # The file with the last applied record stays, to show the next open that the log is not lost.
-        needed = min(self.tree.state.applied.offset, self.keep_from(), self.feeds_from())
-        return self.committer.log.trim(
-            needed,
-            bytes_kept=options.retention_bytes,
-            bytes_max=options.retention_bytes_max,
-            age_s=options.retention_age_s,
-        )
+        return self._upkeep.trim(min(self.tree.state.applied.offset, self.keep_from(), self.feeds_from()))
 
     def _tick(self) -> None:
         self.on_tick()
         self.view.expire_snapshots()
-        self.committer.expire_place(self.options.transaction_age_max_s)
-        self.committer.look_after()
-        if self.committer.failure is not None:
-            return
-        now = time.monotonic()
-        if not self.committer.sync and now - self._synced_s >= self.options.sync_interval_s:
-            self._synced_s = now
-            if self.committer.log.synced < self.tail.offset:
-                self.sync()
-        self._prove_idle()
-        if self.committer.log.wants_spare:
-            try:
-                self.committer.log.prepare_spare()
-            except OSError as error:
-                log.warning("%s: no room to prepare the next log file: %s", self.home.path, error)
-
-    def _prove_idle(self) -> None:
-        """When nothing was written since the last look, put a mark behind the last records."""
-        committer = self.committer
-        offset, self._seen = self._seen, self.tail.offset
-        if offset != self._seen or committer.log.marked or committer.failure is not None:
-            return
-        if not committer.lead.acquire(blocking=False):
-            return
-        try:
-            if self.tail.offset == offset and (committer.sync or committer.log.synced == offset):
-                committer.log.mark(committer.committed)
-        except OSError as error:
-            self._mark_failed(error)
-        finally:
-            committer.lead.release()
-            committer.kick()
-
-    def _mark_failed(self, error: OSError) -> None:
-        """A mark is not needed: that there is no room for it harms nobody."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise self.committer.fail_storage(error) from error
-        try:
-            self.committer.log.undo_append()
-        except OSError as second:
-            raise self.committer.fail_storage(second) from second
-
-    @property
-    def _copy_id(self) -> str:
-        """Which copy of the data this is, beside which log."""
-        return f"{self.home.store_id.hex()}/{self.home.generation.name}"
-
-    def _fail(self, error: BaseException) -> None:
-        self.committer.fail_storage(error)
+        self._upkeep.tick()
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -787,9 +523,7 @@ class Engine:
         """In a forked child: every later use raises, nothing of the parent's is touched."""
         error = ForkedError("this store was opened by the parent process, before the fork")
         self._closed = True
-        self.committer.closed = error
-        self.committer._order = threading.Lock()
-        self.committer.lead = threading.Lock()
+        self.committer.forked(error)
         self.writable = self._refuse_forked
         self.view.forked(error)
         self.home.forked()
@@ -849,7 +583,7 @@ class Engine:
             log.warning("%s: a read was still under way at close; LMDB stays open", self.home.path)
         self._close_log()
         self.home.close()
-        _open_engines.discard(self)
+        forks.release(self)
 
     def _last_flush(self, deadline: float) -> None:
         if self.committer.failure is not None or self.view.tables == ():
@@ -888,9 +622,3 @@ def _unknown_at_close(write: Write) -> UnknownOutcome:
     return UnknownOutcome(
         f"the store was closed before the write at {write.position} was committed", position=write.position
     )
-
-
-def _deletes_only(write: Write) -> bool:
-    """Whether a write record does nothing but delete."""
-    writes = writes_in(write.kind, write.payload)
-    return all(value is None for flat in writes[1::2] for value in flat[1::2])

@@ -21,6 +21,8 @@ TICK_S = 0.5
 RETRY_S = 0.25
 HELD_BACK_MAX = 0.25
 """The share of the memory for unflushed writes up to which those that no voter has are kept out of LMDB."""
+DELETES_BEHIND_MAX = 1.25
+"""Up to this share of the memory deletes are taken while there is no room for a flush."""
 BREATH_S, BREATH_BEHIND_S = 0.0002, 0.00002
 """How long to give way after a slice. A thread that is woken on a busy machine needs that long to take its turn; a
 flush that has fallen behind cannot afford it."""
@@ -41,9 +43,9 @@ class Flusher:
         interval_s: float,
         update: Callable[[State, Sequence[Table]], None],
         before: Callable[[], None],
-        after: Callable[[], None],
+        after: Callable[[], object],
         tick: Callable[[], None],
-        failed: Callable[[BaseException], None],
+        failed: Callable[[BaseException], object],
         logged: Callable[[], int],
         flush_limit: Callable[[], int | None],
         clock: Callable[[], float] = time.monotonic,
@@ -136,7 +138,26 @@ class Flusher:
         """Memory of unflushed writes as a share of its bound: 1 and above means writers must wait."""
         return self.view.memory_bytes / self.memtable_bytes_max
 
-    def wait_for_room(self, deadline_s: float) -> bool:
+    def slow_down(self, deadline_s: float, *, deletes: bool) -> bool:
+        """Slow a writer as the flush falls behind, and stop it at the bound; False if it must not go on.
+
+        Raises :class:`StorageFull` while flushing stands still; but deletes help, so they get some room of
+        their own.
+        """
+        if self.full is None:
+            if self.behind < 1.0:
+                time.sleep(max(0.0, self.behind - 0.5) * 0.004)
+                return True
+            if self._wait_for_room(deadline_s):
+                return True
+        elif deletes and self.behind < DELETES_BEHIND_MAX:
+            return True
+        full = self.full
+        if full is not None:
+            raise StorageFull(full.message, hint=full.hint) from full
+        return False
+
+    def _wait_for_room(self, deadline_s: float) -> bool:
         """Wait until writers may go on; False at the deadline or when flushing stands still."""
         with self._changed:
             while self.behind >= 1.0:

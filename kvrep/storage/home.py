@@ -344,6 +344,11 @@ class Home:
         return self.path / str(self._current["generation"])
 
     @property
+    def copy_id(self) -> str:
+        """Which copy of the data this is, beside which log."""
+        return f"{self.store_id.hex()}/{self.generation.name}"
+
+    @property
     def rescue(self) -> Path:
         return self.path / "rescue"
 

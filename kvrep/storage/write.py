@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from kvrep.model.position import Position
+from kvrep.model.record import writes_in
 from kvrep.model.sessions import Origin
 
 __all__ = ["Inbox", "Write", "complete_all", "tell_again"]
@@ -58,6 +59,12 @@ class Write:
     @property
     def position(self) -> Position:
         return Position(self.epoch, self.offset)
+
+    @property
+    def deletes_only(self) -> bool:
+        """Whether a write record does nothing but delete."""
+        writes = writes_in(self.kind, self.payload)
+        return all(value is None for flat in writes[1::2] for value in flat[1::2])
 
     def attach(self) -> None:
         """Let the present thread be found by :meth:`wake`. Only one thread may wait for one write."""

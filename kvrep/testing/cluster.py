@@ -1,49 +1,34 @@
-"""A cluster for tests: real stores, real gRPC on the loopback through a proxy, and faults on demand.
-
-Every pair of nodes has a link of its own, so that any direction between any two can be cut, delayed or
-damaged. Nodes know each other by addresses that stay the same when they are restarted.
-"""
+"""A cluster for tests: real stores, real gRPC on the loopback through a proxy, and faults on demand."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from kvrep.coordinators import Quorum
-from kvrep.errors import Error, PeerUnavailable, RefusedError
+from kvrep.errors import Error, PeerUnavailable
 from kvrep.model.position import Position
-from kvrep.status import Outcome
-from kvrep.testing.checkers import (
-    Violation,
-    assert_none,
-    check_acknowledged_loss,
-    check_linearizable,
-    check_monotonic_reads,
-    check_one_primary,
-    check_read_your_writes,
-)
+from kvrep.testing.checkers import Violation, assert_none
+from kvrep.testing.clients import RecordedClient
+from kvrep.testing.clustercheck import acknowledged, check_calls, check_offline, lost, need_equal
 from kvrep.testing.embedded import EmbeddedNode
-from kvrep.testing.history import Action, Call, History
-from kvrep.testing.namespaces import Namespaces, NotPrivileged
-from kvrep.testing.nodes import ClusterNode, LocalNode, ProcessNode, open_offline, sockets_of, tcp_sockets
-from kvrep.testing.proxy import Direction, Link, Proxy
-from kvrep.testing.storecheck import check_store
+from kvrep.testing.history import History
+from kvrep.testing.namespaces import NotPrivileged
+from kvrep.testing.networks import Fault, Network, PacketNetwork, ProxyNetwork
+from kvrep.testing.nodes import ClusterNode, LocalNode, ProcessNode
+from kvrep.testing.proxy import Link
+from kvrep.testing.smalldisks import SmallDisks
 from kvrep.testing.timeline import Timeline
 
 __all__ = ["Cluster", "NotPrivileged", "RecordedClient"]
 
 TIMEOUT_S = 15.0
 LOOK_S = 0.01
-PORT = 7400
-"""Of nodes in namespaces, where every port is free."""
 QUICK: dict[str, Any] = {
     "heartbeat_interval_s": 0.2,
     "heartbeat_timeout_s": 1.0,
@@ -120,20 +105,16 @@ class Cluster:
         self._acks = acks
         self._processes = processes
         self._coordinator = chosen
-        self._disk_bytes = disk_bytes
         self._embedded = embedded
-        self._wires = Namespaces() if namespaces else None
-        self._proxy = Proxy(seed=seed)
+        self._disks = SmallDisks(disk_bytes)
+        self._network: Network = (
+            PacketNetwork() if namespaces else ProxyNetwork(seed, self._pids if processes else None)
+        )
         self._nodes: dict[str, ClusterNode] = {}
-        self._advertised: dict[str, str] = {}
-        """By what address others know each node; it stays the same."""
-        self._addresses: dict[str, str] = {}
-        """Where each running node really listens."""
-        self._fronts: dict[str, Link] = {}
-        self._links: dict[tuple[str, str], Link] = {}
-        self._mounts: list[Path] = []
         self._disturbed: set[str] = set()
         """Nodes that were ended at least once: what they show may go back."""
+        self._frozen: set[str] = set()
+        """Nodes that are paused."""
         self._closed = False
         self.timeline.listen()
         self.timeline.add("cluster", f"seed {seed}, {nodes} nodes, acks={acks!r}, processes={processes}")
@@ -205,52 +186,25 @@ class Cluster:
 
     def _new_node(self, name: str) -> ClusterNode:
         path = self.folder / name
-        if self._disk_bytes is not None:
-            self._mount(path)
-        if self._wires is not None:
-            space = self._wires.add(name)
-            self._advertised[name] = f"{space.address}:{PORT}"
-            options = {**self._options, "name": name, "listen": self._advertised[name]}
-            self._nodes[name] = self._process(name, path, options, space.prefix)
-            return self._nodes[name]
-        front = self._fronts[name] = self._proxy.link(name=name)
-        self._advertised[name] = front.address
-        for other in self._nodes:
-            self._links[name, other] = self._proxy.link(name=f"{name}-{other}")
-            self._links[other, name] = self._proxy.link(name=f"{other}-{name}")
-            self._links[name, other].target = self._addresses.get(other, "")
-        options = {**self._options, "name": name, "listen": "127.0.0.1:0", "advertise": front.address}
+        self._disks.mount(path)
+        place = self._network.add(name)
+        options = {**self._options, "name": name, **place.options}
         node: ClusterNode
         if self._processes:
-            node = self._process(name, path, options)
-            self._proxy.classify(front, lambda port: self._link_by_port(name, port))
+            kind = EmbeddedNode if self._embedded else ProcessNode
+            node = kind(name, path / "store", options, self.timeline, place.prefix)
         else:
-            node = LocalNode(name, path / "store", options, self.timeline, lambda a: self._route(name, a))
+            node = LocalNode(
+                name, path / "store", options, self.timeline, lambda a: self._network.route(name, a)
+            )
         self._nodes[name] = node
         return node
 
-    def _process(
-        self, name: str, path: Path, options: dict[str, Any], prefix: Sequence[str] = ()
-    ) -> ProcessNode:
-        kind = EmbeddedNode if self._embedded else ProcessNode
-        return kind(name, path / "store", options, self.timeline, prefix)
-
-    def _route(self, name: str, address: str) -> str:
-        """The address by which ``name`` reaches who advertises ``address``."""
-        for other, front in self._fronts.items():
-            if front.address == address and other != name:
-                return self._links[name, other].address
-        return address
-
-    def _link_by_port(self, target: str, port: int) -> Link | None:
-        """The link of the process that connects to ``target`` from this port."""
-        inodes = {inode for local, listens, inode in tcp_sockets() if local == port and not listens}
-        for name, node in self._nodes.items():
-            if name == target or not isinstance(node, ProcessNode) or not node.pid:
-                continue
-            if inodes & sockets_of(node.pid):
-                return self._links[name, target]
-        return None
+    def _pids(self) -> dict[str, int]:
+        """Of the nodes that are running processes."""
+        return {
+            name: node.pid for name, node in self._nodes.items() if isinstance(node, ProcessNode) and node.pid
+        }
 
     def _start(self, node: ClusterNode) -> None:
         options = node.options
@@ -258,20 +212,15 @@ class Cluster:
             options.pop(name, None)
         primary = self._primary()
         if self._coordinator is not None:
-            options["coordinator"] = self._coordinator(dict(self._advertised))
+            options["coordinator"] = self._coordinator(dict(self._network.advertised))
         elif primary is not None:
-            options["follow"] = self._advertised[primary.name]
+            options["follow"] = self._network.advertised[primary.name]
         elif node is not self.nodes[0]:
-            options["follow"] = self._advertised[self.nodes[0].name]
+            options["follow"] = self._network.advertised[self.nodes[0].name]
         if "follow" not in options and not (node.path / "STORE").exists():
             options["acks"] = self._acks
         self.timeline.add(node.name, "starts")
-        self._addresses[node.name] = address = node.start()
-        if self._wires is None:
-            self._fronts[node.name].target = address
-        for (_, to), link in self._links.items():
-            if to == node.name:
-                link.target = address
+        self._network.started(node.name, node.start())
 
     def add_node(self, name: str | None = None, **options: Any) -> ClusterNode:
         """Start one more node; it gets everything, and a vote once it has caught up."""
@@ -348,15 +297,7 @@ class Cluster:
 
     def _end(self, name: str, end: Callable[[], None]) -> None:
         self._disturbed.add(name)
-        for link in self._links_of(name):
-            link.resume()
-        for (_, to), link in self._links.items():
-            if to == name:
-                link.target = ""
-        if self._wires is None:
-            self._fronts[name].target = ""
-        for link in self._links_of(name):
-            link.reset()
+        self._network.ended(name)
         end()
 
     def _stop_all(self) -> None:
@@ -376,42 +317,28 @@ class Cluster:
         """Freeze a node: SIGSTOP for a process; in-process its links and its log stand still."""
         name = self._name(node)
         self.timeline.add(name, "is paused")
-        self._disturbed.add(f"paused {name}")
+        self._frozen.add(name)
         if isinstance(self._nodes[name], LocalNode):
-            for link in self._links_of(name):
-                link.pause()
+            self._network.freeze(name)
         self._nodes[name].pause()
 
     def resume(self, node: Node) -> None:
         """Let a paused node go on."""
         name = self._name(node)
         self.timeline.add(name, "goes on")
-        self._disturbed.discard(f"paused {name}")
+        self._frozen.discard(name)
         self._nodes[name].resume()
         if isinstance(self._nodes[name], LocalNode):
-            for link in self._links_of(name):
-                link.resume()
+            self._network.thaw(name)
 
     def _paused(self, node: ClusterNode) -> bool:
-        return f"paused {node.name}" in self._disturbed
+        return node.name in self._frozen
 
     # -- faults of the network ---------------------------------------------------------------------
 
     def link(self, start: Node, end: Node) -> Link:
         """The link over which ``start`` connects to ``end``, for faults that have no method here."""
-        self._need_proxy("link")
-        return self._links[self._name(start), self._name(end)]
-
-    def _links_of(self, name: str) -> Iterator[Link]:
-        for pair, link in self._links.items():
-            if name in pair:
-                yield link
-
-    def _towards(self, start: str, end: str) -> Iterator[tuple[Link, Direction]]:
-        """What carries bytes from ``start`` to ``end``; no links with namespaces."""
-        if self._wires is None:
-            yield self._links[start, end], "up"
-            yield self._links[end, start], "down"
+        return self._network.link(self._name(start), self._name(end))
 
     def _pairs(self, start: Node | None, end: Node | None, one_way: bool) -> list[tuple[str, str]]:
         starts = [self._name(start)] if start is not None else sorted(self._nodes)
@@ -419,32 +346,11 @@ class Cluster:
         pairs = [(s, e) for s in starts for e in ends if s != e]
         return pairs if one_way else sorted({*pairs, *((e, s) for s, e in pairs)})
 
-    def _degrade(
-        self,
-        what: str,
-        start: Node | None,
-        end: Node | None,
-        one_way: bool,
-        rule: Callable[[Link, Direction], None] | None,
-        wired: Callable[[Namespaces, str, str], None] | None = None,
-    ) -> None:
-        """Apply ``rule`` to the links between nodes or, with namespaces, ``wired`` to the packets."""
-        if self._wires is None and rule is None:
-            raise ValueError(f"{what}: needs a cluster made with namespaces=True")
-        if self._wires is not None and wired is None:
-            self._need_proxy(what)
+    def _degrade(self, what: str, start: Node | None, end: Node | None, one_way: bool, fault: Fault) -> None:
         pairs = self._pairs(start, end, one_way)
         self.timeline.add("network", f"{what}: {', '.join(f'{s}->{e}' for s, e in pairs)}")
         for pair in pairs:
-            if self._wires is not None and wired is not None:
-                wired(self._wires, *pair)
-            for link, direction in self._towards(*pair):
-                assert rule is not None
-                rule(link, direction)
-
-    def _need_proxy(self, what: str) -> None:
-        if self._wires is not None:
-            raise ValueError(f"{what}: needs the proxy, which a cluster made with namespaces=True has not")
+            fault(*pair)
 
     def partition(
         self,
@@ -459,14 +365,12 @@ class Cluster:
         With ``one_way`` only what ``start`` sends. With ``reject`` (needs namespaces) it is answered by RST, as
         firewalls do: connections break at once, and new ones are refused.
         """
+        what, fault = ("rejected", self._network.reject()) if reject else ("lost", self._network.lose())
         starts = self._group(start)
         ends = set(self._nodes) - starts if end is None else self._group(end)
         for one in sorted(starts):
             for other in sorted(ends - {one}):
-                if reject:
-                    self._degrade("rejected", one, other, one_way, None, Namespaces.reject)
-                else:
-                    self._degrade("lost", one, other, one_way, Link.drop, Namespaces.drop)
+                self._degrade(what, one, other, one_way, fault)
 
     def _group(self, nodes: Node | Iterable[Node]) -> set[str]:
         if isinstance(nodes, (str, ClusterNode)):
@@ -487,82 +391,49 @@ class Cluster:
         one_way: bool = False,
     ) -> None:
         """Deliver everything between two nodes (or of one, or all) later."""
-        self._degrade(
-            f"delayed by {seconds:g} s", start, end, one_way, lambda k, d: k.delay(seconds, jitter_s, d)
-        )
+        fault = self._network.delay(seconds, jitter_s)
+        self._degrade(f"delayed by {seconds:g} s", start, end, one_way, fault)
 
     def throttle(
         self, bytes_per_s: float, start: Node | None = None, end: Node | None = None, *, one_way: bool = False
     ) -> None:
         """Let so many bytes a second pass between two nodes (or of one, or all)."""
-        self._degrade(
-            f"throttled to {bytes_per_s:g} B/s",
-            start,
-            end,
-            one_way,
-            lambda k, d: k.throttle(bytes_per_s, d),
-            lambda wires, one, other: wires.throttle(one, other, bytes_per_s),
-        )
+        fault = self._network.throttle(bytes_per_s)
+        self._degrade(f"throttled to {bytes_per_s:g} B/s", start, end, one_way, fault)
 
     def corrupt(
         self, bits: int, start: Node | None = None, end: Node | None = None, *, one_way: bool = False
     ) -> None:
         """Flip one bit in each of the next ``bits`` chunks between two nodes (or of one, or all)."""
-        self._degrade(f"{bits} bits flipped", start, end, one_way, lambda k, d: k.corrupt(bits, d))
+        self._degrade(f"{bits} bits flipped", start, end, one_way, self._network.corrupt(bits))
 
     def disconnect(self, start: Node, end: Node | None = None) -> None:
         """Reset all connections between two nodes (or of one); they may connect again at once."""
-        self._need_proxy("disconnect")
-        for one, other in self._pairs(start, end, one_way=False):
-            self._links[one, other].reset()
+        for pair in self._pairs(start, end, one_way=False):
+            self._network.link(*pair).reset()
 
     def heal(self, start: Node | None = None, end: Node | None = None) -> None:
         """End every fault of the network, between two nodes, of one, or everywhere."""
         self.timeline.add("network", "healed")
         for pair in self._pairs(start, end, one_way=False):
-            if self._wires is not None:
-                self._wires.heal(*pair)
-            else:
-                self._links[pair].heal()
+            self._network.heal(*pair)
         for node in self.nodes:  # a paused node in this process stands still through its links
             if self._paused(node) and isinstance(node, LocalNode):
-                for link in self._links_of(node.name):
-                    link.pause()
+                self._network.freeze(node.name)
 
     # -- faults of disks ---------------------------------------------------------------------------
-
-    def _mount(self, path: Path) -> None:
-        if os.geteuid() != 0:
-            raise NotPrivileged("disk_bytes needs root, to mount a tmpfs for every node")
-        path.mkdir(parents=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={self._disk_bytes}", "tmpfs", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise NotPrivileged(f"a tmpfs cannot be mounted: {done.stderr.strip()}")
-        self._mounts.append(path)
 
     def fill_disk(self, node: Node, *, leave_bytes: int = 0) -> None:
         """Fill the node's own disk but for ``leave_bytes``. Needs a cluster made with ``disk_bytes=``."""
         name = self._name(node)
-        ballast = self.folder / name / "ballast"
-        if self.folder / name not in self._mounts:
-            raise ValueError(
-                "fill_disk needs a cluster made with disk_bytes=, which gives nodes their own disks"
-            )
         self.timeline.add(name, "the disk fills up")
-        free = shutil.disk_usage(ballast.parent).free - leave_bytes
-        if free > 0:
-            fd = os.open(ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
-            try:
-                os.posix_fallocate(fd, os.fstat(fd).st_size, free)
-            finally:
-                os.close(fd)
+        self._disks.fill(self.folder / name, leave_bytes)
 
     def free_disk(self, node: Node) -> None:
         """Give back what :meth:`fill_disk` took."""
         name = self._name(node)
         self.timeline.add(name, "the disk has room again")
-        (self.folder / name / "ballast").unlink(missing_ok=True)
+        self._disks.free(self.folder / name)
 
     def slow_disk(self, node: Node, seconds: float) -> None:
         """Make every sync of the node's log take ``seconds`` longer; 0: no longer."""
@@ -577,7 +448,8 @@ class Cluster:
 
         Keys that recorded clients use belong to them: writes by other means would look like faults.
         """
-        return RecordedClient(self, name, None if node is None else self._nodes[self._name(node)])
+        asked = None if node is None else self._nodes[self._name(node)]
+        return RecordedClient(name, self.history, lambda: self.primary, asked)
 
     def assert_converged(self, timeout_s: float | None = None) -> None:
         """Wait until all running nodes show what the primary shows, and compare every key."""
@@ -591,15 +463,7 @@ class Cluster:
         self.wait_until(
             same_position, f"until {[n.name for n in others]} show what {primary.name} shows", timeout_s
         )
-        expected = primary.content()
-        for node in others:
-            found = node.content()
-            different = {k for k in {*expected, *found} if expected.get(k) != found.get(k)}
-            if different:
-                raise AssertionError(
-                    f"{node.name} differs from {primary.name} in {len(different)} keys,"
-                    f" such as {min(different)}"
-                )
+        need_equal(primary, others)
 
     def _position(self, node: ClusterNode) -> Position | None:
         try:
@@ -614,60 +478,24 @@ class Cluster:
         committed as primaries: batches, transactions and pipelined writes too.
         """
         primary = self.wait_for_primary()
-        violations = self._lost(primary)
-        assert_none(violations)
-
-    def _lost(self, primary: ClusterNode) -> list[Violation]:
-        lost = sorted(p for p in set(self._acknowledged()) if primary.resolve(p) is not Outcome.COMMITTED)
-        violations = [
-            Violation(
-                "acknowledged loss", f"the write at {p} returned and is not in {primary.name}'s history"
-            )
-            for p in lost
-        ]
-        operations = self.history.operations
-        used = {o.key for o in operations}
-        final = {key: value for (name, key), value in primary.content().items() if name == "default"}
-        return violations + check_acknowledged_loss(operations, {k: v for k, v in final.items() if k in used})
-
-    def _acknowledged(self) -> Iterator[Position]:
-        for node in self.nodes:
-            yield from node.all_acknowledged()
-        for operation in self.history:
-            if operation.result == "done" and operation.position is not None:
-                yield operation.position
+        assert_none(lost(primary, acknowledged(self.nodes, self.history), self.history))
 
     def check(self) -> list[Violation]:
         """End all nodes and check everything: every store, and the history of the recorded clients."""
-        violations = check_linearizable(self.history)
-        if not self._options.get("forward_writes"):  # else nodes acknowledge what others have committed
-            violations += check_one_primary(self.history)
+        forwarded = bool(self._options.get("forward_writes"))
+        violations = check_calls(self.history, forwarded=forwarded, disturbed=self._disturbed)
         primary = self._primary(writable=True)
+        positions = set(acknowledged(self.nodes, self.history))
         if primary is not None:
-            violations += self._lost(primary)
-        missing = set() if primary is not None else set(self._acknowledged())
-        operations = self.history.operations
-        direct = [o for o in operations if not o.lagging]
-        violations += check_read_your_writes(direct) + check_monotonic_reads(
-            o for o in operations if not o.lagging or o.node not in self._disturbed
-        )
+            violations += lost(primary, positions, self.history)
+            positions.clear()
         self._stop_all()
         for node in self.nodes:
-            violations += self._check_offline(node, missing)
+            violations += check_offline(node, positions)
         return violations + [
             Violation("acknowledged loss", f"the write at {p} returned, and no node has it")
-            for p in sorted(missing)
+            for p in sorted(positions)
         ]
-
-    def _check_offline(self, node: ClusterNode, missing: set[Position]) -> list[Violation]:
-        """Check one store, and take what its log holds out of ``missing``."""
-        try:
-            with open_offline(node.path, node.options) as store:
-                engine = store._node.engine
-                missing -= {p for p in missing if engine.epochs.holds(p, engine.tail.offset)}
-                return check_store(store)
-        except (Error, OSError) as error:
-            return [Violation("store", f"{node.name} cannot be opened: {type(error).__name__}: {error}")]
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -676,108 +504,14 @@ class Cluster:
         if self._closed:
             return
         self._closed = True
-        with _all_of_it() as attempt:
-            attempt(self._stop_all)
-            attempt(self._proxy.close)
-            if self._wires is not None:
-                attempt(self._wires.close)
-            attempt(self.timeline.close)
-            for path in self._mounts:
-                attempt(lambda path=path: subprocess.run(["umount", "-l", str(path)], check=True))  # type: ignore[misc]
+        with ExitStack() as steps:  # each is tried whatever the others do, the last one first
+            steps.callback(self._disks.close)
+            steps.callback(self.timeline.close)
+            steps.callback(self._network.close)
+            steps.callback(self._stop_all)
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-@contextmanager
-def _all_of_it() -> Iterator[Callable[[Callable[[], Any]], None]]:
-    """Try every step of an ending, whatever the others do; the first failure is raised at the end."""
-    failures: list[Exception] = []
-
-    def attempt(step: Callable[[], Any]) -> None:
-        try:
-            step()
-        except Exception as error:
-            failures.append(error)
-
-    yield attempt
-    if failures:
-        raise failures[0]
-
-
-class RecordedClient:
-    """One client, one call at a time, whose calls and outcomes are recorded. Raises what the node raises."""
-
-    def __init__(self, cluster: Cluster, name: str, node: ClusterNode | None) -> None:
-        self.name = name
-        self._cluster = cluster
-        self._node = node
-
-    def put(self, key: bytes, value: bytes, **options: Any) -> Position:
-        """As of :meth:`kvrep.Store.put`."""
-        node = self._asked()
-        with self._recorded("put", key, value, node) as call:
-            position: Position = node.put(key, value, **options)
-            call.done(position=position)
-        return position
-
-    def delete(self, key: bytes, **options: Any) -> Position:
-        """As of :meth:`kvrep.Store.delete`."""
-        node = self._asked()
-        with self._recorded("delete", key, None, node) as call:
-            position: Position = node.delete(key, **options)
-            call.done(position=position)
-        return position
-
-    def get(self, key: bytes, **options: Any) -> bytes | None:
-        """As of :meth:`kvrep.Store.get`. From a follower it is recorded as a read that may lag."""
-        node = self._asked()
-        lagging = self._node is not None and node is not self._cluster._primary()
-        value: bytes | None
-        with self._recorded("get", key, None, node, lagging=lagging) as call:
-            value = node.get(key, **options)
-            call.done(value=value)
-        return value
-
-    def compare_and_set(self, key: bytes, *, expected: bytes | None, value: bytes | None) -> Position | None:
-        """As of :meth:`kvrep.Store.compare_and_set`; of nodes in this process and embedded ones."""
-        node = self._asked()
-        if not isinstance(node, LocalNode | EmbeddedNode):
-            raise TypeError("compare_and_set is for nodes in this process and for embedded=True")
-        position: Position | None
-        with self._recorded("cas", key, value, node, expected=expected) as call:
-            position = node.compare_and_set(key, expected=expected, value=value)
-            call.done(succeeded=position is not None, position=position)
-        return position
-
-    def _asked(self) -> ClusterNode:
-        return self._node if self._node is not None else self._cluster.primary
-
-    @contextmanager
-    def _recorded(
-        self,
-        action: Action,
-        key: bytes,
-        value: bytes | None,
-        node: ClusterNode,
-        *,
-        expected: bytes | None = None,
-        lagging: bool = False,
-    ) -> Iterator[Call]:
-        call = self._cluster.history.begin(
-            self.name, action, key, value, expected=expected, node=node.name, lagging=lagging
-        )
-        try:
-            yield call
-        except RefusedError:
-            call.refused()
-            raise
-        except Exception as error:
-            if action == "get":
-                call.refused()
-            else:
-                call.unknown(getattr(error, "position", None))
-            raise

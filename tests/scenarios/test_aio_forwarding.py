@@ -222,10 +222,10 @@ def test_linearizable_reads_share_questions(tmp_path: Path) -> None:
         async with pair(tmp_path) as (a, b, _):
             for i in range(5):
                 await asyncio.to_thread(a.put, b"k", b"%d" % i)
-                rounds = a._node.shipping._rounds.wanted
+                rounds = a._node.shipping.followers.rounds.wanted
                 reads = [b.get(b"k", consistency="linearizable") for _ in range(100)]
                 assert set(await asyncio.gather(*reads)) == {b"%d" % i}
-                assert a._node.shipping._rounds.wanted - rounds <= 5
+                assert a._node.shipping.followers.rounds.wanted - rounds <= 5
             assert [p async for p in b.scan(consistency="linearizable")] == [(b"k", b"4")]
             async with b.snapshot(consistency="linearizable") as view:
                 assert await view[b"k"] == b"4"

@@ -16,7 +16,7 @@ from test_quorum import Group
 
 import kvrep
 from kvrep import EventKind, Role
-from kvrep.runtime.shipping import Shipping
+from kvrep.runtime.degrading import Degrading
 
 AFTER_S = 0.5
 
@@ -261,7 +261,7 @@ def test_the_primary_ends_while_the_others_agree(tmp_path: Path, monkeypatch: py
     """The witness has stored its word, nothing is acknowledged by it yet: only who holds that record goes on."""
     with formed(tmp_path) as group:
         a, w = group.nodes["a"], group.nodes["w"]
-        monkeypatch.setattr(Shipping, "effect", lambda self, epoch, offset: None)
+        monkeypatch.setattr(Degrading, "effect", lambda self, epoch, offset: None)
         last = a.position
         group.stop("b")
         until(lambda: w._node.engine.home.lowered > last)

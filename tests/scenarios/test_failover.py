@@ -205,7 +205,7 @@ def test_writers_blocked_in_the_old_primary_learn_the_outcome(tmp_path: Path) ->
 
         def write(key: bytes) -> None:
             try:
-                outcome[key] = a._node.commit(a._put(key, b"v"), 30.0)
+                outcome[key] = a._node.writes.commit(a._put(key, b"v"), 30.0)
             except kvrep.Error as error:
                 outcome[key] = error
 

@@ -19,8 +19,8 @@ from replication_kit import FAST, WAIT_S, processes, proxy, until
 import kvrep
 from kvrep import Role
 from kvrep.replication.rounds import Rounds
+from kvrep.runtime.confirming import Confirming
 from kvrep.runtime.shared import Shared
-from kvrep.runtime.shipping import Shipping
 from kvrep.testing.checkers import assert_none, check_linearizable
 from kvrep.testing.cluster import Cluster
 from kvrep.testing.history import History
@@ -136,24 +136,24 @@ def test_readers_share_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Sixteen readers that wait at once cost one round on the primary; on a follower, few questions to it."""
     readers = 16
     gate = threading.Event()
-    probing = Shipping.probing
+    probing = Confirming.probing
 
-    def probing_at_the_gate(shipping: Shipping) -> int:
+    def probing_at_the_gate(confirming: Confirming) -> int:
         assert gate.wait(WAIT_S)
-        return probing(shipping)
+        return probing(confirming)
 
-    monkeypatch.setattr(Shipping, "probing", probing_at_the_gate)
+    monkeypatch.setattr(Confirming, "probing", probing_at_the_gate)
     with group(tmp_path, names="ab") as (_, (a, b)):
         a.put(b"k", b"v")
-        rounds, questions = a._node.shipping._rounds, 0
-        ask = b._node._reads._ask
+        rounds, questions = a._node.shipping.followers.rounds, 0
+        ask = b._node.freshness._reads._ask
 
         def counted_ask(deadline_s: float) -> kvrep.Position:
             nonlocal questions
             questions += 1
             return ask(deadline_s)
 
-        monkeypatch.setattr(b._node._reads, "_ask", counted_ask)
+        monkeypatch.setattr(b._node.freshness._reads, "_ask", counted_ask)
         for store, entered_in, entered_at in ((a, Rounds, "ask"), (b, Shared, "run")):
             entered = threading.Semaphore(0)
             gate.clear()
@@ -209,7 +209,7 @@ def test_a_follower_held_up_refuses(tmp_path: Path) -> None:
         assert b.get(b"k", consistency="linearizable") is None
         way.hold()
         position = a.put(b"k", b"v")
-        b._node._reads._ask = lambda deadline_s: position  # its question takes another way
+        b._node.freshness._reads._ask = lambda deadline_s: position  # its question takes another way
         with pytest.raises(kvrep.StaleRead) as caught:
             b.get(b"k", consistency="linearizable", timeout_s=0.3)
         assert caught.value.wanted == position

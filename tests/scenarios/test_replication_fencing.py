@@ -13,7 +13,7 @@ from replication_kit import FAST, WAIT_S, same, until, voters, writable
 import kvrep
 from kvrep.errors import UpgradeRequired
 from kvrep.model.record import Kind
-from kvrep.runtime.shipping import Shipping
+from kvrep.runtime.leadership import Leadership
 from kvrep.storage.write import Write
 
 
@@ -23,13 +23,13 @@ def test_a_promise_that_nobody_used_is_overcome(
 ) -> None:
     """A voter that promised a higher epoch fences the primary, which then begins again above that epoch."""
     seen = threading.Event()
-    renew = Shipping.renew
+    renew = Leadership.renew
 
-    def renew_once_seen(shipping: Shipping, now: float) -> None:
+    def renew_once_seen(leadership: Leadership, now: float) -> None:
         if seen.is_set():
-            renew(shipping, now)
+            renew(leadership, now)
 
-    monkeypatch.setattr(Shipping, "renew", renew_once_seen)
+    monkeypatch.setattr(Leadership, "renew", renew_once_seen)
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=acks, **FAST) as p:
         with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST) as b:
             voters(p, "a", "b")

@@ -13,10 +13,10 @@ from typing import Any
 
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import ZERO, Position, epoch_after
-from kvrep.replication import acks, election
+from kvrep.replication import acks
 from kvrep.replication.acks import CommitTracker
 from kvrep.replication.ballots import PromiseRequest
-from kvrep.replication.election import Election, GivePromise, Standing
+from kvrep.replication.election import Election, GivePromise, Standing, candidate
 from kvrep.replication.join import Continue, plan_join
 from kvrep.replication.messages import Refused, Truncate
 from kvrep.replication.promises import Verdict, judge
@@ -149,7 +149,7 @@ def _shared_epochs() -> list[Change]:
     def after(epoch: int, _: int) -> int:
         return epoch_after(epoch, 1)
 
-    return [(election, "epoch_after", after), (promoting, "epoch_after", after)]
+    return [(candidate, "epoch_after", after), (promoting, "epoch_after", after)]
 
 
 # -- promotions ------------------------------------------------------------------------------------

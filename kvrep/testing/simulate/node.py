@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvrep.model.configuration import Configuration, in_force
 from kvrep.model.position import Position
-from kvrep.replication.election import Standing, without_data
+from kvrep.replication.election import Standing
 from kvrep.replication.messages import Hello, Promise, Refused
 from kvrep.replication.promises import Verdict, judge
 from kvrep.testing.simulate.disk import Disk, Entry
@@ -200,7 +200,7 @@ class Node:
         """What the log holds, under a promise of ``epoch``."""
         disk = self.disk
         if self.witness:
-            return without_data(epoch, disk.lowered)
+            return Promise.without_data(epoch, disk.lowered)
         return Promise(
             epoch=epoch,
             last=disk.last,

@@ -307,7 +307,7 @@ def test_closing_the_iterator_ends_one_that_waits(db: kvrep.Store) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not db._node._waiting:
+    while not db._node.moves.waiting:
         time.sleep(0)
     began = time.monotonic()
     changes.close()
@@ -334,7 +334,7 @@ def test_closing_the_store_ends_a_reader_with_an_error(memory_store: Path) -> No
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not db._node._waiting:
+    while not db._node.moves.waiting:
         time.sleep(0)
     db.close()
     reader.join(WAIT_S)

@@ -100,8 +100,8 @@ class One:
 
     def ask(self) -> Ask:
         """The round of questions that is under way."""
-        assert self.election._round is not None
-        return self.election._round
+        assert self.election._candidate.round is not None
+        return self.election._candidate.round.ask
 
     def answer(self, name: str, /, **more: Any) -> list[Action]:
         fields: dict[str, Any] = {
@@ -455,7 +455,7 @@ def test_a_round_without_success_is_repeated_more_and_more_slowly() -> None:
         assert "no answer from a, c" in one.election.problem
         pauses.append(one.election.wakes_at - before)
     assert pauses[0] < 0.1
-    assert one.election._ask_at - one.now <= S.timeout_s / 2 * 1.5
+    assert one.election._candidate.ask_at - one.now <= S.timeout_s / 2 * 1.5
 
 
 def test_hearsay_of_a_living_primary_is_followed() -> None:

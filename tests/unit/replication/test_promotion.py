@@ -9,7 +9,7 @@ import pytest
 from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.model.position import ZERO, EpochTable, Position
 from kvrep.replication.messages import Promise
-from kvrep.replication.promotion import Fetch, Promotion
+from kvrep.replication.promotion import Fetch, Promotion, why_not_go_on
 
 
 def group(names: str, acks: Acks = "majority") -> Configuration:
@@ -262,3 +262,26 @@ def test_what_others_know_to_be_committed_counts_for_our_own_records_only() -> N
         promotion = Promotion(group("abc"), b"a", 3001, replace(OWN, committed=5))
         promotion.on_promise(b"b", known)
         assert promotion.committed == wanted
+
+
+@pytest.mark.parametrize(
+    ("last", "table", "committed", "synchronous", "word"),
+    [
+        (12, ((1001, 1), (3001, 10)), 12, True, ""),  # no more than ours
+        (14, ((1001, 1), (3001, 10)), 12, True, ""),  # what this node never acknowledged
+        (14, ((1001, 1), (3001, 10)), 13, True, "lost data"),
+        (14, ((1001, 1), (3001, 10)), 13, False, ""),  # asynchronous: the unsynced tail may go
+        (13, ((1001, 1), (3001, 10), (4002, 13)), 12, True, "another primary"),
+        (13, ((1001, 1), (3001, 10), (4002, 13)), 12, False, "another primary"),
+    ],
+)
+def test_a_restarted_primary_goes_on_only_where_nothing_acknowledged_is_missing(
+    last: int, table: tuple[tuple[int, int], ...], committed: int, synchronous: bool, word: str
+) -> None:
+    """What its own followers have beyond it does not count, unless it is committed; another primary's does."""
+    own = promise(12, (1001, 1), (3001, 10))
+    b = group("ab").voters[1]
+    answer = replace(promise(last, *table), committed=committed)
+    problem = why_not_go_on(own, [(b, answer)], 1, synchronous=synchronous)
+    assert word in problem
+    assert bool(problem) == bool(word)

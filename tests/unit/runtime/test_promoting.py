@@ -19,6 +19,7 @@ from kvrep import Role
 from kvrep.errors import PeerUnavailable
 from kvrep.model.configuration import Configuration, Voter
 from kvrep.options import Options
+from kvrep.runtime.configuring import reconfigure
 from kvrep.runtime.node import Node
 from kvrep.runtime.promoting import answer_promise, answer_standing
 from kvrep.storage.home import Home
@@ -170,7 +171,7 @@ def test_a_witness_is_asked_and_counts_for_no_fence(tmp_path: Path) -> None:
         def change(now: Configuration) -> Configuration:
             return replace(now, voters=(*now.voters, witness), next_member=901)
 
-        a._node.reconfigure(change, 5.0)
+        reconfigure(a._node, change, 5.0)
         rule = a._node.engine.configuration
         assert (rule.data_voters, rule.copies, rule.fence) == (3, 3, 1)
         for store in (b, c):

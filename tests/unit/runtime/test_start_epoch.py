@@ -22,7 +22,7 @@ def test_an_epoch_begins_after_one_that_was_refused(tmp_path: Path) -> None:
         committer._take = take  # type: ignore[method-assign]
         assert isinstance(refused.error, Fenced)
         begun = node.begin_epoch(node.next_epoch(), fenced=())
-        assert node.finish(begun, 5.0).offset == first.offset + 1
+        assert node.writes.finish(begun, 5.0).offset == first.offset + 1
         assert [e for e, _ in engine.epochs] == [first.epoch, begun.epoch]
         assert store.put(b"k", b"2") == kvrep.Position(begun.epoch, first.offset + 2)
     with kvrep.open(tmp_path / "a") as store:
