@@ -1,6 +1,7 @@
-"""Figures 31 to 33: agents into a real PostgreSQL, against psycopg alone.
+"""Figures 31 to 33: agents into a real PostgreSQL, against psycopg alone. 34 and 35: into a warehouse.
 
-They are there where PostgreSQL is installed. Its disk writes are the same on both sides.
+The first are there where PostgreSQL is installed. Its disk writes are the same on both sides. The others are there
+with pyarrow and deltalake.
 """
 
 from __future__ import annotations
@@ -29,9 +30,21 @@ except ImportError:
 else:
     AVAILABLE = BINARIES is not None
 
+try:
+    import pyarrow as pa
+    from deltalake import write_deltalake
+
+    from kvrep.sinks.warehouse import WarehouseSink
+except (ImportError, kvrep.OpenError):
+    WAREHOUSE = False
+else:
+    WAREHOUSE = True
+
 __all__ = ["AVAILABLE"]
 
 BATCH = 1000
+LARGE_BATCH = 10_000
+"""Changes in a commit of a warehouse."""
 TABLE = "CREATE TABLE bare.t (key bytea PRIMARY KEY, value bytea)"
 UPSERT = "INSERT INTO bare.t VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
@@ -145,29 +158,30 @@ def _peak_mb(pid: int) -> float:
 
 def memory(bench: Bench) -> Outcome:
     """The agent process while it works off a snapshot and a backlog, by its largest resident set."""
-    count = bench.size(300_000, 2000)
-    with _server(bench) as server, bench.path("store") as path:
-        with kvrep.open(path, name="a", listen="127.0.0.1:0") as db:
-            for start in range(0, count, BATCH):
-                with db.batch() as batch:
-                    for number in range(start, start + BATCH):
-                        batch.put(key(number), VALUE)
-            writer = threading.Thread(
-                target=lambda: [db.submit_put(key(i), VALUE) for i in range(count // 3)]
-            )
-            writer.start()
-            with subprocess.Popen(
-                [
-                    sys.executable, "-m", "kvrep", "agent", "--from", db.address, "--to", server.url("agent"),
-                    "--until-current", "--log-level", "error",
-                ],
-                stdout=subprocess.DEVNULL,
-            ) as process:  # fmt: skip
-                peak = 0.0
-                while process.poll() is None:
-                    peak = max(peak, _peak_mb(process.pid))
-                    time.sleep(0.02)
-            writer.join()
+    with _server(bench) as server:
+        return _memory(bench, server.url("agent"), bench.size(300_000, 2000))
+
+
+def _memory(bench: Bench, secondary: str, count: int) -> Outcome:
+    with bench.path("store") as path, kvrep.open(path, name="a", listen="127.0.0.1:0") as db:
+        for start in range(0, count, BATCH):
+            with db.batch() as batch:
+                for number in range(start, start + BATCH):
+                    batch.put(key(number), VALUE)
+        writer = threading.Thread(target=lambda: [db.submit_put(key(i), VALUE) for i in range(count // 3)])
+        writer.start()
+        with subprocess.Popen(
+            [
+                sys.executable, "-m", "kvrep", "agent", "--from", db.address, "--to", secondary,
+                "--until-current", "--log-level", "error",
+            ],
+            stdout=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            peak = 0.0
+            while process.poll() is None:
+                peak = max(peak, _peak_mb(process.pid))
+                time.sleep(0.02)
+        writer.join()
     if process.returncode:
         raise RuntimeError(f"the agent ended with {process.returncode}")
     outcome = Outcome("MB")
@@ -176,6 +190,57 @@ def memory(bench: Bench) -> Outcome:
     return outcome
 
 
+def _warehouse_agent(db: kvrep.Store, folder: Path) -> kvrep.Agent:
+    from kvrep.sinks.feed import FeedSource
+    from kvrep.sinks.upstream import Local
+
+    sink = WarehouseSink(f"delta:{folder}?commit_s=0&refresh_s=3600")
+    return kvrep.Agent(FeedSource(Local(db)), sink, batch_changes=LARGE_BATCH)
+
+
+def history(bench: Bench) -> Outcome:
+    """Changes that wait in the log, into the history, against Delta commits of the same columns from a list."""
+    count = bench.size(400_000, LARGE_BATCH)
+    drawn = keys(bench.chance(34), count, count // 2)
+    with bench.path("store") as path, kvrep.open(path) as db:
+
+        def agent() -> float:
+            with bench.path("warehouse") as folder:
+                with _warehouse_agent(db, folder) as first:
+                    first.wait_for(db.put(b"begin", b""), 600)
+                futures = [db.submit_put(k, VALUE) for k in drawn]
+                last = futures[-1].result(60)
+                began = time.perf_counter()
+                with _warehouse_agent(db, folder) as second:
+                    second.wait_for(last, 600)
+                    return count / (time.perf_counter() - began)
+
+        def bare() -> float:
+            with bench.path("bare") as folder:
+                began = time.perf_counter()
+                for start in range(0, count, LARGE_BATCH):
+                    rows = range(start, min(count, start + LARGE_BATCH))
+                    columns = {
+                        "number": pa.array(rows, pa.int64()),
+                        "key": pa.array([drawn[i] for i in rows], pa.binary()),
+                        "value": pa.array([VALUE for _ in rows], pa.binary()),
+                    }
+                    write_deltalake(str(folder), pa.table(columns), mode="append")
+                return count / (time.perf_counter() - began)
+
+        return bench.alternate(agent, bare, pairs=min(3, bench.pairs))
+
+
+def warehouse_memory(bench: Bench) -> Outcome:
+    """The agent process into a warehouse, the current state included."""
+    with bench.path("warehouse") as folder:
+        return _memory(bench, f"delta:{folder}?refresh_s=1", bench.size(1_000_000, 2000))
+
+
+if WAREHOUSE:
+    figure(34, "warehouse-changes", f"agent: changes from a feed into a history, {LARGE_BATCH} a commit",
+           "deltalake: appends of key and value")(history)  # fmt: skip
+    figure(35, "warehouse-memory", "memory of an agent process into a warehouse")(warehouse_memory)
 if AVAILABLE:
     figure(31, "agent-changes", f"agent: changes from a feed into PostgreSQL, {BATCH} a commit",
            "psycopg: upserts by executemany", 0.6)(upserts)  # fmt: skip

@@ -41,6 +41,7 @@ class KafkaCluster:
         if self._process is None:
             pytest.skip("a cluster that is not ours is not frozen")
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)  # the signal is only on its way
 
     def thaw(self) -> None:
         assert self._process is not None

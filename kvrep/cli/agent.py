@@ -28,6 +28,8 @@ examples:
     kvrep agent --from 10.0.0.1:7400,10.0.0.2:7400 --to postgresql://kvrep@db/site
   with columns out of JSON values:
     … --table 'orders=json(key text, customer text, total numeric(10,2))'
+  into a folder of Delta tables, for DuckDB, Spark and the like:
+    kvrep agent --from 10.0.0.1:7400 --to 'delta:///srv/warehouse?commit_s=10&refresh_s=60'
   the other direction, a node's changes as CloudEvents on a broker:
     kvrep agent --from 10.0.0.1:7400 --to amqp://broker/%2f?topic=orders
   how it goes, and what was put aside:
@@ -37,12 +39,19 @@ examples:
 
 SOURCE is a broker's address, host:port of running nodes (with commas between), or the path of a store that no
 process has open.
-SECONDARY is postgresql://…, sqlite:PATH, kvrep:PATH, host:port of the primary of another group, or a broker.
+SECONDARY is postgresql://…, sqlite:PATH, delta:PATH, kvrep:PATH, host:port of the primary of another group, or a
+broker.
 Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPASSWORD.
 
 Rows and place move in one transaction, so every change takes effect exactly once, whatever is killed when.
 With --http HOST:PORT it answers /status (JSON) and /metrics (Prometheus; needs kvrep[metrics])."""
 
+_FRUGAL = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "_RJEM_MALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
+    "TOKIO_WORKER_THREADS": "2",
+}
+"""What makes pyarrow and deltalake give memory back when it is free. They look at it when they are loaded."""
 _ACTIONS = ("run", "status", "dead-letters", "retry", "discard")
 
 
@@ -134,6 +143,9 @@ def _agent(args: argparse.Namespace) -> Any:
     from kvrep.sinks.addresses import is_broker, sink_at, source_at
     from kvrep.sinks.agent import Agent
 
+    if args.to.startswith("delta"):
+        for name, value in _FRUGAL.items():
+            os.environ.setdefault(name, value)
     sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
     selection: dict[str, Any] = {}
     if not is_broker(args.source):
@@ -160,7 +172,7 @@ def _publication(args: argparse.Namespace) -> Any:
     if is_broker(args.source):
         raise UsageError("from a broker to a broker is the broker's own business")
     if args.table:
-        raise UsageError("--table is for PostgreSQL and SQLite")
+        raise UsageError("--table is for PostgreSQL, SQLite and warehouses")
     if args.feed and args.state:
         raise UsageError("--feed and --state exclude each other: the place is kept once")
     _check_path(args.source)

@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
         "--from", dest="source", metavar="HOST:PORT", required=True, help="a node of the source"
     )
     parser.add_argument("--to", dest="to", metavar="SECONDARY", required=True,
-                        help="a follower (host:port), postgresql://…, sqlite:PATH or kvrep:PATH")  # fmt: skip
+                        help="a follower (host:port), postgresql://…, sqlite:…, delta:… or kvrep:PATH")  # fmt: skip
     parser.add_argument(
         "--sample", metavar="N", type=count, default=1000, help="keys to compare (default 1000)"
     )

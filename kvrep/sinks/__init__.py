@@ -3,7 +3,8 @@
 ::
 
     interface   Sink, Place, DeadLetter: what a secondary has to be able to do
-    memory, sqlite, postgres, store      the secondaries; sql, tables: what databases share
+    memory, sqlite, postgres, store, warehouse      the secondaries
+    sql, tables what databases share; delta, columns: of what a warehouse is made
     source      what an agent reads; feed (a store) and broker are the two
     ordering    in which order events take effect (pure); delays: how late, how fast, until when (pure)
     agent       the loop of an agent; publication: of the other direction; stream: what passes beside events

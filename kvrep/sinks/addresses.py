@@ -7,6 +7,7 @@
 a path                               a store that no process has open; as a secondary ``kvrep:PATH``
 ``postgresql://…?schema=kvrep``      a schema of a PostgreSQL database
 ``sqlite:PATH``, ``sqlite:///PATH``  a SQLite file
+``delta:PATH``, ``delta:///PATH``    a folder of Delta tables; ``delta+s3://…`` and the like for what deltalake reaches
 ==================================  ==================================================================
 
 Packages add secondaries by an entry point of the group ``kvrep.sinks``: its name is the scheme, its object is
@@ -35,7 +36,11 @@ _BROKERS = ("amqp", "amqps", "amqp+stream", "amqps+stream", "kafka", "kafkas", "
 
 def _scheme(address: str) -> str:
     head, colon, rest = address.partition(":")
-    return head.lower() if colon and (rest.startswith("/") or head.lower() in ("sqlite", "kvrep")) else ""
+    return (
+        head.lower()
+        if colon and (rest.startswith("/") or head.lower() in ("sqlite", "kvrep", "delta"))
+        else ""
+    )
 
 
 def is_broker(address: str) -> bool:
@@ -76,10 +81,16 @@ def sink_at(
         from kvrep.sinks.sqlite import SqliteSink
 
         return SqliteSink(_path(address), tables=tables)
+    if scheme == "delta" or scheme.startswith("delta+"):
+        from kvrep.sinks.warehouse import WarehouseSink
+
+        return WarehouseSink(address, tables=tables)
     if scheme in ("", "kvrep"):
         if tables:
             raise ConfigurationMismatch(
-                "tables are for PostgreSQL and SQLite", option="table", given=sorted(tables)
+                "tables are for PostgreSQL and SQLite databases and for warehouses",
+                option="table",
+                given=sorted(tables),
             )
         return _store_at(address.removeprefix("kvrep:").removeprefix("//"), tls, token)
     for point in entry_points(group=ENTRY_POINTS, name=scheme):
@@ -87,15 +98,17 @@ def sink_at(
         return made
     raise OpenError(
         f"no secondary is known for {scheme}:",
-        hint=f"known are postgresql://, sqlite:, kvrep: and what packages add as entry points {ENTRY_POINTS!r}",
+        hint=f"known are postgresql://, sqlite:, delta:, kvrep: and what packages add as entry points {ENTRY_POINTS!r}",
     )
 
 
 def _check_there(scheme: str, address: str) -> None:
     """A folder that is missing is named by what opens the file in it."""
-    if scheme not in ("", "kvrep", "sqlite"):
+    if scheme not in ("", "kvrep", "sqlite", "delta"):
         return
-    rest = _path(address) if scheme == "sqlite" else address.removeprefix("kvrep:").removeprefix("//")
+    rest = address.removeprefix("kvrep:").removeprefix("//") if scheme in ("", "kvrep") else _path(address)
+    if scheme == "delta":
+        rest = rest.partition("?")[0]
     path = Path(rest)
     if not _is_node(rest) and path.parent.exists() and not path.exists():
         raise OpenError(f"there is no secondary at {path}", hint="check the path")

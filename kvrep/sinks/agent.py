@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvrep.errors import (
     LineageMismatch,
@@ -27,10 +27,9 @@ from kvrep.errors import (
     StorageFull,
     StoreInUse,
 )
-from kvrep.model.change import BEGIN, DELETE, END, PUT, Change
+from kvrep.model.change import BEGIN, DELETE, END, PUT, Change, Sequence
 from kvrep.model.event import Event
 from kvrep.model.position import Position
-from kvrep.model.record import Op
 from kvrep.sinks.delays import Delays, Rate, catch_up_s
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.running import AgentState, Running
@@ -125,11 +124,14 @@ class Agent(Running):
         self.source = source_at(source) if isinstance(source, str) else source
         self._batch_changes, self._batch_bytes = batch_changes, batch_bytes
         self._letters_max = dead_letters_max
+        self.source.widen(self.sink.batch_changes)
         self._log_interval_s = log_interval_s
         self._place = Place()
         self._batch = _Batch()
         self._letters: dict[tuple[str, bytes], list[int]] = {}
         self._letter_count = 0
+        self._outdated: list[int] = []
+        """Dead letters from before the snapshot that is arriving."""
         self._applied = self._commits = self._snapshots = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
@@ -196,17 +198,20 @@ class Agent(Running):
             arrived = self.source.receive(max(1, most - batch.count), self._patience())
             self._take(arrived)
             full = batch.count >= most or batch.bytes >= most_bytes
-            if batch.count and (full or not arrived) and self._may_commit(full):
+            if batch.count and (full or self._waited(arrived)) and self._may_commit(full):
                 self._commit()
+                self.sink.tend(self._stop.is_set)
             if not arrived:
                 self._idle()
             self._log_now_and_then()
 
     def _limits(self) -> tuple[int, int]:
         """Changes and bytes of a commit. A snapshot goes in larger pieces: nobody waits for single rows of it."""
+        most, most_bytes = self._batch_changes, self._batch_bytes
         if self._staging:
-            return SNAPSHOT_BATCHES * self._batch_changes, max(self._batch_bytes, SNAPSHOT_BYTES)
-        return self._batch_changes, self._batch_bytes
+            most, most_bytes = SNAPSHOT_BATCHES * most, max(most_bytes, SNAPSHOT_BYTES)
+        most, most_bytes = max(most, self.sink.batch_changes), max(most_bytes, self.sink.batch_bytes)
+        return most if self.source.window is None else min(most, self.source.window), most_bytes
 
     @property
     def _staging(self) -> bool:
@@ -214,30 +219,47 @@ class Agent(Running):
         staging = self._batch.staging
         return self._place.staging if staging is None else staging
 
+    def _due_s(self) -> float:
+        """In how many seconds a batch that is not full is committed. The end of a snapshot is awaited."""
+        batch = self._batch
+        lingers = batch.staging is not False
+        return max(0.0, batch.began_s + self.sink.linger_s - time.monotonic()) if lingers else 0.0
+
+    def _waited(self, arrived: list[Incoming]) -> bool:
+        """Whether a batch that is not full has been waited for: nothing more is there, or it is time."""
+        return not self._due_s() and (not arrived or self.sink.linger_s > 0)
+
     def _patience(self) -> float:
         """How long to wait for more: not at all where something is ready to be committed."""
         if not self._batch.count:
             return IDLE_S
-        return 0.0 if self._batch.at_end else UNIT_WAIT_S / 5
+        return min(IDLE_S, self._due_s()) if self._batch.at_end else UNIT_WAIT_S / 5
 
     def _may_commit(self, full: bool) -> bool:
         """At the end of a transaction; inside one only when it is large, or its rest is long in coming."""
         batch = self._batch
         if batch.at_end:
             return True
-        large = batch.count >= 4 * self._batch_changes or batch.bytes >= 4 * self._batch_bytes
+        window = self.source.window
+        large = (
+            batch.count >= 4 * max(self._batch_changes, self.sink.batch_changes)
+            or batch.bytes >= 4 * max(self._batch_bytes, self.sink.batch_bytes)
+            or (window is not None and batch.count >= window)
+        )
         return large or (not full and time.monotonic() - batch.began_s > UNIT_WAIT_S)
 
     def _idle(self) -> None:
         if not self._batch.count:
             self.source.settle(self._place)
+            self.sink.tend(self._stop.is_set)
         behind = self.source.state().behind
         if behind is not None:
             self._growth.add(self._place.sequence[1] + behind, time.monotonic())
         if self._place.staging:
             self._say(AgentState.SNAPSHOT, "")
         else:
-            self._say(AgentState.APPLYING if behind or not self._place.whole else AgentState.CURRENT, "")
+            busy = behind or self.sink.behind or not self._place.whole
+            self._say(AgentState.APPLYING if busy else AgentState.CURRENT, "")
 
     # -- applying ----------------------------------------------------------------------------------
 
@@ -246,6 +268,7 @@ class Agent(Running):
         changes, size = batch.changes, 0
         for one in arrived:
             if isinstance(one, Unreadable):
+                self._make_room(one.reason)
                 self._bury(DeadLetter(raw=one.raw, reason=one.reason))
                 continue
             kind = one.kind
@@ -255,11 +278,13 @@ class Agent(Running):
             elif kind == BEGIN:
                 self._flush()
                 self.sink.unstage()
+                batch.aside.clear()
+                self._outdated = [n for numbers in self._letters.values() for n in numbers]
                 batch.staging = True
             elif kind == END and self._staging:
                 self._flush()
                 self.sink.swap()
-                self._forget_all()
+                self._forget_outdated()
                 batch.staging = False
                 self._snapshots += 1
             batch.last = one
@@ -272,16 +297,13 @@ class Agent(Running):
         """What was gathered goes to the secondary; what it cannot hold becomes dead letters."""
         batch = self._batch
         while batch.changes:
-            ops: list[Op] = [(c.keyspace, c.key, c.value) for c in batch.changes]
             try:
                 if self._staging:
-                    self.sink.stage(ops)
+                    self.sink.stage_changes(batch.changes)
                 else:
-                    self.sink.apply(ops)
+                    self.sink.apply_changes(batch.changes)
             except RejectedChange as error:
-                bad = batch.changes.pop(error.index)
-                self._supersede([bad])
-                self._bury(_letter(bad, error.message))
+                self._put_aside(batch.changes.pop(error.index), error.message)
                 continue
             self._supersede(batch.changes)
             batch.note_applied()
@@ -289,30 +311,41 @@ class Agent(Running):
 
     def _supersede(self, changes: Iterable[Change | Event]) -> None:
         """A later change of the same key makes a dead letter of no use, and wrong to apply."""
-        if not self._letters:
+        aside = self._batch.aside
+        if not self._letters and not aside:
             return
         for change in changes:
-            numbers = self._letters.pop((change.keyspace, change.key), None)
+            place = (change.keyspace, change.key)
+            if place in aside and aside[place].sequence < change.sequence:
+                del aside[place]
+            numbers = self._letters.pop(place, None)
             if numbers:
                 self.sink.forget(numbers)
                 self._letter_count -= len(numbers)
                 self._batch.letters = True
 
-    def _forget_all(self) -> None:
+    def _forget_outdated(self) -> None:
         """A snapshot replaced every key; those that it could not hold itself were put aside after its begin."""
-        old = [n for numbers in self._letters.values() for n in numbers]
-        if old and not self._batch.letters:
-            self.sink.forget(old)
-            self._letters.clear()
-            self._letter_count -= len(old)
+        if self._outdated:
+            self.sink.forget(self._outdated)
+            self._outdated = []
             self._batch.letters = True
 
-    def _bury(self, letter: DeadLetter) -> None:
-        if self._letter_count >= self._letters_max:
+    def _put_aside(self, change: Change | Event, reason: str) -> None:
+        """Bury it with the next commit, unless a later change of its key comes before that."""
+        self._supersede([change])
+        self._make_room(reason)
+        self._batch.aside[(change.keyspace, change.key)] = _Aside(change.sequence, _letter(change, reason))
+
+    def _make_room(self, reason: str) -> None:
+        count = self._letter_count + len(self._batch.aside)
+        if count >= self._letters_max:
             raise Overloaded(
-                f"{self._letter_count} dead letters: no room for {letter.reason}",
+                f"{count} dead letters: no room for {reason}",
                 hint="look at them with 'kvrep agent dead-letters', fix the cause, retry or discard them",
             )
+
+    def _bury(self, letter: DeadLetter) -> None:
         self.sink.bury(letter)
         self._letter_count += 1
         self._batch.letters = True
@@ -323,6 +356,8 @@ class Agent(Running):
     def _commit(self) -> None:
         self._flush()
         batch, place, staging = self._batch, self._place, self._staging
+        for aside in batch.aside.values():
+            self._bury(aside.letter)
         if batch.last is not None:
             last = batch.last
             place = Place(
@@ -345,6 +380,8 @@ class Agent(Running):
         self._batch = _Batch()
         with self._moved:
             self._place = place
+            if self.sink.behind:
+                self._state = AgentState.APPLYING
             self._moved.notify_all()
         self.source.settle(place)
 
@@ -402,11 +439,19 @@ class Agent(Running):
         )  # fmt: skip
 
 
+class _Aside(NamedTuple):
+    """A change that does not fit, until the next commit."""
+
+    sequence: Sequence
+    letter: DeadLetter
+
+
 class _Batch:
     """What will take effect with the next commit."""
 
     __slots__ = (
         "applied",
+        "aside",
         "began_s",
         "bytes",
         "changes",
@@ -426,7 +471,9 @@ class _Batch:
         """commit time: changes of it, for the delays."""
         self.staging: bool | None = None
         """Whether a snapshot is arriving, once this batch has changed that."""
+        self.aside: dict[tuple[str, bytes], _Aside] = {}
         self.letters = False
+        """Whether the dead letters of the secondary will have changed."""
         self.began_s = time.monotonic()
 
     def note_applied(self) -> None:
@@ -485,4 +532,5 @@ def retry_dead_letters(
         done.append(number)
     sink.forget(done)
     sink.commit(place)
+    sink.tend()
     return done, failed

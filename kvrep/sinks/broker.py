@@ -24,6 +24,9 @@ log = logging.getLogger("kvrep.agent")
 RAW_BYTES_MAX = 1 << 20
 """How much of a message that cannot be read is kept."""
 ASK_TIMEOUT_S = 5.0
+WINDOW = 500
+WINDOW_MAX = 5000
+"""Deliveries that are received and not acknowledged, which stand in memory."""
 ASK_INTERVAL_MAX_S = 60.0
 
 
@@ -59,6 +62,7 @@ class BrokerSource(Source):
         self._group = group
         self._parked_max, self._parked_bytes_max = parked_max, parked_bytes_max
         self._gap_wait_s, self._ask_interval_s = gap_wait_s, ask_interval_s
+        self.window: int = WINDOW
         self._subscriber: Subscriber | None = None
         self._requests: Publisher | None = None
         self._repeats = self._asked = 0
@@ -86,10 +90,13 @@ class BrokerSource(Source):
     def lineage(self) -> str:
         return self._inbox.lineage
 
+    def widen(self, changes: int) -> None:
+        self.window = max(self.window, min(changes, WINDOW_MAX))
+
     def open(self, place: Place) -> None:
         self.close()
         self._start(place)
-        self._subscriber = self._broker.subscriber(self._topic, group=self._group)
+        self._subscriber = self._broker.subscriber(self._topic, group=self._group, prefetch=self.window)
 
     def receive(self, count: int, timeout_s: float) -> list[Incoming]:
         assert self._subscriber is not None

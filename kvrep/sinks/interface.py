@@ -9,12 +9,13 @@ once. One thread uses a sink at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
 
-from kvrep.model.change import Sequence
+from kvrep.model.change import Change, Sequence
+from kvrep.model.event import Event
 from kvrep.model.position import Position
 from kvrep.model.record import Op
 
@@ -73,6 +74,11 @@ class Sink(ABC):
     """A secondary system that keeps a copy. ``url`` names it without secrets."""
 
     url: str = ""
+    linger_s: float = 0.0
+    """How long an agent gathers changes for a commit that is not full: for those where a commit is dear."""
+    batch_changes: int = 0
+    """How many changes fill a commit at the least, whatever the agent was told; and how many bytes."""
+    batch_bytes: int = 0
 
     @abstractmethod
     def open(self) -> Place:
@@ -90,6 +96,14 @@ class Sink(ABC):
     @abstractmethod
     def stage(self, ops: SequenceOf[Op]) -> None:
         """Like :meth:`apply`, on the snapshot that replaces the copy at :meth:`swap`."""
+
+    def apply_changes(self, changes: SequenceOf[Change | Event]) -> None:
+        """:meth:`apply`, with all that is known of the changes, for sinks that keep more of it."""
+        self.apply([(c.keyspace, c.key, c.value) for c in changes])
+
+    def stage_changes(self, changes: SequenceOf[Change | Event]) -> None:
+        """:meth:`stage` in the same way."""
+        self.stage([(c.keyspace, c.key, c.value) for c in changes])
 
     @abstractmethod
     def swap(self) -> None:
@@ -122,6 +136,17 @@ class Sink(ABC):
     def dead_letters(self) -> list[DeadLetter]:
         """What was put aside, oldest first."""
 
+    @property
+    def behind(self) -> bool:
+        """Whether something that follows from commits is not done yet."""
+        return False
+
+    def tend(self, give_up: Callable[[], bool] = lambda: False) -> None:  # noqa: B027 (most have nothing to do)
+        """Do what follows from commits but is no part of them, if it is time for that.
+
+        Called between commits. Returns soon once ``give_up`` is true. Raises what :meth:`commit` does.
+        """
+
     def hold(self) -> Place:
         """The place; until :meth:`rollback` reads show one moment, that of this place. Without it: only while
         nobody writes."""
@@ -133,7 +158,8 @@ class Sink(ABC):
 
     @abstractmethod
     def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
-        """The rows of a keyspace in key order: the value as bytes, or a tuple of columns where it is mapped."""
+        """The rows of a keyspace, in key order where it has one: the value as bytes, or a tuple of columns where
+        it is mapped."""
 
     @abstractmethod
     def close(self) -> None:

@@ -43,11 +43,17 @@ class Source(ABC):
     """Changes in order. ``url`` names it without secrets. One thread uses it at a time."""
 
     url: str = ""
+    window: int | None = None
+    """How many changes may be received and not settled before nothing more comes; ``None``: any number."""
 
     @property
     @abstractmethod
     def lineage(self) -> str:
         """The history it tells; empty while not known."""
+
+    def widen(self, changes: int) -> None:
+        """Settlements may be so many changes apart. Before :meth:`open`."""
+        del changes
 
     @abstractmethod
     def open(self, place: Place) -> None:

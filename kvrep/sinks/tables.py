@@ -14,7 +14,7 @@ from kvrep.codecs import BYTES, Codec
 from kvrep.errors import ConfigurationMismatch, RejectedChange
 from kvrep.model.record import Op
 
-__all__ = ["Table", "by_keyspace", "parse_table", "table_name"]
+__all__ = ["Table", "by_keyspace", "parse_table", "table_name", "table_of"]
 
 NAME_BYTES_MAX = 48
 """Leaves room for the suffix of a staged table below PostgreSQL's 63."""
@@ -67,6 +67,10 @@ class Table:
         """Every column with its PostgreSQL type, the key first."""
         key = {"key": "text" if self.text_keys else "bytea"}
         return {**key, **(self.columns or {"value": _WHOLE.get(self.codec.name, "bytea")})}
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON takes it; :func:`table_of` reads it."""
+        return {"codec": self.codec.name, "columns": dict(self.columns), "text_keys": self.text_keys}
 
     def row(self, index: int, op: Op) -> tuple[Any, ...]:
         """The columns of one put; bytes for ``bytea``, else text as SQL reads it."""
@@ -137,6 +141,17 @@ def parse_table(text: str) -> tuple[str, Table]:
     if columns and codec is BYTES:
         raise _wrong(text, "values of bytes have no fields to make columns of")
     return found[1], Table(codec, columns, text_keys=key == "text")
+
+
+def table_of(described: Mapping[str, Any]) -> Table:
+    """The table that :meth:`Table.describe` was asked of; ``ConfigurationMismatch`` for a codec of the user's own."""
+    codec = _CODECS.get(described["codec"])
+    if codec is None:
+        raise ConfigurationMismatch(
+            f"a table was made with the codec {described['codec']!r}, which is not known here", option="table",
+            given=described, hint="give the same tables as before",
+        )  # fmt: skip
+    return Table(codec, described["columns"], text_keys=described["text_keys"])
 
 
 def _wrong(text: str, wanted: str) -> ConfigurationMismatch:

@@ -1,4 +1,4 @@
-"""Every secondary keeps what the interface promises: the one in memory, SQLite, PostgreSQL and another store."""
+"""Every secondary keeps what the interface promises: the one in memory, SQLite, PostgreSQL, a store, a warehouse."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.store import LocalStore, RemoteStore, StoreSink
 from kvrep.sinks.tables import Table
 from tests.postgres_kit import shared_postgres  # noqa: F401
+from tests.warehouse_kit import EAGER, need_warehouse
 
 Make = Callable[..., Sink]
-KINDS = ["memory", "sqlite", "postgres", "store", "remote"]
+KINDS = ["memory", "sqlite", "postgres", "store", "remote", "warehouse"]
+MAPPED = ["sqlite", "postgres", "warehouse"]
+"""Those that can show values as columns."""
 PLACE = Place(lineage="aa", sequence=(1001, 7, 2), time_us=5, token="k1x", whole=True)
 
 
 @pytest.fixture(params=KINDS)
 def make(request: Any, tmp_path: Path) -> Iterator[Make]:
-    """``make()`` gives a sink on the same secondary each time; ``make(tables=…)`` maps keyspaces (SQL only)."""
+    """``make()`` gives a sink on the same secondary each time; ``make(tables=…)`` maps keyspaces (:data:`MAPPED`)."""
     kind = request.param
     made: list[Sink] = []
     primary: kvrep.Store | None = None
@@ -40,6 +43,11 @@ def make(request: Any, tmp_path: Path) -> Iterator[Make]:
         build = lambda **o: PostgresSink(url, **o)  # noqa: E731
     elif kind == "store":
         build = lambda **_: StoreSink("kvrep:x", lambda: LocalStore(str(tmp_path / "copy")))  # noqa: E731
+    elif kind == "warehouse":
+        need_warehouse()
+        from kvrep.sinks.warehouse import WarehouseSink
+
+        build = lambda **o: WarehouseSink(f"delta:{tmp_path / 'lake'}{EAGER}", **o)  # noqa: E731
     else:
         primary = kvrep.open(tmp_path / "far", name="far", listen="127.0.0.1:0", acks=0)
         address = primary.address
@@ -136,7 +144,7 @@ def test_a_snapshot_replaces_the_copy_at_the_swap(make: Make) -> None:
     sink.commit(Place(lineage="aa", sequence=(1001, 9, 1 << 32), staging=True))
     sink.close()
     assert sink.open().staging
-    if make.kind in ("memory", "sqlite", "postgres"):  # type: ignore[attr-defined]
+    if make.kind in ("memory", *MAPPED):  # type: ignore[attr-defined]
         assert rows(sink) == {b"old": b"1", b"both": b"1"}, "the old copy stands until the swap"
     sink.stage([("default", b"new", None), ("default", b"newer", b"3"), ("fresh", b"f", b"4")])
     sink.swap()
@@ -213,7 +221,7 @@ def test_dead_letters_are_kept_in_order_until_they_are_forgotten(make: Make) -> 
 
 def test_a_change_that_cannot_be_stored_is_named(make: Make) -> None:
     """RejectedChange says which one; nothing of the call is stored, and the rest of the transaction is."""
-    if make.kind in ("sqlite", "postgres"):  # type: ignore[attr-defined]
+    if make.kind in MAPPED:  # type: ignore[attr-defined]
         sink = make(tables={"docs": Table(JSON, {"n": "integer"})})
         good, bad = b'{"n": 1}', b"{"
     elif make.kind == "memory":  # type: ignore[attr-defined]
@@ -242,7 +250,7 @@ def test_a_change_that_cannot_be_stored_is_named(make: Make) -> None:
     assert sorted(rows(sink, "docs")) == sorted([b"before", *(b"%d" % i for i in range(13)), b"14"])
 
 
-@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize("make", MAPPED, indirect=True)
 def test_a_commit_after_another_agent_moved_the_place_is_refused(make: Make) -> None:
     """Two agents on one database do not apply the same changes twice: the slower one is told."""
     one, two = make(), make()
@@ -266,7 +274,7 @@ def test_columns_out_of_values() -> None:
     assert table.row(0, ("orders", b"1", b"{}")) == (b"1", None, None, "null", None)
 
 
-@pytest.mark.parametrize("make", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize("make", MAPPED, indirect=True)
 def test_mapped_tables_have_columns(make: Make) -> None:
     """Text keys and typed columns arrive through changes and through snapshots alike."""
     tables = {
@@ -309,6 +317,26 @@ def test_a_table_that_people_made_first_is_used(make: Make) -> None:
     sink.apply([("default", b"b", b"2")])
     sink.commit(PLACE)
     assert rows(sink) == {b"a": b"1", b"b": b"2"}
+
+
+def test_what_follows_from_commits_changes_nothing_that_they_say(make: Make) -> None:
+    """tend() may be called between commits, at any time, and leaves place and rows as they are."""
+    sink = make()
+    sink.open()
+    for value in (b"1", b"2"):
+        sink.apply([("default", b"a", value), ("default", value, b"x")])
+        sink.commit(PLACE)
+        sink.tend()
+        assert not sink.behind
+        assert rows(sink)[b"a"] == value
+    sink.apply([("default", b"2", None)])
+    sink.tend()
+    sink.rollback()
+    assert rows(sink) == {b"a": b"2", b"1": b"x", b"2": b"x"}
+    assert sink.hold() == PLACE
+    assert rows(sink) == {b"a": b"2", b"1": b"x", b"2": b"x"}
+    sink.rollback()
+    assert sink.open() == PLACE
 
 
 def test_a_snapshot_row_that_comes_twice(make: Make) -> None:

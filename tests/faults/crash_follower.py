@@ -306,7 +306,7 @@ def _promise_not_synced() -> None:
 
 
 def _rescue_not_synced() -> None:
-    storage_rescue.os = SimpleNamespace(fsync=_nothing)  # type: ignore[attr-defined]
+    storage_rescue.os = SimpleNamespace(**{**vars(os), "fsync": _nothing})  # type: ignore[attr-defined]
 
 
 def _rescue_without_a_name() -> None:

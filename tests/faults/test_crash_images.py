@@ -143,9 +143,9 @@ def images_of(what: str, folder: Path, recorder: Path, *, samples: int, fault: s
         ("promise", 2, 50),
         ("rejoin", 0, 80),
         ("copy", 0, 80),
-        pytest.param("promise", 40, 100, marks=pytest.mark.prove),
-        pytest.param("rejoin", 10, 500, marks=pytest.mark.prove),
-        pytest.param("copy", 10, 500, marks=pytest.mark.prove),
+        pytest.param("promise", 40, 60, marks=pytest.mark.prove),
+        pytest.param("rejoin", 10, 130, marks=pytest.mark.prove),
+        pytest.param("copy", 10, 350, marks=pytest.mark.prove),
     ],
 )
 def test_every_crash_of_a_follower_keeps_the_promises(

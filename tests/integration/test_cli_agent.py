@@ -21,6 +21,7 @@ from kvrep.sinks.tables import Table
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.cli_kit import command, run_here
+from tests.warehouse_kit import ask, need_warehouse
 
 
 class Running:
@@ -149,6 +150,36 @@ def test_dead_letters_are_listed_retried_and_discarded(tmp_path: Path, capfdbina
     assert run_here(capfdbinary, "agent", "discard", 77, "--to", to).code == 2
 
 
+def test_a_warehouse_on_the_command_line(tmp_path: Path, capfdbinary: Any) -> None:
+    """Run until current, status, dead letters and a retry, with nothing but its address."""
+    need_warehouse()
+    folder = tmp_path / "lake"
+    to = f"delta:{folder}"
+    with kvrep.open(tmp_path / "a") as db:
+        db.put(b"a", b"1")
+        db.keyspace("docs").put(b"good", b'{"n": 1}')
+        db.keyspace("docs").put(b"bad", b"no json")
+        expected = content(db)
+    done = run_here(
+        capfdbinary, "agent", "--from", tmp_path / "a", "--to", to, "--until-current",
+        "--table", "docs=json(n integer)", "--log-level", "error",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    assert dict(ask(folder, "SELECT key, value FROM current_default")) == expected["default"]
+    assert ask(folder, "SELECT key, n FROM current_docs") == [(b"good", 1)]
+    shown = run_here(capfdbinary, "agent", "status", "--to", to, "--json")
+    assert shown.code == 0
+    assert shown.json["keyspaces"] == ["default", "docs"]
+    assert (shown.json["consistent"], shown.json["dead_letters"]) == (False, 1)
+    assert "JSONDecodeError" in run_here(capfdbinary, "agent", "dead-letters", "--to", to).text
+    assert run_here(capfdbinary, "agent", "retry", "all", "--to", to).code == 6
+    other = run_here(capfdbinary, "agent", "retry", "all", "--to", to, "--table", "docs=json")
+    assert (other.code, "made for other columns" in other.err) == (2, True), other.err
+    assert run_here(capfdbinary, "agent", "discard", "all", "--to", to).code == 0
+    shown = run_here(capfdbinary, "agent", "status", "--to", to, "--json")
+    assert shown.json["consistent"] is True
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -177,7 +208,7 @@ def test_mistakes_are_named(
 
 
 @pytest.mark.parametrize("action", ["status", "dead-letters", "retry", "discard"])
-@pytest.mark.parametrize("scheme", ["sqlite", "kvrep"])
+@pytest.mark.parametrize("scheme", ["sqlite", "kvrep", "delta"])
 def test_looking_at_a_secondary_that_is_not_there_does_not_make_it(
     action: str, scheme: str, tmp_path: Path, capfdbinary: Any
 ) -> None:

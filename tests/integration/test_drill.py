@@ -16,8 +16,9 @@ from kvrep.sinks.drilling import drill
 from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.upstream import Local
-from tests.agent_kit import content, wait_until
+from tests.agent_kit import agent_of, content, wait_current, wait_until
 from tests.cli_kit import run_here
+from tests.warehouse_kit import current, need_warehouse
 
 
 @contextmanager
@@ -92,6 +93,27 @@ def test_what_would_be_lost_is_measured(tmp_path: Path, capfdbinary: Any) -> Non
         assert "at most 0.1 s wanted" in done.text
 
 
+@pytest.mark.parametrize("refreshed", [True, False])
+def test_of_a_warehouse(tmp_path: Path, refreshed: bool) -> None:
+    """The rows of a warehouse are verified as of its place, whether or not the current state has followed."""
+    need_warehouse()
+    from kvrep.sinks.warehouse import WarehouseSink
+
+    address = f"delta:{tmp_path / 'lake'}?commit_s=0&refresh_s={0 if refreshed else 3600}"
+    with sites(tmp_path) as (near, _):
+        with agent_of(near, WarehouseSink(address)) as agent:
+            agent.wait_for(near.position)
+            wait_until(lambda: len(current(tmp_path / "lake")) == 2, "the first refresh")
+            near.put(b"5", b"newer")
+            near.delete(b"6")
+            agent.wait_for(near.position)
+            if refreshed:
+                wait_current(agent, near)
+        report = drill(near.address, address, sample=600)
+    assert report.ok, report.checks
+    assert (report.keys, report.missing_records) == (500, 0)
+
+
 @pytest.mark.parametrize("harm", ["changed", "removed", "added"])
 def test_a_copy_that_differs_is_found(tmp_path: Path, harm: str) -> None:
     """A row changed, removed or added behind the agent's back fails the drill, also outside the sample."""
@@ -140,7 +162,7 @@ def test_another_store_is_refused(tmp_path: Path, capfdbinary: Any) -> None:
         assert run_here(capfdbinary, "drill", "--from", "127.0.0.1:1", "--to", other.address).code == 5
 
 
-@pytest.mark.parametrize("scheme", ["sqlite", "kvrep"])
+@pytest.mark.parametrize("scheme", ["sqlite", "kvrep", "delta"])
 def test_a_secondary_that_is_not_there(scheme: str, tmp_path: Path, capfdbinary: Any) -> None:
     """A mistyped path is refused and not made; so is a source that is no address."""
     with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:

@@ -273,6 +273,44 @@ def test_a_later_change_of_the_key_settles_a_dead_letter(store_path: Path) -> No
         assert copy_of(MemoryView(sink)) == content(db)
 
 
+def test_later_changes_of_the_key_in_the_same_commit_settle_it_as_well(store_path: Path) -> None:
+    """Of several changes of a key that arrive together the last one decides: it is applied, or put aside alone."""
+    sink = MemorySink()
+    sink.poison = {b"poison", b"worse"}
+    with kvrep.open(store_path) as db:
+        with agent_of(db, sink) as agent:
+            agent.wait_for(db.put(b"k", b"0"))
+        for key, value in [
+            (b"k", b"poison"),
+            (b"k", b"good"),
+            (b"j", b"good"),
+            (b"j", b"poison"),
+            (b"j", b"worse"),
+        ]:
+            last = db.put(key, value)
+        with agent_of(db, sink) as agent:
+            agent.wait_for(last)
+            assert agent.status().commits == 1
+            assert agent.status().dead_letters == 1
+    assert [(x.key, x.value) for x in _letters(sink)] == [(b"j", b"worse")]
+    assert copy_of(MemoryView(sink)) == {"default": {b"k": b"good", b"j": b"good"}}
+
+
+def test_what_a_snapshot_could_not_bring_stays_put_aside(store_path: Path) -> None:
+    """A row that did not fit stays a dead letter when the snapshot that had it becomes the copy, commits later."""
+    sink = MemorySink()
+    sink.poison = {b"poison"}
+    with kvrep.open(store_path) as db:
+        db.put(b"000", b"poison")
+        for i in range(1, 100):
+            db.put(b"%03d" % i, b"good")
+        with agent_of(db, sink, batch_changes=1) as agent:
+            wait_current(agent, db)
+            assert agent.status().commits > 2
+            assert not agent.status().consistent
+    assert [x.key for x in _letters(sink)] == [b"000"]
+
+
 def _letters(sink: MemorySink) -> list:  # type: ignore[type-arg]
     return list(sink._durable.letters.values())
 

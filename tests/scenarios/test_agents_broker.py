@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvrep.model.event import Event
 from kvrep.sinks.agent import Agent
 from kvrep.sinks.broker import BrokerSource
 from kvrep.sinks.cursor import FileCursor
+from kvrep.sinks.interface import Place
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.metrics import exposition
 from kvrep.sinks.publication import Publication
@@ -281,3 +283,43 @@ def test_only_some_keyspaces(line: Line) -> None:
         agent.wait_for(last)
         assert agent.status().asked <= 1, "only for the first snapshot, if at all"
     assert copy_of(MemoryView(line.sink)) == {"default": {b"k/1": b"1", b"k/2": b"2"}}
+
+
+@pytest.mark.parametrize("commits_are_dear", [False, True])
+def test_a_secondary_whose_commits_are_dear_gets_more_at_once(line: Line, commits_are_dear: bool) -> None:
+    """Where commits are far apart, more events may wait for one; there is a bound on both."""
+    if commits_are_dear:
+        line.sink.batch_changes = 1_000_000
+    agent = line.agent()
+    assert agent.source.window == (5000 if commits_are_dear else 500)
+    for i in range(900):
+        line.db.submit_put(b"%d" % i, b"v")
+    line.publish()
+    agent.source.open(Place())
+    try:
+        count = 0
+
+        def received() -> int:
+            nonlocal count
+            count += len(agent.source.receive(10_000, 0.01))
+            return count
+
+        wait_until(lambda: received() >= (900 if commits_are_dear else 490), "they come")
+        assert received() <= (1000 if commits_are_dear else 500)
+    finally:
+        agent.close()
+
+
+def test_changes_are_gathered_for_a_commit_that_is_dear(line: Line) -> None:
+    """Commits are at least ``linger_s`` apart, and everything arrives all the same."""
+    line.sink.linger_s = 0.3
+    line.sink.batch_changes = 5000
+    line.publish()
+    with line.agent() as agent:
+        agent.wait_for(line.db.put(b"first", b"1"))
+        before, began_s = agent.status().commits, time.monotonic()
+        for i in range(100):
+            line.db.put(b"%d" % i, b"v")
+        agent.wait_for(line.db.position)
+        assert agent.status().commits - before <= (time.monotonic() - began_s) / 0.3 + 2
+        line.arrived(agent)

@@ -10,6 +10,7 @@ import kvrep
 from kvrep.sinks.addresses import is_broker, sink_at, source_at, upstream_at
 from kvrep.sinks.cursor import FileCursor
 from kvrep.sinks.tables import Table
+from tests.warehouse_kit import need_warehouse
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,9 @@ from kvrep.sinks.tables import Table
     [
         ("sqlite:x.db", "SqliteSink", "sqlite:x.db"),
         ("sqlite:///a/x.db", "SqliteSink", "sqlite:/a/x.db"),
+        ("delta:folder/x?commit_s=1", "WarehouseSink", "delta:folder/x"),
+        ("delta:///a/x/", "WarehouseSink", "delta:/a/x"),
+        ("delta+s3://bucket/x", "WarehouseSink", "delta+s3://bucket/x"),
         ("kvrep:folder/x", "StoreSink", "kvrep:folder/x"),
         ("kvrep://host:7400", "StoreSink", "kvrep://host:7400"),
         ("host:7400", "StoreSink", "kvrep://host:7400"),
@@ -25,6 +29,8 @@ from kvrep.sinks.tables import Table
 )
 def test_secondaries(address: str, kind: str, url: str) -> None:
     """Each form leads to its kind of secondary, under a name without secrets; nothing is opened yet."""
+    if kind == "WarehouseSink":
+        need_warehouse()
     sink = sink_at(address)
     assert type(sink).__name__ == kind
     assert sink.url == url
