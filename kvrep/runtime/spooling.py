@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-import msgpack
-
 from kvrep.errors import (
     ClosedError,
     Error,
@@ -40,6 +38,7 @@ from kvrep.errors import (
     again,
 )
 from kvrep.model.position import Position
+from kvrep.runtime.description import Description
 from kvrep.storage.copying import HEAD_BYTES, TreeCopy, copy_bytes, free_bytes
 from kvrep.transport.interface import (
     CHUNK_BYTES_MAX,
@@ -55,11 +54,10 @@ if TYPE_CHECKING:
     from kvrep.runtime.slots import Slots
     from kvrep.storage.engine import Engine
 
-__all__ = ["META_VERSION", "Spools", "serve_snapshot"]
+__all__ = ["Spools", "serve_snapshot"]
 
 log = logging.getLogger("kvrep.replication")
 
-META_VERSION = 1
 SPOOLS_MAX = 2
 """Copies on the disk at once."""
 KEEP_S = 600.0
@@ -101,26 +99,23 @@ def _check(shipping: Shipping, request: SnapshotRequest) -> None:
 
 
 def _info(shipping: Shipping, spool: Spool) -> SnapshotInfo:
-    meta: bytes = msgpack.packb(
-        {
-            "version": META_VERSION,
-            "lineage": shipping.engine.home.lineage,
-            "branch": spool.branch,
-            "applied": tuple(spool.tail),
-            "epoch": shipping.leadership.epoch,
-            "last": shipping.engine.tail.offset,
-            # For those who pass the copy on: who gives it, and which history it is of.
-            "store_id": shipping.engine.home.store_id,
-            "name": shipping.engine.home.name,
-            "branches": spool.branches,
-            "epochs": spool.epochs,
-        }
+    home = shipping.engine.home
+    description = Description(
+        lineage=home.lineage,
+        branch=spool.branch,
+        applied=spool.tail,
+        epoch=shipping.leadership.epoch,
+        last=shipping.engine.tail.offset,
+        store_id=home.store_id,
+        name=home.name,
+        branches=spool.branches,
+        epochs=spool.epochs,
     )
     return SnapshotInfo(
         snapshot_id=spool.snapshot_id,
         bytes_total=spool.wait_total(),
         position=Position(spool.tail.epoch, spool.tail.offset),
-        meta=meta,
+        meta=description.encode(),
     )
 
 
@@ -132,8 +127,8 @@ class Spool:
         self.snapshot_id = secrets.token_hex(16)
         self.tail = copy.state.applied
         self.branch = copy.state.branch
-        self.branches = [branch for _, branch in copy.state.branches]
-        self.epochs = [tuple(entry) for entry in copy.state.epochs]
+        self.branches = tuple(branch for _, branch in copy.state.branches)
+        self.epochs = copy.state.epochs
         self.users: dict[bytes, float] = {}
         """Store ids of the followers it is kept for, and when they were last seen. Guarded by Spools."""
         self.readers = 0
