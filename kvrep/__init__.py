@@ -105,6 +105,8 @@ from kvrep.transaction import Transaction as Transaction
 if TYPE_CHECKING:
     from kvrep import aio
     from kvrep.sinks.agent import Agent as Agent
+    from kvrep.sinks.log_publication import LogPublication as LogPublication
+    from kvrep.sinks.publication import Publication as Publication
     from kvrep.transport.security import TLS as TLS
 
 __all__ = [
@@ -140,6 +142,7 @@ __all__ = [
     "LineageMismatch",
     "LogCorrupt",
     "LogFailed",
+    "LogPublication",
     "LogTrimmed",
     "NoSuchFeed",
     "NotAStore",
@@ -153,6 +156,7 @@ __all__ = [
     "PermissionDenied",
     "Position",
     "ProtocolError",
+    "Publication",
     "Quorum",
     "ReadError",
     "RefusedError",
@@ -187,7 +191,13 @@ __all__ = [
     "open",
 ]
 
-_LAZY = {"Agent": "kvrep.sinks.agent", "aio": "kvrep.aio", "TLS": "kvrep.transport.security"}
+_LAZY = {
+    "Agent": "kvrep.sinks.agent",
+    "LogPublication": "kvrep.sinks.log_publication",
+    "Publication": "kvrep.sinks.publication",
+    "TLS": "kvrep.transport.security",
+    "aio": "kvrep.aio",
+}
 
 
 def __getattr__(name: str) -> Any:

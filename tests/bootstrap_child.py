@@ -1,6 +1,6 @@
 """A follower in a process of its own: ``python bootstrap_child.py PATH SOURCE OPTIONS``.
 
-Ends when the follower has joined and its copy is verified.
+Ends when the follower has joined and its copy is verified, or with 1 when replication has ended for good.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ import kvrep
 def main() -> None:
     path, source, options = sys.argv[1:]
     with kvrep.open(path, follow=source, **ast.literal_eval(options)) as store:
-        until(lambda: store.status().source.connected, what=f"a join: {store.status().source}")
-        until(lambda: store.status().verified_through > 0, what="the copy's digest")
+
+        def verified() -> bool:
+            status = store.status()
+            if status.source.state == "refused":
+                sys.exit(1)
+            return status.source.connected and status.verified_through > 0
+
+        until(verified, what=lambda: f"a verified copy: {store.status().source}")
 
 
 if __name__ == "__main__":

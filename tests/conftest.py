@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 LEFT_OVER_S = 5.0
@@ -22,10 +23,18 @@ def pytest_configure() -> None:
     """A shell starts jobs in the background with Ctrl-C ignored, and the processes of the tests would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long one example takes says how busy the machine is.
+    hypothesis.settings.register_profile("kvrep", deadline=None)
+    hypothesis.settings.load_profile("kvrep")
 
 
 def _threads() -> set[str]:
-    return {f"thread {t.name}" for t in threading.enumerate() if t.is_alive()}
+    # A dummy stands for a thread of grpc's own that called into Python once; it is never forgotten.
+    return {
+        f"thread {t.name}"
+        for t in threading.enumerate()
+        if t.is_alive() and not isinstance(t, threading._DummyThread)
+    }
 
 
 def _files() -> set[str]:

@@ -7,18 +7,12 @@ order that is acknowledged to its customer is printed. Acknowledged means: the b
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import deque
 from itertools import count
 
 import kvrep
-from kvrep import brokers
 from kvrep.codecs import JSON
-from kvrep.runtime.relaying import Relay
-from kvrep.sinks.publication import Publication
-from kvrep.sinks.upstream import Local
-from kvrep.transport.network import GrpcTransport
 
 PAUSE_S = 0.005
 
@@ -26,30 +20,20 @@ PAUSE_S = 0.005
 def main(folder: str, log_url: str, events_url: str) -> None:
     with kvrep.open(folder, name="near", listen="127.0.0.1:0") as db:
         orders = db.keyspace("orders", codec=JSON)
-        relay = _start_relay(db, log_url)
-        upstream = Local(db, feed="events")
-        with Publication(upstream, brokers.connect(events_url), name="shop"):
+        with (
+            kvrep.LogPublication([db.address], log_url, name="broker") as log,
+            kvrep.Publication(db, events_url, feed="events", name="shop"),
+        ):
             waiting: deque[tuple[int, kvrep.Position]] = deque()
             for number in count(1):
                 order = {"customer": f"customer {number % 97}", "total": number % 500 + 0.5}
                 waiting.append((number, orders.put(b"order-%06d" % number, order)))
-                published, acknowledged = relay.published, 0
+                published, acknowledged = log.published, 0
                 while waiting and waiting[0][1] <= published:
                     acknowledged, _ = waiting.popleft()
                 if acknowledged:
                     print(acknowledged, flush=True)
                 time.sleep(PAUSE_S)
-
-
-def _start_relay(db: kvrep.Store, log_url: str) -> Relay:
-    """Ship the log into the broker, as ``kvrep publish`` does."""
-    transport = GrpcTransport()
-    publisher = brokers.connect(log_url).publisher()
-    relay = Relay(
-        [db.address], lambda address: transport.connect(address, name="publish"), publisher, name="broker"
-    )
-    threading.Thread(target=relay.run, name="kvrep-publish", daemon=True).start()
-    return relay
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ examples:
 
 SOURCE is a broker's address, host:port of running nodes (with commas between), or the path of a store that no
 process has open.
-SECONDARY is postgresql://…, sqlite:PATH, delta:PATH, kvrep:PATH, host:port of the primary of another group, or a
-broker.
+SECONDARY is postgresql://…, sqlite:PATH, delta:PATH, kvrep:PATH, host:port of nodes of another group (with commas
+between; its primary is found), or a broker.
 Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPASSWORD.
 
 Rows and place move in one transaction, so every change takes effect exactly once, whatever is killed when.
@@ -76,6 +76,11 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--prefix", default="", help="only keys that begin with this text")
     parser.add_argument("--order", choices=("total", "key"), default="total",
                         help="to a broker: keep the order of all events, or of each key only")  # fmt: skip
+    parser.add_argument("--format", choices=("binary", "structured", "debezium"), default="binary",
+                        help="to a broker: a mode of CloudEvents (default binary), or Debezium's envelope")  # fmt: skip
+    parser.add_argument("--message-bytes", metavar="BYTES", type=size,
+                        help="to a broker: larger events go in parts (default 4 MiB; Kafka 900 kB)")  # fmt: skip
+    parser.add_argument("--before", action="store_true", help="to a broker: with former values, where kept")
     parser.add_argument(
         "--feed", metavar="NAME", default="", help="a named feed that holds the log (SOURCE a path)"
     )
@@ -145,6 +150,8 @@ def _agent(args: argparse.Namespace) -> Any:
     from kvrep.sinks.addresses import is_broker, sink_at, source_at
     from kvrep.sinks.agent import Agent
 
+    if args.format != "binary" or args.before or args.message_bytes is not None:
+        raise UsageError("--format, --before and --message-bytes are for publishing to a broker")
     if args.to.startswith("delta"):
         for name, value in _FRUGAL.items():
             os.environ.setdefault(name, value)
@@ -181,7 +188,8 @@ def _publication(args: argparse.Namespace) -> Any:
     upstream = upstream_at(args.source, feed=args.feed, tls=tls_of(args), token=token_of(args))
     return Publication(
         upstream, broker, cursor, topic=args.topic, name=args.name, one_line=args.order == "total",
-        log_interval_s=args.log_interval_s, wait=args.wait, keyspaces=args.keyspace, prefix=os.fsencode(args.prefix),
+        form=args.format, message_bytes_max=args.message_bytes, log_interval_s=args.log_interval_s, wait=args.wait,
+        keyspaces=args.keyspace, prefix=os.fsencode(args.prefix), before=args.before,
     )  # fmt: skip
 
 

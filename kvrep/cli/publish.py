@@ -11,15 +11,15 @@ import time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvrep.cli.arguments import add_security, is_address, security
+from kvrep.cli.arguments import add_security, is_address, tls_of, token_of
 from kvrep.cli.console import log_to_stderr
 from kvrep.cli.exits import Exit, UsageError
 
 if TYPE_CHECKING:
-    from kvrep.runtime.relaying import Relay
-    from kvrep.transport.interface import Connection
+    from kvrep.brokers.interface import Broker
+    from kvrep.sinks.log_publication import LogPublication
 
 __all__ = ["configure", "run"]
 
@@ -34,7 +34,6 @@ command is away; with --state it goes on where it was. A store on disk that nobo
 
   kvrep publish ./store --to kafka://broker:9092/orders --until-caught-up
 """
-CLOSE_S = 10.0
 REPORT_S = 10.0
 POLL_S = 0.1
 
@@ -75,28 +74,24 @@ def run(args: argparse.Namespace) -> int:
     if paths and len(args.source) > 1:
         raise UsageError("give one path, or addresses", hint=f"{paths[0]!r} is not host:port")
     with closing(brokers.connect(args.to)) as broker:
-        publisher = broker.publisher(transactional_id=args.transactional_id)
         if not paths:
-            return _publish(args, args.source, publisher)
+            return _publish(args, args.source, broker)
         import kvrep
         from kvrep.runtime.offline import check_alone
 
         check_alone(paths[0])
         with kvrep.open(paths[0], create=False, listen="127.0.0.1:0") as store:
             assert store.address
-            return _publish(args, [store.address], publisher)
+            return _publish(args, [store.address], broker)
 
 
-def _publish(args: argparse.Namespace, sources: list[str], publisher: Any) -> int:
-    from kvrep.runtime.relaying import Relay
-    from kvrep.transport.network import GrpcTransport
+def _publish(args: argparse.Namespace, sources: list[str], broker: Broker) -> int:
+    from kvrep.sinks.log_publication import LogPublication
 
-    transport = GrpcTransport(security=security(args))
-
-    def connect(address: str) -> Connection:
-        return transport.connect(address, name=args.name or "publish")
-
-    relay = Relay(sources, connect, publisher, name=args.name, state=args.state, snapshot=args.snapshot)
+    publication = LogPublication(
+        sources, broker, name=args.name, state=args.state, snapshot=args.snapshot,
+        transactional_id=args.transactional_id, tls=tls_of(args), token=token_of(args),
+    )  # fmt: skip
     stop = threading.Event()
     interrupted: list[int] = []
 
@@ -106,56 +101,34 @@ def _publish(args: argparse.Namespace, sources: list[str], publisher: Any) -> in
         stop.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    worker = _Worker(relay, stop)
     try:
-        worker.start()
-        if args.until_stdin_closes:
-            threading.Thread(target=_watch_stdin, args=(stop,), name="kvrep-stdin", daemon=True).start()
-        _watch(args, relay, stop)
+        with publication:
+            if args.until_stdin_closes:
+                threading.Thread(target=_watch_stdin, args=(stop,), name="kvrep-stdin", daemon=True).start()
+            _watch(args, publication, stop)
     finally:
-        relay.stop()
-        worker.join(CLOSE_S)
-        publisher.close(CLOSE_S)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if worker.error is not None:
-        raise worker.error
-    _report(args, relay)
+    publication.raise_error()
+    _report(args, publication)
     return Exit.INTERRUPTED if signal.SIGINT in interrupted else Exit.OK
 
 
-class _Worker(threading.Thread):
-    """Runs the relay and keeps what ended it."""
-
-    def __init__(self, relay: Relay, stop: threading.Event) -> None:
-        super().__init__(name="kvrep-publish", daemon=True)
-        self._relay, self._done = relay, stop
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._relay.run()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self._done.set()
-
-
-def _watch(args: argparse.Namespace, relay: Relay, stop: threading.Event) -> None:
+def _watch(args: argparse.Namespace, publication: LogPublication, stop: threading.Event) -> None:
     told_s, told = 0.0, ""
-    while not stop.wait(POLL_S):
-        status = relay.status()
+    while not stop.is_set() and not publication.wait_over(POLL_S):
+        status = publication.status()
         there = status.state == "publishing" and status.source_last and not status.lag_records
         if args.until_caught_up and there:
             return
         now = time.monotonic()
         if now - told_s >= REPORT_S or status.state != told:
             told_s, told = now, status.state
-            _report(args, relay)
+            _report(args, publication)
 
 
-def _report(args: argparse.Namespace, relay: Relay) -> None:
-    status = relay.status()
+def _report(args: argparse.Namespace, publication: LogPublication) -> None:
+    status = publication.status()
     if args.json:
         print(json.dumps({**asdict(status), "published": str(status.published)}), flush=True)
         return

@@ -7,13 +7,13 @@ it may ask another node at any time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from kvrep.errors import ProtocolError
 from kvrep.feeds.changes import Changes
 from kvrep.feeds.named import Feeds
 from kvrep.feeds.selection import Selection
-from kvrep.model.change import Change, Sequence
+from kvrep.model.change import Change, ChangeKind, Sequence
 from kvrep.model.position import Position
 from kvrep.model.token import Token
 from kvrep.runtime.checks import check_name
@@ -24,6 +24,10 @@ __all__ = ["RemoteChanges", "calls_of"]
 ANSWER_BYTES = 4 << 20
 WAIT_S_MAX = 10.0
 _PLACES = ("now", "oldest")
+_FIELDS = {"token", "timeout_s", "keyspaces", "prefix", "topics", "committed", "before"}
+"""Of a request for changes. Whatever else is asked for is refused: passed over, it would look as if it were there."""
+_NONE = type(None)
+_KINDS = frozenset(get_args(ChangeKind))
 Call = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -38,10 +42,15 @@ def calls_of(node: Node, feeds: Feeds) -> dict[str, Callable[[Mapping[str, Any]]
 
 def _read(node: Node, feeds: Feeds, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """The changes behind ``token`` (``""``: a snapshot; or a place as ``Feeds.place`` takes it)."""
+    if unknown := request.keys() - _FIELDS:
+        raise ProtocolError(
+            f"a request for changes with {', '.join(sorted(map(str, unknown)))}", hint="upgrade this node"
+        )
     try:
         selection = Selection.of(
-            request.get("keyspaces"), request.get("prefix") or b"", request.get("topics")
-        )
+            request.get("keyspaces"), request.get("prefix") or b"", request.get("topics"),
+            before=bool(request.get("before")),
+        )  # fmt: skip
         place, timeout_s = str(request["token"]), min(max(0.0, float(request["timeout_s"])), WAIT_S_MAX)
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a request for changes: {error}") from error
@@ -103,13 +112,26 @@ class _Given:
         return self._text
 
 
+_TYPES: tuple[tuple[type, ...], ...] = (
+    (int,), (int,), (int,), (str,), (str,), (bytes,), (bytes, _NONE), (int,), (bool,), (list, tuple, _NONE),
+    (bool,), (bytes, _NONE), (bool, _NONE), (str,), (dict, _NONE), (str,),
+)  # fmt: skip
+"""Of the fields of a packed change."""
+
+
 def _unpacked(raw: Any) -> Change:
+    """Read :func:`_packed`; :class:`ProtocolError` when it is something else."""
     try:
+        wrong = [f for f, types in zip(raw, _TYPES, strict=True) if type(f) not in types]
         epoch, offset, index, kind, keyspace, key, value, time_us, last, previous, *rest = raw
         snapshot, before, created, topic, headers, token = rest
-    except (TypeError, ValueError) as error:
+        came: Sequence | None = None if previous is None else tuple(previous)
+        wrong += [n for n in came or () if type(n) is not int]
+        wrong += [text for pair in (headers or {}).items() for text in pair if type(text) is not str]
+    except (TypeError, ValueError, AttributeError) as error:
         raise ProtocolError(f"not a change: {error}") from error
-    came: Sequence | None = None if previous is None else tuple(previous)
+    if wrong or kind not in _KINDS or len(came or (0, 0, 0)) != 3:
+        raise ProtocolError(f"not a change: {str(wrong or raw)[:80]}")
     return Change(
         Position(epoch, offset), index, kind, keyspace, key, value, time_us, last, came, snapshot, before,
         created, topic, headers, _Given(token),
@@ -151,8 +173,12 @@ class RemoteChanges:
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes; none after ``timeout_s`` (at most 10) without any. Errors as of the other side."""
         answer = self._call("feed-read", {**self._request, "token": self.token, "timeout_s": timeout_s})
-        changes = [_unpacked(raw) for raw in answer["changes"]]
-        self.token = answer["token"]
+        try:
+            packed, token = list(answer["changes"]), answer["token"]
+        except (KeyError, TypeError) as error:
+            raise ProtocolError(f"not an answer with changes: {error!r}") from error
+        changes = [_unpacked(raw) for raw in packed]
+        self.token = token
         return changes
 
     def __iter__(self) -> Iterator[Change]:

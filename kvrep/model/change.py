@@ -82,7 +82,7 @@ class Change(NamedTuple):
     before: bytes | None = None
     """The value that the key had before, in keyspaces opened with ``keep_before=True``."""
     created: bool | None = None
-    """Whether the key was new, where it is known: in those keyspaces."""
+    """Whether the key was not there before, where it is known: in those keyspaces."""
     topic: str = ""
     """Of an ``emit``."""
     headers: Mapping[str, str] | None = None

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgpack
 
-from kvrep.errors import InvalidInput, UpgradeRequired
+from kvrep.errors import CorruptionError, InvalidInput, UpgradeRequired
+from kvrep.model.position import OFFSET_MAX
 
 __all__ = ["FeedState", "check_feed_name"]
 
@@ -53,17 +54,39 @@ class FeedState:
 
     @classmethod
     def unpack(cls, data: bytes) -> FeedState:
-        """:class:`UpgradeRequired` for what a newer version has written."""
-        raw: dict[str, Any] = msgpack.unpackb(data)
-        if raw.pop("version") != VERSION:
-            raise UpgradeRequired("the place of this feed was written by a newer kvrep", supported=VERSION)
-        for name in ("keyspaces", "topics"):
-            raw[name] = None if raw[name] is None else tuple(raw[name])
-        return cls(**raw)
+        """:class:`UpgradeRequired` for what a newer version has written, :class:`CorruptionError` for what none has."""
+        try:
+            raw = msgpack.unpackb(data)
+            version = raw.pop("version")
+            if version == VERSION:
+                raw |= {name: _names(raw[name]) for name in ("keyspaces", "topics")}
+                return cls(**raw)._checked()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptionError(f"the place of a feed cannot be read: {error!r}") from error
+        raise UpgradeRequired(
+            "the place of this feed was written by a newer kvrep", found=version, supported=VERSION
+        )
+
+    def _checked(self) -> FeedState:
+        """Itself; ``ValueError`` when a field cannot be what it is."""
+        numbers = (self.needs, self.generation, self.created_us, self.acked_us)
+        if any(type(n) is not int or not 0 <= n <= OFFSET_MAX for n in numbers):
+            raise ValueError("a number is out of range")
+        if (type(self.token), type(self.paused), type(self.prefix)) != (str, bool, bytes):
+            raise ValueError("a field is of another type")
+        return self
 
     def moved(self, token: str, needs: int, now_us: int) -> FeedState:
         """The same feed after an ack."""
         return replace(self, token=token, needs=needs, acked_us=now_us)
+
+
+def _names(found: Any) -> tuple[str, ...] | None:
+    if found is None:
+        return None
+    if type(found) is not list or any(type(name) is not str for name in found):
+        raise ValueError("not a list of names")
+    return tuple(found)
 
 
 def check_feed_name(name: Any) -> str:

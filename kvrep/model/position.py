@@ -74,7 +74,9 @@ class EpochTable:
     __slots__ = ("_epochs", "_firsts")
 
     def __init__(self, entries: Iterable[tuple[int, int]] = ()) -> None:
-        pairs = [(int(epoch), int(first)) for epoch, first in entries]
+        pairs = [(epoch, first) for epoch, first in entries]
+        if {type(n) for pair in pairs for n in pair} - {int}:
+            raise ValueError(f"epoch table of something else than whole numbers: {str(pairs)[:80]}")
         for (e1, f1), (e2, f2) in pairwise([(0, 0), *pairs]):
             if not (e1 < e2 and f1 < f2):
                 raise ValueError(f"epoch table does not grow: {pairs}")

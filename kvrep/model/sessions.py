@@ -8,6 +8,7 @@ so that "never happened" and "cannot be told any more" are never confused.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 from kvrep.errors import ProtocolError
@@ -155,15 +156,25 @@ class Sessions:
 
     @classmethod
     def from_wire(cls, data: Any) -> Sessions:
-        """Read :meth:`to_wire`; an empty table for ``None``, as older versions left it."""
+        """Read :meth:`to_wire`; an empty table for ``None``, as older versions left it.
+
+        :class:`ProtocolError` when it is something else.
+        """
         table = cls()
         if data is None:
             return table
-        table.forgotten = data["forgotten"]
-        for store_id, session, blind, floor, last, outcomes in data["sessions"]:
-            kept = {sequence: Position(epoch, offset) for sequence, epoch, offset in outcomes}
-            table._sessions[(store_id, session)] = _Session(blind, floor, last, kept)
-            table._total += len(kept)
+        try:
+            table.forgotten = data["forgotten"]
+            _need_numbers(table.forgotten)
+            for store_id, session, blind, floor, last, outcomes in data["sessions"]:
+                if type(store_id) is not bytes or len(store_id) != STORE_ID_BYTES:
+                    raise ValueError("not a store id")
+                _need_numbers(session, blind, floor, last, *chain.from_iterable(outcomes))
+                kept = {sequence: Position(epoch, offset) for sequence, epoch, offset in outcomes}
+                table._sessions[(store_id, session)] = _Session(blind, floor, last, kept)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a table of forwarded writes: {error!r}") from error
+        table._total = sum(len(kept.outcomes) for kept in table._sessions.values())
         return table
 
     def copy(self) -> Sessions:
@@ -174,3 +185,9 @@ class Sessions:
             for key, kept in self._sessions.items()
         }
         return table
+
+
+def _need_numbers(*values: Any) -> None:
+    """In C loops: there may be very many."""
+    if {*map(type, values)} != {int} or min(values) < 0 or max(values) > OFFSET_MAX:
+        raise ValueError("a number is out of range")

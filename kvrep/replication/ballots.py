@@ -262,7 +262,7 @@ def _promise(data: object) -> Promise:
     m = _Map(data, "a promise")
     last, committed = m.position("last"), m.number("committed", 0, OFFSET_MAX)
     try:
-        epochs = EpochTable((int(e), int(f)) for e, f in m.get("epochs"))
+        epochs = EpochTable(m.get("epochs"))
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"a promise with a bad epoch table: {error}") from error
     if epochs.last_epoch != last.epoch or epochs.epoch_at(last.offset) != last.epoch:

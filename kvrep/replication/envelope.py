@@ -11,6 +11,9 @@ history it belongs to, with the whole epoch table, so that what a superseded pub
     data                records, or a piece of a snapshot, or nothing
     checksum  u32       CRC-32 of all bytes before it
 
+Magic, version and checksum stand where they stand in every version to come: what was damaged on its way is so
+told from what a newer kvrep has sent.
+
 Kinds::
 
     RECORDS   whole records, or a part of one that is too large for a message
@@ -37,6 +40,7 @@ __all__ = ["Envelope", "EnvelopeKind", "History", "decode_envelope", "encode_env
 
 MAGIC = b"kvr"
 VERSION = 1
+FIELDS = 19
 ID_BYTES = 16
 NAME_CHARS_MAX = 64
 EPOCHS_MAX = 10_000
@@ -132,22 +136,24 @@ def decode_envelope(body: bytes) -> Envelope:
     """A message within all limits; ``ProtocolError`` when it is none, ``UpgradeRequired`` for a newer form."""
     if len(body) < _HEAD_BYTES + 4 or body[:3] != MAGIC:
         raise ProtocolError("not a message of kvrep publish")
-    if body[3] != VERSION:
-        raise UpgradeRequired("a message of a newer kvrep publish", found=body[3], supported=VERSION)
     view = memoryview(body)
     if crc32(view[:-4]) != _U32.unpack_from(body, len(body) - 4)[0]:
         raise ProtocolError("a message is damaged: its checksum is wrong")
+    if body[3] != VERSION:
+        raise UpgradeRequired("a message of a newer kvrep publish", found=body[3], supported=VERSION)
     start = _HEAD_BYTES + _U32.unpack_from(body, 4)[0]
     if start > len(body) - 4:
         raise ProtocolError("a message's header is longer than the message")
     try:
         header = msgpack.unpackb(view[_HEAD_BYTES:start], strict_map_key=False, max_ext_len=0)
         return _checked(_unpack(header, body[start:-4]))
-    except (ValueError, TypeError, IndexError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"a message's header is not readable: {error}") from error
 
 
-def _unpack(h: list[Any], data: bytes) -> Envelope:
+def _unpack(h: Any, data: bytes) -> Envelope:
+    if type(h) is not list or len(h) != FIELDS or type(h[3]) is not list or type(h[5]) is not list:
+        raise ValueError("not a list of the right fields")
     numbers = iter(h[5])
     history = History(
         lineage=h[1],

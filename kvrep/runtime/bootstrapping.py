@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import msgpack
@@ -32,10 +32,9 @@ from kvrep.errors import (
     StorageFailed,
     StorageFull,
 )
-from kvrep.runtime.spooling import META_VERSION
+from kvrep.runtime.description import Description
 from kvrep.storage.copying import free_bytes, open_received
 from kvrep.storage.home import COPY, write_atomically
-from kvrep.storage.log import Tail
 from kvrep.storage.rescue import save_records
 from kvrep.transport.interface import SnapshotChunk, SnapshotInfo, SnapshotItem, SnapshotRequest
 
@@ -111,7 +110,7 @@ class _Arrived:
                     if len(piece) != length or crc32(piece) != check:
                         break
                     arrived.add(piece, check)
-        except (OSError, ValueError, struct.error, msgpack.exceptions.UnpackException):
+        except (OSError, ValueError, TypeError, OverflowError, struct.error):
             pass
         return arrived
 
@@ -192,7 +191,8 @@ class _Bootstrap:
         self._generation = self._home.next_generation()
         self._data = self._generation / "data" / "data.mdb"
         self._note = self._generation / COPY
-        self._meta: dict[str, Any] = {}
+        self._copy: Description
+        """What is received, once it was announced."""
 
     def run(self) -> None:
         try:
@@ -230,7 +230,7 @@ class _Bootstrap:
         )
         items = self._connection.snapshot(request, self._timeout_s)
         try:
-            info = next(items)
+            info = next(items, None)
             if not isinstance(info, SnapshotInfo):
                 raise ProtocolError("a snapshot begins without its description")
             self._check_info(info)
@@ -242,21 +242,13 @@ class _Bootstrap:
 
     def _check_info(self, info: SnapshotInfo) -> None:
         """Whether this copy may take the place of ours at all, before much is sent."""
-        try:
-            self._meta = meta = msgpack.unpackb(info.meta)
-            version, lineage, epoch = int(meta["version"]), bytes(meta["lineage"]), int(meta["epoch"])
-            Tail(*map(int, meta["applied"]))
-            int(meta["last"])
-        except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
-            raise ProtocolError(f"the snapshot's description is not readable: {error!r}") from error
-        if version != META_VERSION:
-            raise ProtocolError(
-                f"snapshots of version {version} are not known here", hint="upgrade this node"
-            )
-        if len(lineage) != 16 or (self._home.lineage and lineage != self._home.lineage):
+        self._copy = copy = Description.decode(info.meta)
+        if self._home.lineage and copy.lineage != self._home.lineage:
             raise LineageMismatch("the snapshot is of another store")
-        if epoch < self._home.promised_epoch:
-            raise Fenced(f"epoch {epoch} is over: {self._home.promised_epoch} is promised", epoch=epoch)
+        if copy.epoch < self._home.promised_epoch:
+            raise Fenced(
+                f"epoch {copy.epoch} is over: {self._home.promised_epoch} is promised", epoch=copy.epoch
+            )
 
     def _store_rest(
         self, info: SnapshotInfo, items: ClosableIterator[SnapshotItem], arrived: _Arrived
@@ -296,7 +288,7 @@ class _Bootstrap:
 
     def _take_over(self) -> None:
         engine, options = self._engine, self._engine.options
-        lineage = bytes(self._meta["lineage"])
+        lineage = self._copy.lineage
         tree = open_received(
             self._data.parent,
             lineage,
@@ -320,11 +312,11 @@ class _Bootstrap:
 
     def _check_state(self, tree: Tree) -> None:
         """Whether the copy says of itself what the primary said of it."""
-        stated = Tail(*self._meta["applied"])
+        stated = self._copy.applied
         if tree.state.applied != stated:
             raise CorruptionError(f"the copy is of {tree.state.applied}, the primary announced {stated}")
         if (
-            tree.state.branch != self._meta["branch"]
+            tree.state.branch != self._copy.branch
             or tree.state.epochs.epoch_at(stated.offset) != stated.epoch
         ):
             raise CorruptionError("the copy's state record contradicts itself")
@@ -355,7 +347,7 @@ class _Bootstrap:
         """If the copy ends before what this node has confirmed: no vote until the log has it again."""
         engine, home = self._engine, self._home
         confirmed = engine.tail if self._need.reason == "checksum" else engine.tree.state.applied
-        floor = max(home.vote_floor, min(confirmed.offset, int(self._meta["last"])))
+        floor = max(home.vote_floor, min(confirmed.offset, self._copy.last))
         if floor > max(tree.state.applied.offset, home.vote_floor):
             home.set_vote_floor(floor)
 

@@ -55,6 +55,7 @@ class HeldByFeeds:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._released: set[str] = set()
+        self._unreadable: set[str] = set()
 
     def __call__(self) -> int:
         """The first offset that some feed still needs, those left out that need more than the cap.
@@ -69,13 +70,11 @@ class HeldByFeeds:
         except Error:
             return 0  # it cannot be told now: all is kept
         for key, value in rows:
-            name = key.decode()
-            try:
-                needs = FeedState.unpack(value).needs
-            except Exception as error:
-                log.warning("%s: the place of the feed %s cannot be read: %s", self._node.label, name, error)
-                continue
-            if engine.committer.log.bytes_after(needs - 1) <= bytes_max:
+            name = key.decode(errors="replace")
+            needs = self._needs(name, value)
+            if needs is None:  # it cannot be told either: all that a feed can hold is kept
+                needed = min(needed, engine.committer.log.first_within(bytes_max))
+            elif engine.committer.log.bytes_after(needs - 1) <= bytes_max:
                 self._released.discard(name)
                 needed = min(needed, needs)
             elif name not in self._released:
@@ -83,3 +82,16 @@ class HeldByFeeds:
                 log.warning("%s: the log is no longer kept for the feed %s: it needs more than"
                             " retention_bytes_max", self._node.label, name)  # fmt: skip
         return needed
+
+    def _needs(self, name: str, value: bytes) -> int | None:
+        """The first record that a feed needs; ``None`` when its state cannot be read, which is told once."""
+        try:
+            needs = FeedState.unpack(value).needs
+        except Error as error:
+            if name not in self._unreadable:
+                self._unreadable.add(name)
+                log.warning("%s: the place of the feed %s cannot be read, so the log is kept up to"
+                            " retention_bytes_max: %s", self._node.label, name, error)  # fmt: skip
+            return None
+        self._unreadable.discard(name)
+        return needs

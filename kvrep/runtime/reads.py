@@ -11,7 +11,7 @@ from kvrep.runtime.checks import check_forwarded_name
 from kvrep.storage.engine import Engine
 from kvrep.storage.view import Snapshot
 
-__all__ = ["Entries", "ReadSet", "fresh_in", "merged", "same_reads"]
+__all__ = ["Entries", "ReadSet", "fingerprint", "fresh_in", "merged", "same_reads"]
 
 Pairs = Iterator[tuple[bytes, bytes]]
 Entries = Mapping[tuple[str, bytes], bytes | None]

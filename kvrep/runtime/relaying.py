@@ -23,8 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgpack
-
 from kvrep.brokers.interface import Message
 from kvrep.errors import (
     AuthenticationFailed,
@@ -51,6 +49,7 @@ from kvrep.replication.messages import (
     Welcome,
 )
 from kvrep.replication.receiver import AckNow, Action, Append, Cut, Grant, Join, MakePromise, Receiver, Stop
+from kvrep.runtime.description import Description
 from kvrep.storage.home import write_atomically
 from kvrep.transport.interface import SnapshotChunk, SnapshotInfo, SnapshotRequest, StreamEnded
 
@@ -106,7 +105,7 @@ class Place:
                 epochs=EpochTable(raw["epochs"]),
                 promised=int(raw["promised"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise OpenError(
                 f"{path} does not say where publishing stopped: {error!r}",
                 hint="remove it to begin anew: what was published before is recognised as a repeat",
@@ -556,7 +555,7 @@ class Relay:
         request = SnapshotRequest(store_id=place.store_id, name=self._name, lineage=place.lineage)
         items = connection.snapshot(request, SNAPSHOT_TIMEOUT_S)
         try:
-            info = next(items)
+            info = next(items, None)
             if not isinstance(info, SnapshotInfo):
                 raise ProtocolError("a snapshot begins without its description")
             place = self._place_of(info)
@@ -590,26 +589,19 @@ class Relay:
 
     def _place_of(self, info: SnapshotInfo) -> Place:
         """Where we stand once ``info`` is published."""
-        try:
-            meta = msgpack.unpackb(info.meta)
-            offset, epoch, running = map(int, meta["applied"])
-            self._epoch = int(meta["epoch"])
-            self._source_id, self._source = bytes(meta["store_id"]), str(meta["name"])
-            self._branch = bytes(meta["branch"])
-            self._source_last = max(self._source_last, int(meta["last"]))
-            return Place(
-                store_id=self._place.store_id,
-                lineage=bytes(meta["lineage"]),
-                branches=tuple(map(bytes, meta["branches"])),
-                last=Position(epoch, offset),
-                running=running,
-                epochs=EpochTable(meta["epochs"]),
-                promised=max(self._epoch, self._place.promised),
-            )
-        except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
-            raise ProtocolError(
-                f"the snapshot's description is not readable: {error!r}", hint="upgrade the node"
-            ) from error
+        copy = Description.decode(info.meta)
+        self._epoch, self._source_id, self._source = copy.epoch, copy.store_id, copy.name
+        self._branch = copy.branch
+        self._source_last = max(self._source_last, copy.last)
+        return Place(
+            store_id=self._place.store_id,
+            lineage=copy.lineage,
+            branches=copy.branches,
+            last=Position(copy.applied.epoch, copy.applied.offset),
+            running=copy.applied.running,
+            epochs=copy.epochs,
+            promised=max(self._epoch, self._place.promised),
+        )
 
     def _snapshot_envelope(
         self, kind: EnvelopeKind, place: Place, info: SnapshotInfo, **more: Any

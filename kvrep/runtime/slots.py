@@ -56,6 +56,8 @@ class Slots:
         try:
             for raw in json.loads(path.read_bytes()):
                 slot = Slot(**{name: raw[name] for name in _FIELDS})
+                if type(slot.acked) is not int or not isinstance(slot.seen_s, int | float):
+                    raise ValueError(f"no place and time: {slot.acked!r}, {slot.seen_s!r}")
                 self._slots[bytes.fromhex(slot.store_id)] = slot
         except FileNotFoundError:
             pass

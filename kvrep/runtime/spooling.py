@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-import msgpack
-
 from kvrep.errors import (
     ClosedError,
     Error,
@@ -40,6 +38,7 @@ from kvrep.errors import (
     again,
 )
 from kvrep.model.position import OFFSET_MAX, Position
+from kvrep.runtime.description import Description
 from kvrep.storage.copying import HEAD_BYTES, TreeCopy, copy_bytes, free_bytes
 from kvrep.transport.interface import (
     CHUNK_BYTES_MAX,
@@ -54,11 +53,10 @@ if TYPE_CHECKING:
     from kvrep.runtime.slots import Slots
     from kvrep.storage.engine import Engine
 
-__all__ = ["META_VERSION", "Spools", "serve_snapshot"]
+__all__ = ["Spools", "serve_snapshot"]
 
 log = logging.getLogger("kvrep.replication")
 
-META_VERSION = 1
 SPOOLS_MAX = 2
 """Copies on the disk at once."""
 KEEP_S = 600.0
@@ -106,29 +104,25 @@ def _check(node: Node, request: SnapshotRequest) -> None:
 
 
 def _info(node: Node, spool: Spool) -> SnapshotInfo:
-    engine, shipping = node.engine, node.shipping
-    meta: bytes = msgpack.packb(
-        {
-            "version": META_VERSION,
-            "lineage": engine.home.lineage,
-            "branch": spool.branch,
-            "applied": tuple(spool.tail),
-            "epoch": engine.epochs.last_epoch if shipping is None else shipping.leadership.epoch,
-            # Whoever has confirmed more than this gets no vote until it has all of it again. Only a primary
-            # knows that there is nothing more.
-            "last": OFFSET_MAX if shipping is None else engine.tail.offset,
-            # For those who pass the copy on: who gives it, and which history it is of.
-            "store_id": engine.home.store_id,
-            "name": engine.home.name,
-            "branches": spool.branches,
-            "epochs": spool.epochs,
-        }
+    home, shipping = node.engine.home, node.shipping
+    description = Description(
+        lineage=home.lineage,
+        branch=spool.branch,
+        applied=spool.tail,
+        epoch=node.engine.epochs.last_epoch if shipping is None else shipping.leadership.epoch,
+        # Whoever has confirmed more than this gets no vote until it has all of it again. Only a primary knows
+        # that there is nothing more.
+        last=OFFSET_MAX if shipping is None else node.engine.tail.offset,
+        store_id=home.store_id,
+        name=home.name,
+        branches=spool.branches,
+        epochs=spool.epochs,
     )
     return SnapshotInfo(
         snapshot_id=spool.snapshot_id,
         bytes_total=spool.wait_total(),
         position=Position(spool.tail.epoch, spool.tail.offset),
-        meta=meta,
+        meta=description.encode(),
     )
 
 
@@ -140,8 +134,8 @@ class Spool:
         self.snapshot_id = secrets.token_hex(16)
         self.tail = copy.state.applied
         self.branch = copy.state.branch
-        self.branches = [branch for _, branch in copy.state.branches]
-        self.epochs = [tuple(entry) for entry in copy.state.epochs]
+        self.branches = tuple(branch for _, branch in copy.state.branches)
+        self.epochs = copy.state.epochs
         self.users: dict[bytes, float] = {}
         """Store ids of the followers it is kept for, and when they were last seen. Guarded by Spools."""
         self.readers = 0

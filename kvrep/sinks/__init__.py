@@ -8,6 +8,7 @@
     source      what an agent reads; feed (a store) and broker are the two
     ordering    in which order events take effect (pure); delays: how late, how fast, until when (pure)
     agent       the loop of an agent; publication: of the other direction; stream: what passes beside events
+    log_publication      the log itself into a broker
     addresses   all of them by their addresses; upstream: the store that is read; cursor: a place in a file
     metrics     what they say, over HTTP; drilling: a disaster, rehearsed
 """
@@ -19,6 +20,7 @@ from kvrep.sinks.agent import Agent, AgentStatus, retry_dead_letters
 from kvrep.sinks.cursor import FileCursor
 from kvrep.sinks.drilling import DrillReport, drill
 from kvrep.sinks.interface import DeadLetter, Place, Sink
+from kvrep.sinks.log_publication import LogPublication
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.publication import Publication, PublicationStatus
 from kvrep.sinks.running import AgentState
@@ -34,6 +36,7 @@ __all__ = [
     "DrillReport",
     "FileCursor",
     "Local",
+    "LogPublication",
     "MemorySink",
     "Place",
     "Publication",

@@ -2,8 +2,8 @@
 
 ==================================  ==================================================================
 ``amqp://…``, ``kafka://…``          a broker: events of one topic (see :mod:`kvrep.brokers`)
-``host:port``                        a running node: its feed, or (as a secondary) what it holds; as a source
-                                     also several nodes of one group with commas between
+``host:port,…``                      running nodes of one group: their feed, or (as a secondary) what its primary
+                                     holds, found through any of them
 a path                               a store that no process has open; as a secondary ``kvrep:PATH``
 ``postgresql://…?schema=kvrep``      a schema of a PostgreSQL database
 ``sqlite:PATH``, ``sqlite:///PATH``  a SQLite file
@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from kvrep import brokers
 from kvrep.errors import ConfigurationMismatch, OpenError
 from kvrep.sinks.interface import Sink
 from kvrep.sinks.source import Source
 from kvrep.sinks.tables import Table
-from kvrep.sinks.upstream import Local, Remote, Upstream
+from kvrep.sinks.upstream import Local, Remote, Upstream, Wanted
 
 __all__ = ["is_broker", "sink_at", "source_at", "upstream_at"]
 
@@ -47,6 +47,10 @@ def is_broker(address: str) -> bool:
     """Whether an address is a broker's, by its scheme."""
     scheme = _scheme(address)
     return scheme in _BROKERS or bool(scheme and entry_points(group=brokers.ENTRY_POINTS, name=scheme))
+
+
+def _are_nodes(addresses: str) -> bool:
+    return all(map(_is_node, addresses.split(",")))
 
 
 def _is_node(address: str) -> bool:
@@ -107,7 +111,7 @@ def _path(address: str) -> str:
 def _store_at(address: str, tls: Any, token: str | None) -> Sink:
     from kvrep.sinks.store import LocalStore, RemoteStore, StoreSink
 
-    if _is_node(address):
+    if _are_nodes(address):
         return StoreSink(f"kvrep://{address}", lambda **_: RemoteStore(address, tls=tls, token=token))
     if not address:
         raise OpenError("kvrep: needs a path or host:port")
@@ -117,7 +121,7 @@ def _store_at(address: str, tls: Any, token: str | None) -> Sink:
 def upstream_at(address: str, *, feed: str = "", tls: Any = None, token: str | None = None) -> Upstream:
     """The store at an address or path, connected or opened; one of a group is not opened alone."""
     address = address.removeprefix("kvrep:").removeprefix("//")
-    if all(map(_is_node, address.split(","))):
+    if _are_nodes(address):
         return Remote(address, tls=tls, token=token)
     import kvrep
     from kvrep.runtime.offline import check_alone
@@ -136,7 +140,7 @@ def source_at(
     feed: str = "",
     tls: Any = None,
     token: str | None = None,
-    **selection: Any,
+    **selection: Unpack[Wanted],
 ) -> Source:
     """A broker's topic, a running node's feed, or that of a store at a path."""
     if is_broker(address):

@@ -6,16 +6,17 @@ import json
 import logging
 import time
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
-from kvrep.brokers.interface import Broker, Delivery, Publisher, Subscriber
+from kvrep.brokers.interface import Broker, Delivery, Message, Publisher, Subscriber
 from kvrep.errors import Error, ProtocolError
 from kvrep.model.change import Sequence, sequence_text
 from kvrep.model.event import Event
 from kvrep.sinks.interface import NOTHING, Place
 from kvrep.sinks.ordering import Inbox, Verdict
 from kvrep.sinks.source import Incoming, Source, SourceState, Unreadable
-from kvrep.sinks.stream import REQUESTS, Mark, Request, event_of
+from kvrep.sinks.stream import REQUESTS, Mark, Part, Parts, Request, event_of
 
 __all__ = ["BrokerSource"]
 
@@ -23,6 +24,9 @@ log = logging.getLogger("kvrep.agent")
 
 RAW_BYTES_MAX = 1 << 20
 """How much of a message that cannot be read is kept."""
+RECEIVE_MESSAGES = 64
+"""Taken from the broker at once: between two pieces the agent looks how many bytes it holds."""
+_NOTHING_OF_IT = Message(b"")
 ASK_TIMEOUT_S = 5.0
 WINDOW = 500
 WINDOW_MAX = 5000
@@ -79,6 +83,7 @@ class BrokerSource(Source):
             parked_bytes_max=self._parked_bytes_max,
             staging=place.staging,
         )
+        self._parts = Parts()
         self._received: deque[_Received] = deque()
         self._mark: Mark | None = None
         self._heard_s = time.monotonic()
@@ -103,7 +108,7 @@ class BrokerSource(Source):
 
     def receive(self, count: int, timeout_s: float) -> list[Incoming]:
         assert self._subscriber is not None
-        deliveries = self._subscriber.receive(count, timeout_s)
+        deliveries = self._subscriber.receive(min(count, RECEIVE_MESSAGES), timeout_s)
         if deliveries:
             self._heard_s = time.monotonic()
         found: list[Incoming] = []
@@ -120,7 +125,14 @@ class BrokerSource(Source):
                 self._take_mark(mark)
                 self._received.append(_Received(delivery, NOTHING))
                 return
-            event = event_of(delivery)
+            part = Part.parse(message)
+            if part is not None:
+                whole = self._gather(part, delivery, found)
+                if whole is None:
+                    return
+                event = event_of(replace(delivery, message=whole))
+            else:
+                event = event_of(delivery)
         except ProtocolError as error:
             found.append(Unreadable(_raw(delivery), str(error)))
             self._received.append(_Received(delivery, NOTHING))
@@ -136,6 +148,24 @@ class BrokerSource(Source):
         keep = offer.verdict in (Verdict.APPLY, Verdict.PARKED)
         self._received.append(_Received(delivery, event.sequence if keep else NOTHING))
 
+    def _gather(self, part: Part, delivery: Delivery, found: list[Incoming]) -> Message | None:
+        """A piece of a message; the whole one with the last of them. Till it takes effect, no part is done with."""
+        inbox, keep, whole = self._inbox, False, None
+        if inbox.lineage and part.lineage != inbox.lineage:
+            if not part.index:
+                found.append(Unreadable(_raw(delivery), f"it belongs to another store, {part.lineage}"))
+        elif part.sequence <= inbox.applied:
+            self._repeats += 1
+        else:
+            keep, whole = True, self._parts.add(part)
+            if self._parts.full:
+                self._let_go()
+                keep = False
+        if whole is None:
+            bare = replace(delivery, message=_NOTHING_OF_IT)  # the piece is held once
+            self._received.append(_Received(bare, part.sequence if keep else NOTHING))
+        return whole
+
     def _take_mark(self, mark: Mark) -> None:
         ours = not self._inbox.lineage or mark.lineage == self._inbox.lineage
         if ours and (self._mark is None or mark.time_us >= self._mark.time_us):
@@ -144,6 +174,7 @@ class BrokerSource(Source):
     def _let_go(self) -> None:
         """No room to wait, or no use: what is asked for comes with all that follows it."""
         self._inbox.clear()
+        self._parts.clear()
         self._dropped = True
         self._received = deque(
             r if r.sequence <= self._inbox.applied else _Received(r.delivery, NOTHING) for r in self._received
@@ -191,6 +222,7 @@ class BrokerSource(Source):
     def settle(self, place: Place) -> None:
         """Acknowledge what has taken effect: all through the first that has not, and those behind it singly."""
         self._place = place
+        self._parts.forget(place.sequence)
         subscriber, received = self._subscriber, self._received
         assert subscriber is not None
         last: Delivery | None = None

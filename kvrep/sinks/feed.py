@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Unpack
 
 from kvrep.errors import LineageMismatch, LogTrimmed, PeerUnavailable, Truncated
 from kvrep.model.change import Change
 from kvrep.sinks.interface import Place
 from kvrep.sinks.source import Incoming, Source, SourceState
-from kvrep.sinks.upstream import Selected, Stream, Upstream
+from kvrep.sinks.upstream import Selected, Stream, Upstream, Wanted
 
 __all__ = ["FeedSource"]
 
@@ -26,7 +26,7 @@ class FeedSource(Source):
     forced promotion, a snapshot replaces the copy; the log says so.
     """
 
-    def __init__(self, upstream: Upstream, **selection: Any) -> None:
+    def __init__(self, upstream: Upstream, **selection: Unpack[Wanted]) -> None:
         self.url = upstream.url
         self._upstream = upstream
         self._selected = Selected(**selection)

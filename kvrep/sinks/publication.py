@@ -15,8 +15,9 @@ import logging
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack, get_args
 
+from kvrep import brokers
 from kvrep.brokers.interface import Broker, Publisher, Subscriber
 from kvrep.errors import (
     InvalidToken,
@@ -34,8 +35,9 @@ from kvrep.sinks.cursor import Cursor
 from kvrep.sinks.delays import Delays, Rate, catch_up_s, known
 from kvrep.sinks.interface import NOTHING
 from kvrep.sinks.running import AgentState, Running
-from kvrep.sinks.stream import REQUESTS, Mark, Request, message_of
-from kvrep.sinks.upstream import Selected, Stream, Upstream
+from kvrep.sinks.stream import REQUESTS, Format, Mark, Request, message_of, parts_of
+from kvrep.sinks.upstream import Local, Selected, Stream, Upstream, Wanted
+from kvrep.store import Store
 
 __all__ = ["Publication", "PublicationStatus"]
 
@@ -43,8 +45,12 @@ log = logging.getLogger("kvrep.agent")
 
 SAVE_INTERVAL_S = 0.2
 UNCONFIRMED_MAX = 4096
+MESSAGE_BYTES = {"kafka": 900_000, "kafkas": 900_000}
+MESSAGE_BYTES_ELSE = 4 << 20
+"""By the scheme of the broker: what it takes unless it was told otherwise, with room to spare."""
 PUBLISH_S = 30.0
 IDLE_S = 0.25
+MESSAGE_BYTES_MIN = 64 << 10
 SNAPSHOT_REST_S = 2.0
 """Requests for a snapshot that come so soon after one began were sent before it: who still lacks it asks again."""
 
@@ -54,6 +60,16 @@ class _Held:
 
     def __init__(self, upstream: Upstream) -> None:
         self.load, self.save = upstream.held, upstream.hold
+
+
+def _upstream_of(source: Upstream | Store | str, feed: str) -> Upstream:
+    if isinstance(source, Store):
+        return Local(source, feed=feed)
+    if isinstance(source, str):
+        from kvrep.sinks.addresses import upstream_at
+
+        return upstream_at(source, feed=feed)
+    return source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,36 +106,54 @@ class PublicationStatus:
 class Publication(Running):
     """Publishes the changes of a store, those of ``selection`` (see :class:`Selected`), for ever.
 
-    Its place is in ``cursor``; without one, in the named feed of a :class:`~kvrep.sinks.upstream.Local`.
+    ``source`` is a :class:`Store`, the address of nodes or the path of a store; ``broker`` may be an address, too.
+    Its place is in ``cursor``; without one, in the named feed ``feed`` of a store that this process has open; without
+    either, every start begins with a snapshot.
 
     ``one_line`` gives all messages one key, so that a broker with partitions keeps the order of all of them;
     else each key of the store keeps its own order and receivers restore the rest. ``mark_interval_s`` is how
     often an idle stream says so; 0: never. The life of it is that of an :class:`~kvrep.sinks.agent.Agent`;
-    it closes ``upstream`` and ``broker``.
+    it closes ``broker``, and ``source`` unless that is a store.
+
+    ``form`` is ``"binary"`` or ``"structured"``, the modes of CloudEvents, which agents read both, or
+    ``"debezium"``: envelopes for whoever expects those, without marks. What is larger than ``message_bytes_max``
+    (900 kB for Kafka, else 4 MiB) goes in parts, which agents put together again.
     """
 
     kind, retryable = "publication", (PeerUnavailable, Overloaded, TimeoutError)
 
     def __init__(
         self,
-        upstream: Upstream,
-        broker: Broker,
+        source: Upstream | Store | str,
+        broker: Broker | str,
         cursor: Cursor | None = None,
         *,
+        feed: str = "",
         topic: str = "",
         name: str = "publisher",
         one_line: bool = True,
+        form: Format = "binary",
+        message_bytes_max: int | None = None,
         mark_interval_s: float = 5.0,
         log_interval_s: float = 60.0,
         wait: bool = False,
-        **selection: Any,
+        **selection: Unpack[Wanted],
     ) -> None:
+        if form not in get_args(Format):
+            raise ValueError(f"form is one of {', '.join(get_args(Format))}, not {form!r}")
+        if message_bytes_max is not None and message_bytes_max < MESSAGE_BYTES_MIN:
+            raise ValueError(f"message_bytes_max is at least {MESSAGE_BYTES_MIN}")
         super().__init__(name, wait=wait)
+        broker = brokers.connect(broker) if isinstance(broker, str) else broker
         self.topic = topic or broker.topic
+        upstream = _upstream_of(source, feed)
         self._upstream, self._broker, self._cursor = upstream, broker, cursor or _Held(upstream)
         self._selected = Selected(**selection)
-        self._one_line = one_line
-        self._mark_interval_s = mark_interval_s
+        self._one_line, self._form = one_line, form
+        scheme = broker.url.partition(":")[0]
+        self._message_bytes_max = message_bytes_max or MESSAGE_BYTES.get(scheme, MESSAGE_BYTES_ELSE)
+        self._prefix = "cloudEvents:" if scheme.startswith("amqp") else "ce_"
+        self._mark_interval_s = 0.0 if form == "debezium" else mark_interval_s
         self._log_interval_s = log_interval_s
         self._publisher: Publisher | None = None
         self._requests: Subscriber | None = None
@@ -216,8 +250,11 @@ class Publication(Running):
         while len(self._waiting) >= UNCONFIRMED_MAX and not self._stop.is_set():
             publisher.wait(self._waiting[0][0], IDLE_S)
             self._note_confirmed()
-        number = publisher.publish(message_of(event, one_line=self._one_line), PUBLISH_S)
-        self._waiting.append((number, change))
+        message = message_of(event, one_line=self._one_line, form=self._form, prefix=self._prefix)
+        if message is not None:
+            for part in parts_of(message, event, self._message_bytes_max):
+                publisher.publish(part, PUBLISH_S)
+        self._waiting.append((publisher.published, change))
         self._published += 1
         self._sent, self._marked = change.sequence, False
         if change.kind == "begin":

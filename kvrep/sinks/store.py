@@ -1,13 +1,16 @@
-"""Another kvrep store as a secondary: ``kvrep:path`` on this machine, ``kvrep://host:port`` a running primary.
+"""Another kvrep store as a secondary: ``kvrep:path`` on this machine, ``kvrep://host:port,…`` a running group.
 
 The copy is an independent store with a history of its own, for reading, or to take over by hand. (A follower
 over a broker, ``kvrep.open(follow="amqp://…")``, is the one that has the same positions.)
 
-The agent's own notes are in the keyspace ``kvrep-agent``, in the same record as the changes.
+The agent's own notes are in the keyspace ``kvrep-agent``, in the same record as the changes. One of them, the
+*turn*, is a number that every record of the agent counts up, on condition that it is what the record before left.
+So of two agents one is told, and what was sent without an answer cannot take effect behind what followed it.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,23 +24,48 @@ import msgpack
 from kvrep.errors import (
     ClosedError,
     ConfigurationMismatch,
+    Fenced,
     NotAStore,
+    NotEnoughFollowers,
+    NotPrimary,
+    Overloaded,
     PeerUnavailable,
     RejectedChange,
+    RolledBack,
+    StorageFailed,
+    StoreInUse,
+    TransactionConflict,
+    TransactionExpired,
     UnknownOutcome,
 )
-from kvrep.model.record import Op
+from kvrep.model.record import Op, write_payload
 from kvrep.options import KEY_BYTES_MAX, check_keyspace_name
 from kvrep.runtime.offline import check_alone
+from kvrep.runtime.reads import fingerprint
 from kvrep.sinks.interface import DeadLetter, Place, Sink
 from kvrep.sinks.upstream import MESSAGE_BYTES_MAX
+from kvrep.transport.faults import decode_fault
 
 __all__ = ["NOTES", "LocalStore", "RemoteStore", "StoreSink"]
 
 NOTES = "kvrep-agent"
-_PLACE, _SEEN, _LETTER, _MERGE = b"place", b"seen/", b"letter/", b"merge"
+_PLACE, _TURN, _SEEN, _LETTER, _MERGE = b"place", b"turn", b"seen/", b"letter/", b"merge"
 WRITE_S = 30.0
+ASK_S = 3.0
+"""How long a node has to say whether it is primary."""
 PIECE_KEYS = 1000
+_PASSING = (
+    NotPrimary,
+    Fenced,
+    NotEnoughFollowers,
+    Overloaded,
+    TransactionExpired,
+    ClosedError,
+    StorageFailed,
+    UnknownOutcome,
+    RolledBack,
+)
+"""Of a group: another node, or the same one a little later, takes what was refused or has no outcome yet."""
 
 
 class _Target(Protocol):
@@ -49,12 +77,14 @@ class _Target(Protocol):
     def get(self, keyspace: str, key: bytes) -> bytes | None: ...
     def scan(self, keyspace: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]: ...
     def keyspaces(self) -> list[str]: ...
-    def write(self, ops: Sequence[Op]) -> None: ...
+    def write(self, ops: Sequence[Op], turn: bytes | None) -> None:
+        """Atomic; :class:`TransactionConflict`, and nothing is written, where the turn is another one."""
+
     def close(self) -> None: ...
 
 
 class LocalStore:
-    """A store at a path, opened by this process."""
+    """A store at a path, opened by this process: nobody else can write it meanwhile."""
 
     def __init__(self, path: str, **options: Any) -> None:
         """One of a group of nodes is refused: a second primary would come of it."""
@@ -77,7 +107,8 @@ class LocalStore:
     def keyspaces(self) -> list[str]:
         return self._store.keyspaces()
 
-    def write(self, ops: Sequence[Op]) -> None:
+    def write(self, ops: Sequence[Op], turn: bytes | None) -> None:
+        del turn
         spaces = {name: self._store.keyspace(name) for name in {op[0] for op in ops}}
         with self._store.batch(timeout_s=WRITE_S) as batch:
             for name, key, value in ops:
@@ -91,26 +122,69 @@ class LocalStore:
 
 
 class RemoteStore:
-    """The primary of another group, over one connection."""
+    """The primary of another group, found once through any of its nodes: "host:port", or several with commas between.
+
+    Without a primary another node is read, and nothing can be written. Writes are those of a node that forwards
+    (``runtime/executing.py``): for one epoch, so they cannot reach a store that was fenced. What passes by itself,
+    a change of roles above all, is :class:`PeerUnavailable`: whoever connects anew finds the primary of then.
+    """
 
     value_bytes_max = 1 << 40
 
-    def __init__(self, address: str, *, tls: Any = None, token: str | None = None) -> None:
+    def __init__(self, addresses: str, *, tls: Any = None, token: str | None = None) -> None:
         from kvrep.transport.network import GrpcTransport
         from kvrep.transport.security import Security
 
-        transport = GrpcTransport(
+        self._addresses = addresses
+        self._transport = GrpcTransport(
             security=Security(tls=tls, token=token), message_bytes_max=MESSAGE_BYTES_MAX
         )
-        self._connection = transport.connect(address, name="agent")
+        self._store_id, self._session, self._sequence = os.urandom(16), int.from_bytes(os.urandom(7)), 0
+        self._problem = self.lineage = ""
+        """Of a node that did not answer; of one that did."""
+        address, self._epoch, self._since = self._find()
+        self._connection = self._transport.connect(address, name="agent")
+
+    def _find(self) -> tuple[str, int, int]:
+        """Address, epoch (0: of a node that is no primary) and last committed offset of the newest primary."""
+        left, asked, found = self._addresses.split(","), set[str](), ("", -1, 0)
+        while left:
+            address = left.pop(0)
+            asked.add(address)
+            try:
+                standing = self._standing(address)
+            except (PeerUnavailable, ClosedError, Overloaded) as error:
+                self._problem = error.message
+                continue
+            self.lineage = bytes(standing["lineage"]).hex()
+            found = max(
+                found, (address, standing["primary_epoch"], standing["committed"]), key=lambda f: f[1]
+            )
+            elsewhere = standing["primary_address"]
+            if elsewhere and elsewhere not in {*asked, *left}:
+                left.append(elsewhere)
+        if found[1] < 0:
+            raise PeerUnavailable(self._problem, address=self._addresses)
+        return found
+
+    def _standing(self, address: str) -> dict[str, Any]:
+        connection = self._transport.connect(address, name="agent")
         try:
-            self.lineage: str = self._call("status", {})["status"]["lineage"]
-        except BaseException:
-            self._connection.close()
-            raise
+            return connection.call("standing", {}, ASK_S)
+        finally:
+            connection.close()
 
     def _call(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
-        return self._connection.call(method, {"timeout_s": WRITE_S, **request}, WRITE_S + 2.0)
+        with self._passing():
+            return self._connection.call(method, {"timeout_s": WRITE_S, **request}, WRITE_S + 2.0)
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        """What another connection may do better."""
+        try:
+            yield
+        except _PASSING as error:
+            raise PeerUnavailable(error.message, address=self._connection.address) from error
 
     def get(self, keyspace: str, key: bytes) -> bytes | None:
         value: bytes | None = self._call("get", {"keyspace": keyspace, "key": key, "at_least": None})["value"]
@@ -121,22 +195,37 @@ class RemoteStore:
             "keyspace": keyspace, "prefix": prefix, "start": None, "stop": None, "reverse": False,
             "limit": None, "at_least": None,
         }  # fmt: skip
-        chunks = self._connection.scan(request, 3600.0)
-        try:
-            for chunk in chunks:
-                yield from chunk
-        finally:
-            chunks.close()
+        with self._passing():
+            chunks = self._connection.scan(request, 3600.0)
+            try:
+                for chunk in chunks:
+                    yield from chunk
+            finally:
+                chunks.close()
 
     def keyspaces(self) -> list[str]:
         names: list[str] = self._call("keyspaces", {})["keyspaces"]
         return names
 
-    def write(self, ops: Sequence[Op]) -> None:
-        try:
-            self._call("write", {"ops": list(ops)})
-        except ClosedError as error:
-            raise PeerUnavailable(str(error), address=self._connection.address) from error
+    def write(self, ops: Sequence[Op], turn: bytes | None) -> None:
+        if not self._epoch:
+            also = f", and {self._problem}" if self._problem else ""
+            raise PeerUnavailable(f"no primary answers at {self._addresses}{also}", address=self._addresses)
+        self._sequence += 1
+        condition = [[NOTES, _TURN, fingerprint(turn)]]
+        item = [self._sequence, self._since, write_payload(list(ops)), condition, [], None, None]
+        request = {
+            "epoch": self._epoch, "store_id": self._store_id, "session": self._session,
+            "floor": self._sequence, "items": [item],
+        }  # fmt: skip
+        [[kind, value]] = self._call("forward", request)["outcomes"]
+        if kind == "refused":
+            with self._passing():
+                raise decode_fault(bytes(value))
+        if kind != "done":  # the time was up first, or the session was forgotten there
+            raise PeerUnavailable(f"{self._connection.address} cannot tell yet what became of a write",
+                                  address=self._connection.address)  # fmt: skip
+        self._since = int(value[1])
 
     def close(self) -> None:
         self._connection.close()
@@ -151,6 +240,7 @@ class StoreSink(Sink):
         self.url = url
         self._connect = connect
         self._target: _Target | None = None
+        self._turn: bytes | None = None
         self._pending: list[Op] = []
         self._merge = False
         self._numbered = 0
@@ -184,6 +274,8 @@ class StoreSink(Sink):
         target: _Target = self._connect(**options)
         self._target = target
         try:
+            # First: whoever writes while the rest is read makes the next record of ours be refused.
+            self._turn = target.get(NOTES, _TURN)
             numbers = [int.from_bytes(key[len(_LETTER) :]) for key, _ in target.scan(NOTES, _LETTER)]
             self._numbered = max(numbers, default=0)
             self._merge = target.get(NOTES, _MERGE) is not None
@@ -262,10 +354,10 @@ class StoreSink(Sink):
         for space, key in keys:
             piece.append((space, key, None))
             if len(piece) == PIECE_KEYS:
-                self._need().write(piece)
+                self._write(piece)
                 piece = []
         if piece:
-            self._need().write(piece)
+            self._write(piece)
 
     def _flush(self) -> None:
         """What was staged since the last commit, before its place: laying it down twice changes nothing."""
@@ -274,10 +366,17 @@ class StoreSink(Sink):
             self._write(pending)
 
     def _write(self, ops: Sequence[Op]) -> None:
+        turn = (int.from_bytes(self._turn or b"") + 1).to_bytes(8)
         try:
-            self._need().write(ops)
+            self._need().write([*ops, (NOTES, _TURN, turn)], self._turn)
+        except TransactionConflict as error:
+            raise StoreInUse(
+                f"another agent has moved the place in {self.url}", path=self.url, pid=None, host=None,
+                hint="run one agent for each secondary",
+            ) from error  # fmt: skip
         except UnknownOutcome as error:
             raise PeerUnavailable(f"{self.url}: {error.message}", address=self.url) from error
+        self._turn = turn
 
     def commit(self, place: Place) -> None:
         self._pending.append((NOTES, _PLACE, msgpack.packb(asdict(place))))

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict
 
-from kvrep.errors import ClosedError, Error, NotPrimary, Overloaded, PeerUnavailable, RefusedError
+from kvrep.errors import (
+    ClosedError,
+    Error,
+    Fenced,
+    NotPrimary,
+    Overloaded,
+    PeerUnavailable,
+    RefusedError,
+    UnknownOutcome,
+)
+from kvrep.feeds.selection import Transform
 from kvrep.feeds.serving import RemoteChanges
 from kvrep.model.change import Change
 from kvrep.model.position import ZERO, Position
 from kvrep.model.token import Token
 from kvrep.store import Store
 
-__all__ = ["Local", "Remote", "Selected", "Stream", "Upstream"]
+__all__ = ["Local", "Remote", "Selected", "Stream", "Upstream", "Wanted"]
+
+log = logging.getLogger("kvrep.sinks")
 
 CALL_GRACE_S = 5.0
 MESSAGE_BYTES_MAX = (1 << 30) + (1 << 20)
@@ -22,14 +36,30 @@ HEAD_S = 0.5
 """How old the answer to "how far are you?" may be."""
 
 
-class Selected:
-    """What of the changes is wanted: keyspaces (``None``: all), a prefix of keys, topics of emitted messages."""
+class Wanted(TypedDict, total=False):
+    """The fields of :class:`Selected`, as keywords of what reads or publishes changes."""
 
-    def __init__(
-        self, *, keyspaces: list[str] | None = None, prefix: bytes = b"", topics: list[str] | None = None,
-        transform: Any = None,
-    ) -> None:  # fmt: skip
-        self.keyspaces, self.prefix, self.topics, self.transform = keyspaces, prefix, topics, transform
+    keyspaces: list[str] | None
+    prefix: bytes
+    topics: list[str] | None
+    transform: Transform | None
+    before: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """What of the changes is wanted."""
+
+    keyspaces: list[str] | None = None
+    """``None``: all."""
+    prefix: bytes = b""
+    """Of keys."""
+    topics: list[str] | None = None
+    """Of emitted messages."""
+    transform: Transform | None = None
+    """Rewrites changes or leaves them out; only where the store is open in this process (:class:`Local`)."""
+    before: bool = False
+    """With former values, where they are kept."""
 
 
 class Stream(Protocol):
@@ -100,7 +130,7 @@ class Local:
     def changes(self, token: str, selected: Selected) -> Stream:
         wanted: dict[str, Any] = {
             "keyspace": selected.keyspaces, "prefix": selected.prefix, "topic": selected.topics,
-            "transform": selected.transform,
+            "transform": selected.transform, "before": selected.before,
         }  # fmt: skip
         if token:
             return _LocalStream(self._store.changes(resume=token, **wanted))
@@ -115,8 +145,10 @@ class Local:
         try:
             with self._store.feed(self._feed_name, snapshot=True) as feed:
                 feed.ack(token)
-        except (NotPrimary, RefusedError):
+        except (NotPrimary, Fenced):
             pass  # a follower: its log is kept by age and size
+        except (RefusedError, UnknownOutcome) as error:  # the next place is told anew
+            log.warning("%s: the feed %s stays where it is: %s", self.url, self._feed_name, error)
 
     def held(self) -> str:
         if not self._feed_name:
@@ -124,8 +156,10 @@ class Local:
         try:
             with self._store.feed(self._feed_name, snapshot=True) as feed:
                 return feed.token
-        except (NotPrimary, RefusedError):
+        except (NotPrimary, Fenced):
             return ""
+        except RefusedError as error:  # no place would mean a snapshot
+            raise PeerUnavailable(f"the feed {self._feed_name}: {error.message}", address=self.url) from error
 
     def close(self) -> None:
         if self._close_store:
@@ -233,6 +267,7 @@ class Remote:
                 keyspaces=selected.keyspaces,
                 prefix=selected.prefix,
                 topics=selected.topics,
+                before=selected.before,
             )
         )
 

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -38,7 +39,7 @@ from kvrep.errors import (
     StoreInUse,
     UpgradeRequired,
 )
-from kvrep.model.position import ZERO, Position
+from kvrep.model.position import OFFSET_MAX, ZERO, Position
 from kvrep.replication.promises import Verdict, judge
 from kvrep.storage.log_file import fsync_directory
 from kvrep.storage.rescue import UNFINISHED
@@ -48,6 +49,8 @@ __all__ = ["COPY", "Home", "write_atomically"]
 FORMAT = 1
 COPY = "COPY"
 SUSPECT = "SUSPECT"
+_GENERATION = re.compile(r"gen-[0-9]{6,9}")
+_LINEAGE = re.compile(r"([0-9a-f]{32})?")
 _PARTS = {"LOCK", "IDENTITY", "STORE", "CURRENT", "rescue", "spool"}
 
 
@@ -81,7 +84,7 @@ class _Identity:
         self.store(data)
 
     def load(self) -> None:
-        """Take the newer valid slot; ``CorruptionError`` when both are damaged."""
+        """Take the newer valid slot; ``CorruptionError`` when both are damaged, or it says what cannot be."""
         try:
             raw = self.path.read_bytes()
         except FileNotFoundError:
@@ -95,7 +98,7 @@ class _Identity:
             whole = len(body) == length and crc32(body, sequence & 0xFFFFFFFF) == check
             if magic == self.MAGIC and whole and sequence > self.sequence:
                 self.sequence = sequence
-                self.data = msgpack.unpackb(body)
+                self.data = _identity(body)
         if not self.sequence:
             raise CorruptionError(
                 f"{self.path.name} is missing or damaged in both its copies",
@@ -239,6 +242,7 @@ class Home:
         if self.store_id.hex() != marker.get("store_id"):
             raise CorruptionError("IDENTITY and STORE name different stores")
         self._current = self._json("CURRENT")
+        self._check_current()
         if not self.generation.is_dir():
             raise NotAStore(f"{self.generation} is missing", path=str(self.generation))
         self._clean()
@@ -277,10 +281,19 @@ class Home:
 
     def _json(self, part: str) -> dict[str, Any]:
         try:
-            data: dict[str, Any] = json.loads((self.path / part).read_bytes())
+            data = json.loads((self.path / part).read_bytes())
         except (OSError, ValueError) as error:
             raise CorruptionError(f"{self.path / part} cannot be read: {error}") from error
+        if type(data) is not dict:
+            raise CorruptionError(f"{self.path / part} cannot be read: it is no map")
         return data
+
+    def _check_current(self) -> None:
+        generation, lineage = self._current.get("generation"), self._current.get("lineage")
+        if not (isinstance(generation, str) and _GENERATION.fullmatch(generation)):
+            raise CorruptionError(f"CURRENT names no generation: {str(generation)[:40]!r}")
+        if not (isinstance(lineage, str) and _LINEAGE.fullmatch(lineage)):
+            raise CorruptionError(f"CURRENT names no lineage: {str(lineage)[:40]!r}")
 
     # -- what it says ------------------------------------------------------------------------------
 
@@ -395,6 +408,21 @@ class Home:
     def switched_to(self, generation: str) -> bool:
         """After a failed :meth:`switch`: whether the next open would find ``generation`` live."""
         return bool(self._json("CURRENT").get("generation") == generation)
+
+
+def _identity(body: bytes) -> dict[str, Any]:
+    """What a slot of ``IDENTITY`` says; :class:`CorruptionError` when that cannot be."""
+    try:
+        data: dict[str, Any] = msgpack.unpackb(body)
+        texts = (data["store_id"], data["promised_to"], data["name"])
+        lowered = data.get("lowered", list(ZERO))
+        numbers = [data["promised"], data.get("vote_floor", 0), *lowered]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"IDENTITY cannot be read: {error!r}") from error
+    whole = tuple(map(type, texts)) == (bytes, bytes, str) and len(texts[0]) == 16 and len(numbers) == 4
+    if not whole or any(type(n) is not int or not 0 <= n <= OFFSET_MAX for n in numbers):
+        raise CorruptionError("IDENTITY says what cannot be")
+    return data
 
 
 def _make_directory(path: Path) -> None:

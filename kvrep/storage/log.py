@@ -483,6 +483,17 @@ class Log:
 
     # -- forgetting --------------------------------------------------------------------------------
 
+    def first_within(self, bytes_max: int) -> int:
+        """The first record of the oldest file from which on the log has at most ``bytes_max`` bytes."""
+        files, total = self._files, 0
+        first = self.tail.offset + 1
+        for file in reversed(files):
+            total += file.end
+            if total > bytes_max:
+                break
+            first = file.header.first
+        return first
+
     def trim(self, keep_from: int, *, bytes_kept: int, age_s: float) -> int:
         """Unlink old files, oldest first; returns how many.
 

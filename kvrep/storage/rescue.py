@@ -57,9 +57,8 @@ def saving(path: Path) -> Iterator[BinaryIO]:
     ``OSError`` as it comes.
     """
     directory, fresh = path.parent, path.with_name(path.name + UNFINISHED)
-    if not directory.exists():
-        directory.mkdir()
-        fsync_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    fsync_directory(directory.parent)  # also when it was there: who made it may not have lived to do this
     try:
         with open(fresh, "xb") as file:
             yield file
@@ -123,7 +122,7 @@ def load_rescue(path: Path) -> RescueFile:
             header["lineage"],
             header["running_before"],
         )
-    except (ValueError, KeyError, TypeError, ProtocolError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, ProtocolError) as error:
         raise CorruptionError(f"{path.name} is damaged: {error}") from error
     if not records or records[-1].offset != found.last:
         raise CorruptionError(f"{path.name} ends before record {found.last}")

@@ -27,11 +27,12 @@ from kvrep.errors import (
     CorruptionError,
     NotAStore,
     OpenError,
+    ProtocolError,
     StorageFailed,
     StorageFull,
 )
 from kvrep.model.configuration import Configuration
-from kvrep.model.position import EpochTable
+from kvrep.model.position import OFFSET_MAX, EpochTable
 from kvrep.model.sessions import Sessions
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
 from kvrep.storage.log import START, Tail
@@ -97,22 +98,42 @@ class State:
 
     @classmethod
     def unpack(cls, data: bytes) -> State:
-        raw: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
-        return cls(
-            applied=Tail(*raw["applied"]),
-            epochs=EpochTable((e, f) for e, f in raw["epochs"]),
-            configuration=Configuration.from_wire(raw["configuration"]),
-            configured_at=raw["configured_at"],
-            branches=[(o, b) for o, b in raw.get("branches", [(0, raw.get("branch", b""))])],
-            digests=digests_in(raw["digests"]),
-            counts=raw["counts"],
-            mark=raw["mark"],
-            mark_digests=digests_in(raw["mark_digests"]),
-            verified=raw["verified"],
-            diverged=raw["diverged"],
-            logged_in=raw.get("logged_in", ""),
-            sessions=Sessions.from_wire(raw.get("sessions")),
-        )
+        """Read :meth:`pack`; :class:`CorruptionError` when it is something else."""
+        try:
+            raw: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
+            state = cls(
+                applied=Tail(*raw["applied"]),
+                epochs=EpochTable(raw["epochs"]),
+                configuration=Configuration.from_wire(raw["configuration"]),
+                configured_at=raw["configured_at"],
+                branches=[(o, b) for o, b in raw.get("branches", [(0, raw.get("branch", b""))])],
+                digests=digests_in(raw["digests"]),
+                counts=raw["counts"],
+                mark=raw["mark"],
+                mark_digests=digests_in(raw["mark_digests"]),
+                verified=raw["verified"],
+                diverged=raw["diverged"],
+                logged_in=raw.get("logged_in", ""),
+                sessions=Sessions.from_wire(raw.get("sessions")),
+            )
+            state._check()
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ProtocolError) as error:
+            raise CorruptionError(f"the state record in LMDB cannot be read: {error!r}") from error
+        return state
+
+    def _check(self) -> None:
+        """``ValueError`` when a field cannot be what it is."""
+        numbers = [*self.applied, self.configured_at, self.mark, self.verified, self.diverged]
+        numbers += [*self.counts.values(), *(offset for offset, _ in self.branches)]
+        if any(type(n) is not int or not 0 <= n <= OFFSET_MAX for n in numbers):
+            raise ValueError("a number is out of range")
+        if any(n >= DIGEST_MODULUS for n in (*self.digests.values(), *self.mark_digests.values())):
+            raise ValueError("a digest is too long")
+        names = [*self.digests, *self.counts, *self.mark_digests, self.logged_in]
+        if any(type(name) is not str for name in names) or any(
+            type(b) is not bytes for _, b in self.branches
+        ):
+            raise ValueError("a name is of another type")
 
     @property
     def branch(self) -> bytes:
@@ -359,10 +380,14 @@ class Tree:
                 # see what the memtables add up to the present with, and pin no page that the flush could use.
                 boats = [self.env.begin() for _ in range(BOATS)]
                 self._commit(state, created, changes, update, breathe)
-        except StorageFailed as error:
-            if self._disk_bytes() < 64 * PAGE_BYTES:  # a short write is EIO in LMDB's words
-                raise StorageFull("no disk space while flushing") from error
-            self._boats, boats = boats, []
+        except (StorageFailed, StorageFull) as error:
+            if self._panics():  # nothing can be written or begun any more, whatever the reason was
+                self._boats, boats = boats, []
+                raise StorageFailed(f"LMDB cannot be written any more: {error.message}") from error
+            if type(error) is StorageFailed and self._disk_bytes() < 64 * PAGE_BYTES:
+                raise StorageFull(
+                    "no disk space while flushing"
+                ) from error  # a short write is EIO in LMDB's words
             raise
         finally:
             for boat in boats:
@@ -372,6 +397,16 @@ class Tree:
         self.refresh()
         self._handles.update(created)  # last: a read transaction from before the commit does not know them
         return state
+
+    def _panics(self) -> bool:
+        """Whether LMDB has given up for good, as it does when the page that makes a commit valid is not written."""
+        try:
+            self.env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            pass
+        return False
 
     def _commit(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from kvrep.codecs import BYTES
 from kvrep.errors import Error
+from kvrep.keyspace import Keyspace
 from kvrep.model.codec import decode
-from kvrep.model.record import Record
+from kvrep.model.record import FEEDS_KEYSPACE, Record
 from kvrep.store import Store
 from kvrep.testing.checkers import Violation
 
@@ -51,13 +53,14 @@ def check_store(store: Store, *, timeout_s: float = 30.0) -> list[Violation]:
     against its digests, and the digests against the primary's. Nobody may write meanwhile.
     """
     violations: list[Violation] = []
+    feeds = Keyspace(store._node, FEEDS_KEYSPACE, BYTES)
 
     def broken(message: str) -> None:
         violations.append(Violation("store", f"{store.status().name or store.status().path}: {message}"))
 
     try:
         store.flush(timeout_s)
-        found = content(store)
+        found = content(store) | {(FEEDS_KEYSPACE, key): state for key, state in feeds.items()}
         _check_log(store, found, broken)
         _check_digests(store, found, broken)
     except (Error, OSError, TimeoutError) as error:

@@ -274,9 +274,9 @@ def test_a_change_that_cannot_be_stored_is_named(make: Make) -> None:
     assert sorted(rows(sink, "docs")) == sorted([b"before", *(b"%d" % i for i in range(13)), b"14"])
 
 
-@pytest.mark.parametrize("make", MAPPED, indirect=True)
+@pytest.mark.parametrize("make", [*MAPPED, "remote"], indirect=True)
 def test_a_commit_after_another_agent_moved_the_place_is_refused(make: Make) -> None:
-    """Two agents on one database do not apply the same changes twice: the slower one is told."""
+    """Two agents on one secondary do not apply the same changes twice: the slower one is told."""
     one, two = make(), make()
     one.open()
     two.open()
@@ -396,7 +396,7 @@ def test_a_store_with_data_of_others_is_not_replaced(make: Make) -> None:
     """An agent that is pointed at a store that somebody else fills is refused; nothing there changes."""
     sink = make()
     sink.open()
-    sink._need().write([("default", b"a", b"theirs")])  # type: ignore[attr-defined]
+    sink._need().write([("default", b"a", b"theirs")], None)  # type: ignore[attr-defined]
     sink.close()
     with pytest.raises(kvrep.ConfigurationMismatch, match="holds data that no agent put there"):
         make().open()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,14 +33,16 @@ from tests.scenarios.test_agents import MemoryView
 need_postgres()
 need_rabbitmq()
 
+import pika  # noqa: E402
+
 from kvrep.sinks.postgres import PostgresSink  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rabbit() -> Iterator[RabbitServer]:
-    """A RabbitMQ of the test's own, since it is killed."""
+    """A RabbitMQ of this module's own, since it is killed."""
     with tempfile.TemporaryDirectory(prefix="kvrep-rabbitmq-") as folder:
         server = RabbitServer(Path(folder))
         try:
@@ -111,19 +117,108 @@ def test_a_publisher_killed_at_any_point(
         assert copy_of(MemoryView(sink)) == content(db)
 
 
-def _publish(address: str, url: str, folder: Path) -> subprocess.Popen[bytes]:
+def _publish(address: str, url: str, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+    state = folder / "place"
     return subprocess.Popen(
-        command("agent", "--from", address, "--to", url, "--state", folder / "place", "--log-level", "error"),
+        command("agent", "--from", address, "--to", url, "--state", state, "--log-level", "error", *flags),
         stdout=subprocess.DEVNULL,
     )
 
 
-def test_wrong_credentials_and_addresses_of_a_broker_are_named(
-    tmp_path: Path,
-    shared_rabbitmq: RabbitServer,  # noqa: F811
-) -> None:
+@pytest.mark.parametrize("form", ["binary", "structured"])
+def test_large_events_and_forms_by_the_command(tmp_path: Path, rabbit: RabbitServer, form: str) -> None:
+    """The command publishes in either form, values above its largest message in parts; an agent makes the same copy."""
+    url = rabbit.url(form)
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+        kept = db.keyspace("kept", keep_before=True)
+        kept.put(b"k", b"old")
+        flags = ("--format", form, "--message-bytes", "100000", "--before")
+        child = _publish(db.address, url, tmp_path, *flags)
+        sink = MemorySink()
+        source = BrokerSource(brokers.connect(url), gap_wait_s=0.5, ask_interval_s=1.0)
+        try:
+            with Agent(source, sink) as agent:
+                db.put(b"large", random.Random(5).randbytes(1 << 20))
+                agent.wait_for(kept.put(b"k", b"new"), 60)
+                assert agent.status().consistent
+                assert agent.status().dead_letters == 0
+            assert copy_of(MemoryView(sink)) == content(db)
+            kept.put(b"k", b"newer")
+            properties = _next(rabbit, form)
+        finally:
+            child.kill()
+            child.wait(10)
+    if form == "structured":
+        assert properties.content_type == "application/cloudevents+json"
+    else:
+        assert properties.content_type == "application/octet-stream"
+        assert properties.headers["cloudEvents:type"] == "kvrep.put"
+        assert properties.headers["cloudEvents:before"] == "bbmV3"
+
+
+def _next(rabbit: RabbitServer, queue: str) -> Any:
+    """The properties of the next event in a queue, as any program sees them; marks are passed over."""
+    with pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", rabbit.port)) as connection:
+        for _, properties, _ in connection.channel().consume(queue, auto_ack=True, inactivity_timeout=30):
+            assert properties is not None, "nothing came"
+            if properties.headers.get("ce_type") != "kvrep.mark":
+                return properties
+    return None
+
+
+@pytest.mark.prove
+def test_memory_at_a_backlog_of_large_values(tmp_path: Path, rabbit: RabbitServer) -> None:
+    """300 values of 1 MiB wait, and neither process of the way into a database needs 200 MB."""
+    url, copy = rabbit.url("large"), tmp_path / "copy.db"
+    with kvrep.open(tmp_path / "a", listen="127.0.0.1:0") as db:
+        for i in range(300):
+            db.put(b"%d" % i, random.Random(i).randbytes(1 << 20))
+        db.put(b"end", b"1")
+        brokers.connect(url).publisher().close()  # makes the queue
+        publishing = _publish(db.address, url, tmp_path)
+        try:
+            with pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", rabbit.port)) as connection:
+                channel = connection.channel()
+                wait_until(lambda: _waiting(channel, "large") >= 302, "all is in the queue", 100)
+            assert _peak_mb(publishing.pid) < 200
+        finally:
+            publishing.kill()
+            publishing.wait(10)
+        applying = subprocess.Popen(
+            command("agent", "--from", url, "--to", f"sqlite:{copy}", "--log-level", "error"),
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: len(_rows(copy)) == 301, "all is applied", 100)
+            assert _peak_mb(applying.pid) < 200
+        finally:
+            applying.kill()
+            applying.wait(10)
+        assert sorted(_rows(copy)) == sorted(key for key, _ in db.scan())
+
+
+def _waiting(channel: Any, queue: str) -> int:
+    return int(channel.queue_declare(queue, passive=True).method.message_count)
+
+
+def _peak_mb(pid: int) -> float:
+    """The largest resident set of a process so far."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def _rows(copy: Path) -> list[bytes]:
+    """The keys in a copy; none while it is not whole."""
+    with closing(sqlite3.connect(copy, timeout=10)) as connection:
+        try:
+            return [key for (key,) in connection.execute('SELECT key FROM "default"')]
+        except sqlite3.OperationalError:
+            return []
+
+
+def test_wrong_credentials_and_addresses_of_a_broker_are_named(tmp_path: Path, rabbit: RabbitServer) -> None:
     """Both directions raise at once, and say what to fix."""
-    rabbit = shared_rabbitmq
     with kvrep.open(tmp_path / "a") as db:
         for address, kind in (
             (rabbit.url("x", user="guest:wrong"), kvrep.AuthenticationFailed),

@@ -1,12 +1,12 @@
-"""kill -9 at every step of a bootstrap: the old copy is live, or the new one, and it goes on by itself."""
+"""kill -9 or an error at every step of a bootstrap: the old copy is live, or the new one, and it goes on by itself."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ from bootstrap_kit import (
     write,
 )
 from replication_kit import WAIT_S, NodeProcess, processes, until
+from strace_kit import DISK_CALLS, STRACE, Point, points_of, run, strike
 
-STRACE = shutil.which("strace")
 CHILD = Path(__file__).parent.parent / "bootstrap_child.py"
 NOWHERE = "127.0.0.1:9"
 OLD, NEW = 301, 3301
@@ -40,8 +40,8 @@ STEPS = [
     ("mkdir", 2), ("pwrite64", 4), ("fdatasync", 1), ("fsync", 3), ("fsync", 7), ("rename", 2), ("fsync", 9),
     ("unlinkat", 2), ("rmdir", 1),
 ]  # fmt: skip
-CALLS = {"mkdir": 4, "rename": 2, "ftruncate": 2, "fsync": 9, "pwrite64": 7, "unlinkat": 5}
-ALL_STEPS = [(call, n) for call, last in CALLS.items() for n in range(1, last + 1) if (call, n) not in STEPS]
+ERRORS = [("pwrite64", 5), ("fsync", 4), ("rename", 2)]
+"""Where the default run has a call fail."""
 
 
 class Cluster(NamedTuple):
@@ -70,24 +70,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(node, pairs, base / "b")
 
 
-def killed_at(call: str, number: int, path: Path, source: str) -> None:
-    """Run a follower that is killed at its n-th call, counted by thread."""
-    assert STRACE is not None
-    inject = f"inject={call}:signal=SIGKILL:when={number}"
-    done = subprocess.run(
-        [STRACE, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject,
-         sys.executable, str(CHILD), str(path), source, repr({**OPTIONS, "voter": False})],
-        timeout=60,
-        check=False,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+def child(path: Path, source: str) -> list[str]:
+    """The command of a follower that ends when it has its copy."""
+    return [sys.executable, str(CHILD), str(path), source, repr({**OPTIONS, "voter": False})]
 
 
-def check_kill(cluster: Cluster, path: Path, call: str, number: int) -> None:
+def check_strike(cluster: Cluster, path: Path, point: Point, what: str) -> int:
+    """Bootstrap, with a fault at one point, and look at what is left; the exit code of the follower."""
     node = cluster.node
     shutil.copytree(cluster.template, path)
-    killed_at(call, number, path, node.address)
+    done = run(child(path, node.address), *strike(point, what))
     with follower(path, NOWHERE, voter=False) as b:
         pairs = dict(b.items())
         assert (pairs[b"seen"], len(pairs)) in ((b"old", OLD), (b"new", NEW))
@@ -98,21 +90,44 @@ def check_kill(cluster: Cluster, path: Path, call: str, number: int) -> None:
         assert b.status().rescued == ()
     assert generations(path) == ["gen-000002"]
     assert not (path / "gen-000002" / "COPY").exists()
+    return done.returncode
 
 
 @needs_strace
 @pytest.mark.parametrize(("call", "number"), STEPS)
 def test_follower_killed(cluster: Cluster, tmp_path: Path, call: str, number: int) -> None:
     """After a kill the follower has one whole copy, reads from it without its primary, and catches up."""
-    check_kill(cluster, tmp_path / "b", call, number)
+    assert check_strike(cluster, tmp_path / "b", (call, number), "signal=SIGKILL") == -signal.SIGKILL
+
+
+@needs_strace
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("point", ERRORS, ids=str)
+def test_a_call_fails(cluster: Cluster, tmp_path: Path, point: Point, error: str) -> None:
+    """After an error the follower has one whole copy as well, whether it went on by itself or ended."""
+    assert check_strike(cluster, tmp_path / "b", point, f"error={error}") in (0, 1)
 
 
 @needs_strace
 @pytest.mark.prove
-@pytest.mark.parametrize(("call", "number"), ALL_STEPS)
-def test_follower_killed_at_every_step(cluster: Cluster, tmp_path: Path, call: str, number: int) -> None:
-    """The same at every other call that changes the disk."""
-    check_kill(cluster, tmp_path / "b", call, number)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("what", ["signal=SIGKILL", "error=EIO", "error=ENOSPC"])
+def test_a_fault_at_every_call(cluster: Cluster, tmp_path: Path, what: str) -> None:
+    """The same at every call that changes the disk, as an undisturbed follower makes them."""
+    path, trace = tmp_path / "undisturbed", tmp_path / "trace"
+    shutil.copytree(cluster.template, path)
+    calls = ("-o", str(trace), "-e", "trace=" + ",".join(DISK_CALLS))
+    assert run(child(path, cluster.node.address), *calls).returncode == 0
+    points = points_of(trace)
+    assert set(STEPS) <= set(points)
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(
+            lambda point: check_strike(cluster, tmp_path / "{}-{}".format(*point), point, what), points
+        ))  # fmt: skip
+    if what == "signal=SIGKILL":
+        assert codes.count(-signal.SIGKILL) > len(points) // 2
+    else:
+        assert set(codes) <= {0, 1}
 
 
 def test_primary_killed_while_it_sends(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from broker_kit import WAIT_S, Site, numbers, read
@@ -140,6 +141,42 @@ def test_a_queue_that_is_full(shared_rabbitmq: RabbitServer) -> None:
         subscriber.ack(deliveries[-1])
     publisher.flush(WAIT_S)
     assert set(found) == set(range(1, published + 1))
+    broker.close()
+
+
+def test_what_waits_is_bounded_in_bytes(
+    shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large messages behind small ones: few are held, none is lost, and who needs more of them unacked gets more."""
+    from kvrep.brokers.rabbitmq import subscriber as module
+
+    monkeypatch.setattr(module, "BUFFER_BYTES", 1 << 20)
+    broker = brokers.connect(shared_rabbitmq.url(Site.topic()))
+    publisher = broker.publisher()
+    for n in range(1, 201):
+        publisher.publish(Message(b"%d" % n + (b" " * 65_536 if n > 50 else b"")))
+    publisher.flush(WAIT_S)
+    peak = 0
+    on_message = module.RabbitSubscriber._on_message
+
+    def watched(self: Any, *arrived: Any) -> None:
+        nonlocal peak
+        on_message(self, *arrived)
+        peak = max(peak, self._held)
+
+    monkeypatch.setattr(module.RabbitSubscriber, "_on_message", watched)
+    subscriber: Any = broker.subscriber()
+    until(lambda: subscriber._link.reconnects == 1)
+    assert peak < (2 << 20) + (128 << 10)
+    last: dict[int, Any] = {}  # nothing is acked before all are here
+    deadline = time.monotonic() + WAIT_S
+    while len(last) < 200 and time.monotonic() < deadline:
+        last |= {int(d.message.body): d for d in subscriber.receive(7, 0.1)}
+    assert sorted(last) == list(range(1, 201))
+    assert peak < (2 << 20) + (128 << 10)
+    subscriber.ack(last[200])
+    subscriber.close()
+    assert broker.subscriber().receive(1, 0.3) == []
     broker.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import crash_follower
 import crash_workload
 import pytest
 
@@ -114,6 +116,58 @@ def test_a_crash_while_recovering_keeps_them_too(durability: str, folder: Path, 
         assert problems == [], f"recovering from {image}:\n" + "\n".join(map(str, problems))
         count += checked
     assert count >= 25 * RECOVERIES
+
+
+def images_of(what: str, folder: Path, recorder: Path, *, samples: int, fault: str = "") -> tuple[Any, Any]:
+    """The images of a workload of ``crash_follower``, and the check for them."""
+    root, scratch = folder / "root", folder / "scratch"
+    root.mkdir()
+    scratch.mkdir()
+    crash_follower.PREPARE[what](root, scratch)
+    kept = folder / "kept"
+    shutil.copytree(scratch, kept, ignore=shutil.ignore_patterns("lock.mdb"))
+    (root / "store" / "gen-000001" / "data" / "lock.mdb").unlink(missing_ok=True)
+    command = [sys.executable, crash_follower.__file__, str(root), str(scratch), what, *filter(None, [fault])]
+    trace = record(command, root, recorder, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
+    check = {
+        "promise": crash_follower.CheckPromise(),
+        "rejoin": crash_follower.CheckRejoin(str(kept)),
+        "copy": crash_follower.CheckCopy(str(kept)),
+    }[what]
+    return images(trace, seed=SEED, samples=samples), check
+
+
+@pytest.mark.parametrize(
+    ("what", "samples", "at_least"),
+    [
+        ("promise", 2, 50),
+        ("rejoin", 0, 80),
+        ("copy", 0, 80),
+        pytest.param("promise", 40, 60, marks=pytest.mark.prove),
+        pytest.param("rejoin", 10, 130, marks=pytest.mark.prove),
+        pytest.param("copy", 10, 350, marks=pytest.mark.prove),
+    ],
+)
+def test_every_crash_of_a_follower_keeps_the_promises(
+    what: str, samples: int, at_least: int, folder: Path, recorder: Path
+) -> None:
+    """Promises answered are kept, a log is cut only when what it held is saved, one whole copy is live."""
+    made, check = images_of(what, folder, recorder, samples=samples)
+
+    count, problems = check_images(made, check, folder=folder / "images")
+
+    assert problems == [], "\n".join(map(str, problems))
+    assert count >= at_least
+
+
+@pytest.mark.parametrize("fault", crash_follower.FAULTS)
+def test_images_of_a_follower_find_deliberate_faults(fault: str, folder: Path, recorder: Path) -> None:
+    """A follower that forgets one of its syncs is caught, too."""
+    made, check = images_of(crash_follower.FAULTS[fault][0], folder, recorder, samples=1, fault=fault)
+
+    _, problems = check_images(made, check, folder=folder / "images", problems_max=1)
+
+    assert problems
 
 
 @pytest.mark.parametrize("fault", crash_workload.FAULTS)

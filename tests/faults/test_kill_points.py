@@ -1,25 +1,20 @@
-"""kill -9 before every system call that changes the disk, in a life of a store from creation to reopening."""
+"""Every system call that changes the disk, in a life of a store from creation to reopening: kill -9 before it, or an
+error in its place."""
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from strace_kit import DISK_CALLS, STRACE, Point, points_of, run, strike
 
 import kvrep
 
-STRACE = shutil.which("strace")
-CALLS = (
-    "pwrite64", "pwritev", "pwritev2", "fdatasync", "fsync", "rename", "unlink", "ftruncate", "truncate",
-    "fallocate", "mkdir",
-)  # fmt: skip
 OPTIONS = {
     "log_file_bytes": 64 << 10,
     "map_bytes": 16 << 20,
@@ -33,53 +28,78 @@ import os, sys, kvrep
 options = eval(sys.argv[2])
 say = lambda line: os.write(1, line.encode() + b"\\n")
 
-def put(db, n, size=10):
-    say(f"begin {n}")
+def phase(name):
+    if name in (sys.argv[3], "end"):
+        say("phase end")
+        os._exit(0)
+    say("phase " + name)
+
+def tried(what, call, *args, **kwargs):
+    try:
+        return call(*args, **kwargs)
+    except kvrep.RefusedError as error:
+        say(f"refused {what} {type(error).__name__}")
+    except kvrep.Error as error:
+        say(f"failed {what} {type(error).__name__}")
+
+def write(n, size):
     with db.batch() as batch:
         for part in range(3):
             batch.put(b"%d-%d" % (n, part), b"%d" % n * size)
-    say(f"acked {n}")
+    return batch.position
 
-say("phase creation")
-db = kvrep.open(sys.argv[1], **options)
-say("phase first write")
-put(db, 1)
-say("phase write")
-put(db, 2)
-say("phase flush")
-db.flush()
-say("phase roll")
-put(db, 3, 12_000)
-put(db, 4, 12_000)
-say("phase delete")
+def put(n, size=10):
+    say(f"begin {n}")
+    if tried(n, write, n, size):
+        say(f"acked {n}")
+        kept.append((n, size))
+
+def opened():
+    db = tried("open", kvrep.open, sys.argv[1], **options)
+    if db is None:
+        phase("end")
+    return db
+
+kept = []
+phase("creation")
+db = opened()
+phase("first write")
+put(1)
+phase("write")
+put(2)
+phase("flush")
+tried("flush", db.flush, 10.0)
+phase("roll")
+put(3, 12_000)
+put(4, 12_000)
+phase("delete")
 say("begin -1")
-db.delete(b"1-0")
-say("acked -1")
-say("phase trim")
-db.flush()
-put(db, 5)
-say("phase close")
+if tried(-1, db.delete, b"1-0"):
+    say("acked -1")
+phase("trim")
+tried("flush", db.flush, 10.0)
+put(5)
+for n, size in kept:
+    if db.get(b"%d-1" % n) != b"%d" % n * size:
+        say(f"lost {n}")
+phase("close")
 db.close()
-say("phase open")
-db = kvrep.open(sys.argv[1], **options)
-put(db, 6)
-say("phase end")
-os._exit(0)
+phase("open")
+db = opened()
+put(6)
+phase("end")
 """
 
 
 def live(path: Path, *strace: str) -> list[str]:
-    """Live the life above under strace; what it said until it ended."""
-    assert STRACE is not None
-    done = subprocess.run(
-        [STRACE, "-f", "-qq", *strace, sys.executable, "-c", LIFE, str(path), repr(OPTIONS)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        timeout=60,
-        check=False,
-    )
-    return done.stdout.decode().splitlines()
+    """Live the life above under strace; what it said, and, if it did not reach its end, what it complained of.
+
+    A life that begins with nothing ends before the flush: what follows is that of a store that was there.
+    """
+    last = "end" if path.exists() else "flush"
+    done = run([sys.executable, "-B", "-c", LIFE, str(path), repr(OPTIONS), last], *strace)
+    said = done.stdout.decode().splitlines()
+    return said if said[-1:] == ["phase end"] else [*said, *done.stderr.decode().splitlines()]
 
 
 def expected(said: list[str]) -> tuple[dict[bytes, bytes], list[dict[bytes, bytes]]]:
@@ -87,11 +107,14 @@ def expected(said: list[str]) -> tuple[dict[bytes, bytes], list[dict[bytes, byte
     sure: dict[bytes, bytes] = {}
     acked = {int(line.split()[1]) for line in said if line.startswith("acked")}
     begun = {int(line.split()[1]) for line in said if line.startswith("begin")}
+    begun -= {
+        int(n) for n in (line.split()[1] for line in said if line.startswith("refused")) if n[-1].isdigit()
+    }
     for n in sorted(n for n in acked if n > 0):
         size = 12_000 if n in (3, 4) else 10
         sure |= {b"%d-%d" % (n, part): b"%d" % n * size for part in range(3)}
     if -1 in acked:
-        del sure[b"1-0"]
+        sure.pop(b"1-0", None)
     maybe = [dict(sure)]
     for n in begun - acked:
         if n == -1:
@@ -116,17 +139,31 @@ def check_survivor(path: Path, said: list[str], where: str) -> None:
         assert dict(db.scan()) == {**found, b"after": b"1"}
 
 
-def points_of(path: Path) -> list[tuple[str, int]]:
-    """Each call of an undisturbed life, as strace counts them: by name, for each thread on its own."""
+def points(path: Path) -> list[Point]:
+    """Each call of an undisturbed life."""
     trace = path.parent / "trace"
-    said = live(path, "-o", str(trace), "-e", "trace=" + ",".join(CALLS))
+    said = live(path, "-o", str(trace), "-e", "trace=" + ",".join(DISK_CALLS))
     assert said[-1] == "phase end"
-    calls = Counter(re.findall(r"^(\d+) +(\w+)\(", trace.read_text(), re.MULTILINE))
-    most: dict[str, int] = {}
-    for (_, name), count in calls.items():
-        most[name] = max(count, most.get(name, 0))
-    assert {"pwritev2", "fdatasync", "fsync", "rename", "unlink"} <= set(most)
-    return [(name, n) for name, count in most.items() for n in range(1, count + 1)]
+    assert not any(line.startswith(("failed", "refused", "lost")) for line in said)
+    found = points_of(trace)
+    assert {"pwritev2", "fsync", "rename", "mkdir"} <= {name for name, _ in found}
+    return found
+
+
+def beginning(folder: Path, begin: str) -> Callable[[str], Path]:
+    """Where lives begin: with nothing, or with a store, so that the main thread's calls of a creation do not stand
+    before the others'."""
+    start = folder / "start"
+    if begin == "store":
+        kvrep.open(start, **OPTIONS).close()  # type: ignore[arg-type]
+
+    def place(name: str) -> Path:
+        path = folder / name
+        if begin == "store":
+            shutil.copytree(start, path, ignore=shutil.ignore_patterns("lock.mdb"))
+        return path
+
+    return place
 
 
 @pytest.mark.slow
@@ -134,28 +171,48 @@ def points_of(path: Path) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("begin", ["nothing", "store"])
 def test_killed_before_every_call_that_changes_the_disk(memory_path: Path, begin: str) -> None:
     """Whatever call kill -9 precedes, every acknowledged write is there afterwards and every other is whole."""
-    start = memory_path / "start"
-    if begin == "store":  # so that the main thread's calls of a creation do not stand before the others'
-        kvrep.open(start, **OPTIONS).close()  # type: ignore[arg-type]
+    place = beginning(memory_path, begin)
 
-    def place(name: str) -> Path:
-        path = memory_path / name
-        if begin == "store":
-            shutil.copytree(start, path, ignore=shutil.ignore_patterns("lock.mdb"))
-        return path
-
-    def run(point: tuple[str, int]) -> str:
-        name, n = point
-        path = place(f"{name}-{n}")
-        inject = f"inject={name}:signal=SIGKILL:when={n}"
-        said = live(path, "-o", "/dev/null", "-e", f"trace={name}", "-e", inject)
-        check_survivor(path, said, f"{name} {n} after {said[-1:]}")
+    def killed(point: Point) -> str:
+        path = place("{}-{}".format(*point))
+        said = live(path, *strike(point, "signal=SIGKILL"))
+        check_survivor(path, said, f"{point} after {said[-1:]}")
         shutil.rmtree(path)
         return [line for line in said if line.startswith("phase")][-1]
 
-    points = points_of(place("undisturbed"))
     with ThreadPoolExecutor(2) as pool:
-        phases = Counter(pool.map(run, points))
+        phases = Counter(pool.map(killed, points(place("undisturbed"))))
     wanted = ["first write", "write", "flush", "roll", "delete", "trim", "close", "open"]
     for phase in wanted if begin == "store" else ["creation", *wanted[:2]]:
         assert phases[f"phase {phase}"], f"nothing was killed in phase {phase}: {phases}"
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("begin", ["nothing", "store"])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=[pytest.mark.prove, pytest.mark.timeout(1200)]), 6])
+def test_an_error_at_every_call_that_changes_the_disk(
+    memory_path: Path, begin: str, error: str, stride: int
+) -> None:
+    """Whatever call fails: no other error than a typed one comes out, nothing hangs, reads go on, what was refused is
+    absent, and the next open finds every acknowledged write."""
+    place = beginning(memory_path, begin)
+
+    def failed(point: Point) -> set[str]:
+        path = place("{}-{}".format(*point))
+        said = live(path, *strike(point, f"error={error}"))
+        assert said[-1] == "phase end", f"{error} at {point}: {said[-30:]}"
+        assert not any(line.startswith("lost") for line in said), f"{error} at {point}: {said}"
+        check_survivor(path, said, f"{error} at {point}: {said}")
+        shutil.rmtree(path)
+        return {line.split()[-1] for line in said if line.startswith(("failed", "refused"))}
+
+    with ThreadPoolExecutor(2) as pool:
+        found = points(place("undisturbed"))
+        chosen = {
+            *found[::stride],
+            *(p for p in found if p[0] == "pwrite64"),
+        }  # among these are LMDB's commits
+        outcomes = list(pool.map(failed, sorted(chosen)))
+    errors = set().union(*outcomes)
+    assert errors & {"StorageFailed", "StorageFull", "OpenError"}, errors

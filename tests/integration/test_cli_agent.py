@@ -227,6 +227,8 @@ def test_a_warehouse_on_the_command_line(tmp_path: Path, capfdbinary: Any) -> No
         (["--from", "nowhere", "--to", "sqlite:"], 2, "needs a path"),
         (["--from", "nowhere", "--to", "sqlite:x", "--table", "orders=xml"], 2, "orders=xml"),
         (["--from", "memory://a/b", "--to", "sqlite:x", "--prefix", "k"], 2, "where the stream is published"),
+        (["--from", "127.0.0.1:1", "--to", "sqlite:x", "--before"], 2, "publishing to a broker"),
+        (["--from", "127.0.0.1:1", "--to", "sqlite:x", "--format", "debezium"], 2, "publishing to a broker"),
         (["status", "--to", "memory://a/b"], 2, "keeps no dead letters"),
         (["status", "--from", "x", "--to", "sqlite:x"], 2, "--from is for running"),
         (["retry", "--to", "sqlite:x"], 2, "which dead letters"),

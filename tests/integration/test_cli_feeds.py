@@ -71,6 +71,29 @@ def test_changes_of_a_store_on_disk(tmp_path: Path, capfdbinary: Any) -> None:
     assert run_here(capfdbinary, "changes", target, "--limit", "0").out == b""
 
 
+def test_former_values(tmp_path: Path, capfdbinary: Any) -> None:
+    """With --before, of a running node as of a store on disk, what a key held is told; without, it is not."""
+    with kvrep.open(tmp_path / "s", listen="127.0.0.1:0") as db:
+        kept = db.keyspace("kept", keep_before=True)
+        kept.put(b"k", b"1")
+        kept.put(b"k", b"2")
+        for target in (db.address, None):
+            if target is None:
+                db.close()
+                target = str(tmp_path / "s")
+            asked = ("changes", target, "--from", "oldest", "--no-wait", "--json")
+            told = [json.loads(line) for line in run_here(capfdbinary, *asked, "--before").text.splitlines()]
+            assert [(t.get("before"), t.get("created")) for t in told] == [(None, True), ("1", False)]
+            plain = [json.loads(line) for line in run_here(capfdbinary, *asked).text.splitlines()]
+            assert [(t.get("before"), t.get("created")) for t in plain] == [(None, None), (None, None)]
+
+
+def test_a_request_that_is_not_understood(tmp_path: Path) -> None:
+    """A node refuses a request for changes with something that it does not know, by its name."""
+    with kvrep.open(tmp_path / "s") as db, pytest.raises(kvrep.ProtocolError, match="colour"):
+        db._node.calls["feed-read"]({"token": "oldest", "timeout_s": 0, "colour": "red"})
+
+
 def test_what_makes_no_sense(tmp_path: Path, capfdbinary: Any) -> None:
     """Wrong usage ends with 2, a place that is not there with what it is."""
     with kvrep.open(tmp_path / "s") as db:

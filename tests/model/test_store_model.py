@@ -1,11 +1,15 @@
-"""A real store against a dict, through every public operation, with reopening and crashes in between."""
+"""A real store against a dict, through every operation on data, with reopening and crashes in between.
+
+``PairModel`` runs the same rules on a primary with a follower that acknowledges every write, and restarts, kills
+and promotes either of them. After every step the follower shows what the dict holds.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,9 +23,13 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from replication_kit import until
 
 import kvrep
-from kvrep.codecs import JSON, MSGPACK, TEXT
+from kvrep.codecs import BYTES, JSON, MSGPACK, TEXT
+from kvrep.options import Options
+from kvrep.runtime.node import Node
+from kvrep.transport.memory import MemoryTransport
 
 MEMORY = Path("/dev/shm")
 SMALL = {
@@ -44,7 +52,9 @@ keys = st.one_of(
 values = st.one_of(st.binary(max_size=8), st.sampled_from([0, 5_000, 70_000]).map(lambda n: b"v" * n))
 edges = st.one_of(st.none(), st.just(b""), keys)
 ops = st.lists(st.tuples(keys, st.one_of(st.none(), values)), max_size=6)
-CODECS: dict[str, Any] = {"texts": TEXT, "objects": MSGPACK, "documents": JSON}
+CODECS: dict[str, Any] = {"texts": TEXT, "objects": MSGPACK, "documents": JSON, "kept": BYTES}
+"""The keyspaces beside the default one; ``kept`` is opened with ``keep_before``."""
+State = dict[tuple[str, bytes], Any]
 objects = st.one_of(
     st.none(), st.integers(-9, 9), st.text(max_size=3), st.lists(st.integers(0, 3), max_size=3)
 )
@@ -72,6 +82,8 @@ class StoreModel(RuleBasedStateMachine):
     """Every rule does one thing to the store and to a dict; they must never differ."""
 
     snapshots = Bundle("snapshots")
+    alone = True
+    """Nothing is logged but by these rules: a primary with a follower logs on its own as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +94,21 @@ class StoreModel(RuleBasedStateMachine):
         self.spaces: dict[str, dict[bytes, Any]] = {name: {} for name in CODECS}
         self.held: list[Any] = []
         self.position = kvrep.Position(0, 0)
+        self.emitted: list[tuple[str, bytes]] = []
+        """All messages, in order."""
+        self.fed: State | None = None
+        """What the reader of the named feed has; ``None`` before it began."""
+        self.fed_messages = 0
+        self.start()
+
+    def start(self) -> None:
+        """Open the store at ``self.path``."""
         self.db = kvrep.open(self.path, **SMALL)
+
+    def end(self, store: kvrep.Store) -> None:
+        """Close a store; what is held of it is over."""
+        store.close()
+        self.held = [held for held in self.held if held[0]._node is not store._node]
 
     def teardown(self) -> None:
         try:
@@ -92,7 +118,19 @@ class StoreModel(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
     def space(self, name: str) -> Any:
-        return self.db.keyspace(name, codec=CODECS[name])
+        return self.db.keyspace(name, codec=CODECS[name], keep_before=name == "kept")
+
+    @staticmethod
+    def value(name: str, value: Any) -> Any:
+        """``value`` as something that the codec of the keyspace takes."""
+        return {"texts": str(value), "kept": str(value).encode()}.get(name, value)
+
+    def state(self) -> State:
+        """All that the store must hold, as it is stored."""
+        found: State = {("default", key): value for key, value in self.model.items()}
+        for name, model in self.spaces.items():
+            found |= {(name, key): CODECS[name].encode(value) for key, value in model.items()}
+        return found
 
     def moved(self, position: kvrep.Position) -> None:
         assert position > self.position
@@ -159,9 +197,22 @@ class StoreModel(RuleBasedStateMachine):
             else:
                 model[key] = value
 
-    @rule(changes=ops, fail=st.booleans(), reads=st.lists(keys, max_size=3), reverse=st.booleans())
+    @rule(
+        changes=ops, fail=st.booleans(), reads=st.lists(keys, max_size=3), reverse=st.booleans(), start=edges,
+        stop=edges, prefix=st.one_of(st.just(b""), keys), limit=st.one_of(st.none(), st.integers(0, 5)),
+        message=st.one_of(st.none(), values),
+    )  # fmt: skip
     def transaction(
-        self, changes: list[tuple[bytes, bytes | None]], fail: bool, reads: list[bytes], reverse: bool
+        self,
+        changes: list[tuple[bytes, bytes | None]],
+        fail: bool,
+        reads: list[bytes],
+        reverse: bool,
+        start: bytes | None,
+        stop: bytes | None,
+        prefix: bytes,
+        limit: int | None,
+        message: bytes | None,
     ) -> None:
         class Stop(Exception):
             pass
@@ -179,22 +230,32 @@ class StoreModel(RuleBasedStateMachine):
                         txn[key] = value
                     self.lay(model, [(key, value)])
                 assert list(txn.scan(reverse=reverse)) == scan_model(model, b"", None, None, reverse, None)
+                part = txn.scan(prefix=prefix, start=start, stop=stop, reverse=reverse, limit=limit)
+                assert list(part) == scan_model(model, prefix, start, stop, reverse, limit)
+                if message is not None:
+                    txn.emit("transactions", message)
                 if fail:
                     raise Stop
         except Stop:
             return
         self.model = model
+        if message is not None:
+            self.emitted.append(("transactions", message))
 
-    @rule(changes=ops, name=st.sampled_from(sorted(CODECS)), key=keys, value=objects)
+    @rule(changes=ops, name=st.sampled_from(sorted(CODECS)), key=keys, value=objects, message=st.booleans())
     def mixed_batch(
-        self, changes: list[tuple[bytes, bytes | None]], name: str, key: bytes, value: Any
+        self, changes: list[tuple[bytes, bytes | None]], name: str, key: bytes, value: Any, message: bool
     ) -> None:
-        value = str(value) if name == "texts" else value
+        value = self.value(name, value)
         with self.db.batch() as batch:
             for k, v in changes:
                 if v is not None:
                     batch.put(k, v)
             batch.put(key, value, keyspace=self.space(name))
+            if message:
+                batch.emit("batches", key, headers={"of": name})
+        if message:
+            self.emitted.append(("batches", key))
         self.lay(self.model, [c for c in changes if c[1] is not None])
         self.spaces[name][key] = value
 
@@ -256,7 +317,7 @@ class StoreModel(RuleBasedStateMachine):
             space.delete(key)
             model.pop(key, None)
         else:
-            value = str(value) if name == "texts" else value
+            value = self.value(name, value)
             space.put(key, value)
             model[key] = value
 
@@ -266,7 +327,7 @@ class StoreModel(RuleBasedStateMachine):
     )  # fmt: skip
     def keyspace_condition(self, name: str, key: bytes, value: Any, how: str) -> None:
         space, model = self.space(name), self.spaces[name]
-        value = str(value) if name == "texts" else value
+        value = self.value(name, value)
         if how == "put":
             space[key] = value
             model[key] = value
@@ -291,8 +352,8 @@ class StoreModel(RuleBasedStateMachine):
     )  # fmt: skip
     def keyspace_swap(self, name: str, key: bytes, expected: Any, value: Any, match: bool) -> None:
         space, model = self.space(name), self.spaces[name]
-        if name == "texts":
-            expected, value = (None if x is None else str(x) for x in (expected, value))
+        if name in ("texts", "kept"):
+            expected, value = (None if x is None else self.value(name, x) for x in (expected, value))
         if match:
             expected = model.get(key)
         found = model.get(key, MISSING)
@@ -362,6 +423,59 @@ class StoreModel(RuleBasedStateMachine):
         assert list(space.scan(reverse=reverse)) == scan_model(model, b"", None, None, reverse, None)
         assert len(space) == len(model)
 
+    @rule(key=keys)
+    def read_by_position(self, key: bytes) -> None:
+        self.db.wait_for(self.position)
+        assert self.db.get(key, at_least=self.position) == self.model.get(key)
+        assert self.db.get(key, consistency="linearizable") == self.model.get(key)
+        if self.position.offset:
+            assert self.db.resolve(self.position) is kvrep.Outcome.COMMITTED
+        later = kvrep.Position(self.db.position.epoch, self.db.status().last_offset + 1000)
+        with pytest.raises(kvrep.StaleRead):
+            self.db.wait_for(later, 0)
+
+    @rule()
+    def keyspaces(self) -> None:
+        holding = {name for name, _ in self.state()}
+        assert holding <= set(self.db.keyspaces()) <= {"default", *CODECS}
+
+    # -- feeds -----------------------------------------------------------------------------------
+
+    @rule()
+    def stream_of_all(self) -> None:
+        """A snapshot as a stream is all there is, and nothing twice."""
+        with self.db.changes(snapshot=True, stop=self.db.position) as changes:
+            rows = [((c.keyspace, c.key), c.value) for c in changes if c.kind == "put"]
+        assert dict(rows) == self.state()
+        assert len(rows) == len(self.state())
+
+    @rule()
+    def follow_the_feed(self) -> None:
+        """A named feed brings its reader to the present state, message by message, wherever it stood."""
+        with self.db.feed("model", snapshot=self.fed is None, before=True) as feed:
+            if self.fed is None:
+                self.fed, self.fed_messages = {}, len(self.emitted)
+            while found := feed.poll(0):
+                for change in found:
+                    self.take(self.fed, change)
+                feed.ack()
+        assert self.fed == self.state()
+        assert self.fed_messages == len(self.emitted)
+
+    def take(self, fed: State, change: kvrep.Change) -> None:
+        place = (change.keyspace, change.key)
+        if change.kind == "emit":
+            assert (change.topic, change.value) == self.emitted[self.fed_messages]
+            self.fed_messages += 1
+        elif change.kind in ("put", "delete"):
+            if change.keyspace == "kept" and not change.snapshot:
+                assert change.before == fed.get(place)
+                assert change.created == (place not in fed)
+            if change.kind == "put":
+                fed[place] = change.value
+            else:
+                fed.pop(place, None)
+
     # -- snapshots held --------------------------------------------------------------------------
 
     @rule(target=snapshots)
@@ -399,16 +513,17 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
+        before = self.db.status().last_offset
         self.db.flush()
         status = self.db.status()
-        assert status.applied_offset == status.committed_offset == status.last_offset
+        assert status.applied_offset >= before
+        assert status.applied_offset == status.committed_offset == status.last_offset or not self.alone
 
     @rule()
     def reopen(self) -> None:
+        self.end(self.db)
         self.db.close()
-        self.db.close()
-        self.held.clear()
-        self.db = kvrep.open(self.path, **SMALL)
+        self.start()
         assert self.db.status().rescued == ()
 
     @precondition(lambda self: self.generation < 6)
@@ -419,10 +534,9 @@ class StoreModel(RuleBasedStateMachine):
         assert self.db._node.engine.flusher.stop(10.0)  # nothing may change while it is copied
         copy = self.folder / f"store-{self.generation}"
         shutil.copytree(self.path, copy, ignore=shutil.ignore_patterns("lock.mdb"))
-        self.db.close()
-        self.held.clear()
+        self.end(self.db)
         self.path = copy
-        self.db = kvrep.open(self.path, **SMALL)
+        self.start()
 
     @invariant()
     def agrees(self) -> None:
@@ -432,12 +546,140 @@ class StoreModel(RuleBasedStateMachine):
         assert self.db.position >= self.position or self.position == kvrep.Position(0, 0)
 
     def check_digests(self) -> None:
-        self.db.flush()
-        tree = self.db._node.engine.tree
-        for name in tree.keyspaces:
-            digest, count = tree.digest(name)
-            assert (digest, count) == (tree.state.digests[name], tree.state.counts[name])
+        check_tree(self.db)
         assert dict(self.db.scan()) == self.model
+
+
+def check_tree(store: kvrep.Store) -> None:
+    """What LMDB holds is what its digests and counts say."""
+    store.flush()
+    tree = store._node.engine.tree
+    for name in tree.keyspaces:
+        digest, count = tree.digest(name)
+        assert (digest, count) == (tree.state.digests[name], tree.state.counts[name])
+
+
+PAIR: dict[str, Any] = {
+    **SMALL,
+    "acks": 1,
+    "heartbeat_interval_s": 0.1,
+    "heartbeat_timeout_s": 5.0,
+    "reconnect_backoff_max_s": 0.02,
+}
+ADDRESSES = {"a": "127.0.0.1:7001", "b": "127.0.0.1:7002"}
+"""In a network of the test's own."""
+
+
+class PairModel(StoreModel):
+    """The same with a follower without which nothing is acknowledged; either may restart, die, be promoted."""
+
+    alone = False
+
+    def start(self) -> None:
+        """Open what is not open, and wait until both are there."""
+        if not hasattr(self, "network"):
+            self.network = MemoryTransport()
+            self.leader, self.follower = "a", "b"
+            self.copy: kvrep.Store | None = None
+        self.db = self.open(self.leader, follow=None)
+        self.start_copy()
+
+    def start_copy(self) -> None:
+        if self.copy is None:
+            self.copy = self.open(self.follower, follow=ADDRESSES[self.leader])
+        self.ready()
+
+    def open(self, name: str, follow: str | None) -> kvrep.Store:
+        options = Options.of({**PAIR, "name": name, "listen": ADDRESSES[name], "follow": follow})  # type: ignore[typeddict-item]
+        return kvrep.Store(Node.open(self.folder / name, options, self.network))
+
+    def ready(self) -> None:
+        """The primary takes writes and shows all there is, which is so when the follower has joined and votes."""
+
+        def there() -> bool:
+            status = self.db.status()
+            whole = status.committed_offset == status.last_offset
+            return status.voters == ("a", "b") and not status.not_writable and whole
+
+        until(there, what="a primary with its follower")
+
+    def end(self, store: kvrep.Store, how: Literal["close", "kill"] = "close") -> None:
+        if how == "kill":  # as far as one process can: the log takes nothing more, not even a mark
+            committer = store._node.engine.committer
+            committer.fail_storage(OSError("killed"))
+            with committer.lead:
+                committer.log._current = None
+        super().end(store)
+
+    def crash(self) -> None:
+        """Not as in one store: a follower would go on while the directory is copied."""
+
+    @rule(how=st.sampled_from(["close", "kill"]))
+    def restart_follower(self, how: Literal["close", "kill"]) -> None:
+        assert self.copy is not None
+        self.end(self.copy, how)
+        self.copy = None
+        self.start_copy()
+        assert self.copy.status().rescued == ()
+
+    @rule()
+    def kill_primary(self) -> None:
+        self.end(self.db, "kill")
+        self.start()
+
+    @rule()
+    def promote_follower(self) -> None:
+        """By hand, beside a living primary, which follows from then on."""
+        assert self.copy is not None
+        self.copy.promote()
+        self.swap()
+
+    @rule()
+    def fail_over(self) -> None:
+        """Without the consent of the primary, which is dead and comes back as a follower."""
+        assert self.copy is not None
+        self.end(self.db, "kill")
+        self.copy.promote(force=False, timeout_s=10.0)
+        self.swap(dead=True)
+
+    @rule(to=st.just("follower"))
+    def switch_over(self, to: str) -> None:
+        self.db.switchover(self.follower)
+        self.swap()
+
+    def swap(self, *, dead: bool = False) -> None:
+        assert self.copy is not None
+        self.leader, self.follower = self.follower, self.leader
+        self.db, self.copy = self.copy, None if dead else self.db
+        self.start_copy()
+
+    @rule(key=keys, value=values)
+    def write_to_the_follower(self, key: bytes, value: bytes) -> None:
+        assert self.copy is not None
+        with pytest.raises(kvrep.NotPrimary):
+            self.copy.put(key, value)
+
+    @invariant()
+    def follower_shows_the_same(self) -> None:
+        assert self.copy is not None
+        self.copy.wait_for(self.db.position, 20.0)
+        assert dict(self.copy.scan()) == self.model
+        for name, model in self.spaces.items():
+            assert dict(self.copy.keyspace(name, codec=CODECS[name]).scan()) == model
+        status = self.copy.status()
+        assert (status.diverged_at, status.rescued, status.role) == (0, (), kvrep.Role.FOLLOWER)
+
+    def teardown(self) -> None:
+        try:
+            if self.copy is not None:
+                self.follower_shows_the_same()
+                check_tree(self.db)
+                self.copy.wait_for(self.db.position, 20.0)
+                check_tree(self.copy)
+        finally:
+            if self.copy is not None:
+                self.copy.close()
+            super().teardown()
 
 
 StoreModel.TestCase.settings = settings(
@@ -452,6 +694,26 @@ StoreModel.TestCase.settings = settings(
 
 class TestStoreModel(StoreModel.TestCase):  # type: ignore[misc, valid-type]
     """The store does what a sorted dict does."""
+
+
+PairModel.TestCase.settings = settings(StoreModel.TestCase.settings, max_examples=12)
+
+
+class TestPairModel(PairModel.TestCase):  # type: ignore[misc, valid-type]
+    """A store that is followed does what a sorted dict does, and its follower shows the same."""
+
+
+class TestPairModelLong(PairModel.TestCase):  # type: ignore[misc, valid-type]
+    """The same, for long."""
+
+    pytestmark: ClassVar = [pytest.mark.prove, pytest.mark.timeout(3600)]
+    settings = settings(
+        max_examples=400,
+        stateful_step_count=60,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 class TestStoreModelLong(StoreModel.TestCase):  # type: ignore[misc, valid-type]

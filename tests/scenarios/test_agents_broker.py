@@ -23,6 +23,7 @@ from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.metrics import exposition
 from kvrep.sinks.publication import Publication
 from kvrep.sinks.running import AgentState
+from kvrep.sinks.stream import Mark, event_of
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.scenarios.test_agents import MemoryView
@@ -335,6 +336,67 @@ def test_only_some_keyspaces(line: Line) -> None:
         agent.wait_for(last)
         assert agent.status().asked <= 1, "only for the first snapshot, if at all"
     assert copy_of(MemoryView(line.sink)) == {"default": {b"k/1": b"1", b"k/2": b"2"}}
+
+
+@pytest.mark.parametrize("form", ["binary", "structured"])
+def test_events_larger_than_a_message(line: Line, form: str) -> None:
+    """A value above what one message holds arrives whole, in its place, and the stream goes on behind it."""
+    line.publish(message_bytes_max=64 << 10, form=form)
+    with line.agent() as agent:
+        agent.wait_for(line.db.put(b"small", b"1"))
+        line.db.put(b"large", bytes(range(256)) * 8000)
+        with line.db.batch() as batch:
+            batch.put(b"a", b"1" * 300_000)
+            batch.put(b"b", b"2" * 100_000)
+        assert batch.position is not None
+        agent.wait_for(batch.position)
+        agent.wait_for(line.db.put(b"behind", b"1"))
+        line.arrived(agent)
+        assert agent.status().dead_letters == 0
+
+
+def test_parts_over_a_broker_that_misbehaves(line: Line) -> None:
+    """Parts that come twice, in another order or not at all: what is missing is asked for, the copy is exact."""
+    line.server.faults = Faults(duplicate=0.1, reorder=0.2, delay=0.05, drop=0.02)
+    line.publish(message_bytes_max=64 << 10)
+    with line.agent() as agent:
+        for i in range(30):
+            line.db.submit_put(b"%d" % (i % 7), b"%d" % i * (100_000 if i % 5 == 0 else 1))
+        line.arrived(agent)
+
+
+def test_former_values_are_published_where_they_are_wanted(line: Line) -> None:
+    """With before=True the events of a keyspace that keeps them say what was there, however large it was."""
+    line.publish(before=True)
+    kept = line.db.keyspace("kept", keep_before=True)
+    kept.put(b"k", b"1" * 100_000)
+    kept.put(b"k", b"2")
+    subscriber = line.brokers.connect(line.url).subscriber(group="look")
+    events: list[Event] = []
+
+    def told() -> bool:
+        for delivery in subscriber.receive(100, 0.0):
+            if Mark.parse(delivery.message) is None:
+                events.append(event_of(delivery))
+        return any(e.before == b"1" * 100_000 and e.value == b"2" for e in events)
+
+    wait_until(told, "the former value is there")
+    subscriber.close()
+
+
+def test_envelopes_of_debezium(line: Line) -> None:
+    """A publication in that form sends its envelopes and nothing else, and its place moves on."""
+    line.db.put(b"a", b"1")
+    publication = line.publish(form="debezium")
+    line.db.put(b"b", b"2")
+    wait_until(lambda: publication.status().state is AgentState.CURRENT, "all is confirmed")
+    subscriber = line.brokers.connect(line.url).subscriber(group="look")
+    found = [json.loads(d.message.body) for d in subscriber.receive(100, 1.0)]
+    subscriber.close()
+    assert [envelope["after"] for envelope in found] == ["MQ==", "Mg=="]
+    assert {envelope["source"]["table"] for envelope in found} == {"default"}
+    with pytest.raises(ValueError, match="binary, structured, debezium"):
+        Publication(Local(line.db), line.brokers.connect(line.url), form="xml")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("commits_are_dear", [False, True])

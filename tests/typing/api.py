@@ -63,3 +63,19 @@ def replicated() -> None:
     value: bytes | None = follower.get(b"k", at_least=position, max_staleness_s=1.0)
     changed: Position = primary.reconfigure(acks="all")
     del value, changed
+
+
+def publications() -> None:
+    with (
+        kvrep.open("orders") as db,
+        kvrep.Publication(db, "amqp://broker", feed="events", prefix=b"k") as events,
+    ):
+        events.status()
+    kvrep.Publication(
+        "10.0.0.1:7400", "kafka://broker/orders", form="debezium", transform=lambda change: None
+    )
+    kvrep.Publication("10.0.0.1:7400", "kafka://broker/orders", prefixes=b"k")  # type: ignore[call-arg]
+    with kvrep.LogPublication(["10.0.0.1:7400"], "amqp://broker", name="far") as log:
+        log.wait_for(Position(1001, 1), timeout_s=2.0)
+        published: Position = log.published
+    del published

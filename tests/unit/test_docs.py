@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,21 @@ def test_modules_that_the_architecture_names_exist() -> None:
 
     assert len(named) > 8
     assert [path for path in named if not (ROOT / "kvrep" / path).exists()] == []
+
+
+def test_layers_stand_in_the_order_that_is_checked() -> None:
+    """docs/architecture.md and CONTRIBUTING.md show the layers from the top down as pyproject.toml has them."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "layers"]
+    place = {name: at for at, line in enumerate(layers) for name in re.findall(r"\w+", line)}
+    table = re.search(
+        r"^\| layer \|.*?\n\n", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    chain = re.search(r"```\n(cli \| .*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert table is not None
+    assert chain is not None
+    rows = [re.findall(r"`(\w+)`", row.split("|")[0]) for row in table[0].split("\n|")[2:]]
+
+    for named in ([name for row in rows for name in row], re.findall(r"\w+", chain[1])):
+        assert set(place) - {"__main__"} == set(named)
+        assert [place[name] for name in named] == sorted(place[name] for name in named)

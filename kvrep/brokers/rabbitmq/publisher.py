@@ -193,4 +193,7 @@ def _properties(message: Message) -> pika.BasicProperties:
         headers = dict(message.headers)
         if message.key:
             headers[KEY_HEADER] = message.key
-    return pika.BasicProperties(delivery_mode=PERSISTENT, message_id=message.id or None, headers=headers)
+    return pika.BasicProperties(
+        delivery_mode=PERSISTENT, message_id=message.id or None, headers=headers,
+        content_type=message.headers.get("content-type"),  # where others look for it
+    )  # fmt: skip

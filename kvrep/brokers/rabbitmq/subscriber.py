@@ -1,4 +1,9 @@
-"""Reading a queue or stream. Deliveries wait in a list that the prefetch count bounds."""
+"""Reading a queue or stream. Deliveries wait in a list that the prefetch count bounds, that of a queue in bytes, too.
+
+RabbitMQ bounds what it sends by a count alone. So when messages turn out to be large, the connection is given up
+(it would bring all that is on its way) and the next one asks for as many as fit. Whoever holds all of these without
+an ack and wants more, for the rest of something large, gets as many again.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,10 @@ from kvrep.errors import ClosedError, Error, OpenError, again
 __all__ = ["RabbitSubscriber"]
 
 OFFSET_HEADER = "x-stream-offset"
+BUFFER_BYTES = 16 << 20
+"""Of deliveries that nobody has taken yet; twice as much ends the connection."""
+LATE_MESSAGES = 64
+"""A large message is forgotten, little by little, over some times this number."""
 SAVE_INTERVAL_S = 0.2
 CLOSE_S = 5.0
 PERSISTENT = 2
@@ -41,6 +50,15 @@ class RabbitSubscriber:
         self._outstanding = Outstanding()
         """Delivery tags of this generation."""
         self._generation = 0
+        self._window = prefetch
+        """How many the broker was asked for."""
+        self._widening = False
+        """As many again were asked for, and nothing has come since."""
+        self._held = 0
+        """Bytes in ``arrived``."""
+        self._large = 0
+        """Bytes of the largest message of late."""
+        self._consumer = ""
         self.closed = False
         self._ended: Error | None = None
         self._next: int | None = None
@@ -59,6 +77,7 @@ class RabbitSubscriber:
     # -- the reading thread ------------------------------------------------------------------------
 
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
+        self._widen()
         with self._changed:
             if timeout_s > 0:
                 self._changed.wait_for(lambda: self.closed or self._ended or self._ready(), timeout_s)
@@ -67,7 +86,18 @@ class RabbitSubscriber:
             if self._ended is not None:
                 raise again(self._ended)
             count = min(max_messages, self._ready())
-            return [self._arrived.popleft() for _ in range(count)]
+            found = [self._arrived.popleft() for _ in range(count)]
+            self._held -= sum(len(delivery.message.body) for delivery in found)
+            return found
+
+    def _widen(self) -> None:
+        """All that a narrowed window brought was taken and waits for its ack: ask for as many again."""
+        with self._changed:
+            unacked = len(self._outstanding)
+            if self._arrived or self._widening or not self._window <= unacked < self._prefetch:
+                return
+            self._widening = True
+        self._link.call(self._consume_anew)
 
     def _ready(self) -> int:
         """How many may be handed out: a stream's chunks bring more than the prefetch count."""
@@ -121,10 +151,10 @@ class RabbitSubscriber:
             self._channel = channel
             self._generation += 1
         channel.add_on_cancel_callback(lambda _: self._link.break_off(f"{self._queue!r} was deleted"))
-        channel.basic_qos(prefetch_count=self._prefetch)
         if not self._stream:
-            channel.basic_consume(self._queue, self._on_message)
+            self._consume_some(channel)
             return
+        channel.basic_qos(prefetch_count=self._prefetch)
         channel.queue_declare(
             self._position_queue,
             durable=True,
@@ -132,10 +162,26 @@ class RabbitSubscriber:
             callback=lambda _: self._read_position(channel),
         )
 
+    def _consume_some(self, channel: Any) -> None:
+        """Ask for as many as fit; for all that are allowed while messages are small."""
+        with self._changed:
+            fit = BUFFER_BYTES // max(1, self._large)
+            self._window = max(1, min(self._prefetch, fit))
+        channel.basic_qos(prefetch_count=self._window)
+        self._consumer = channel.basic_consume(self._queue, self._on_message)
+
+    def _consume_anew(self) -> None:
+        """The window counts for each consumer: a new one has all of it."""
+        channel = self._channel
+        if channel is not None and channel.is_open:
+            channel.basic_cancel(self._consumer)
+            self._consume_some(channel)
+
     def _on_lost(self) -> None:
         """Everything that is not acked arrives again, what waits here included."""
         with self._changed:
             self._channel = None
+            self._held, self._widening = 0, False
             self._arrived.clear()
             self._outstanding.clear()
             self._generation += 1
@@ -156,6 +202,8 @@ class RabbitSubscriber:
             for name, value in headers.items()
             if name not in (KEY_HEADER, OFFSET_HEADER)
         }
+        if properties.content_type:
+            texts.setdefault("content-type", properties.content_type)
         message = Message(
             body=body,
             key=key if isinstance(key, bytes) else str(key).encode(),
@@ -169,6 +217,9 @@ class RabbitSubscriber:
                 self._channel.basic_ack(tag)  # the server starts at a whole chunk
                 return
             self._outstanding.add(tag)
+            self._held += len(body)
+            self._large = max(len(body), self._large - self._large // LATE_MESSAGES)
+            self._widening = False
             self._arrived.append(
                 Delivery(
                     message,
@@ -178,6 +229,9 @@ class RabbitSubscriber:
                 )
             )
             self._changed.notify()
+            too_much = self._held > 2 * BUFFER_BYTES and self._window * self._large > 2 * BUFFER_BYTES
+        if too_much and not self._stream:
+            self._link.break_off(f"messages of {self._queue!r} became larger: fewer at once from now on")
 
     # -- positions in a stream ---------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -80,18 +81,19 @@ def test_envelopes_come_back_as_they_were() -> None:
 
 @given(st.binary(max_size=200))
 def test_anything_else_is_refused(body: bytes) -> None:
-    """Whatever bytes come, they are decoded or refused with the typed error."""
-    with pytest.raises((ProtocolError, UpgradeRequired)):
-        decode_envelope(body)
+    """Whatever bytes come, they are refused with the typed error, also behind a right beginning."""
+    for made in (body, b"kvr\x01" + body, b"kvr\x02" + body):
+        with pytest.raises(ProtocolError):
+            decode_envelope(made)
 
 
 @given(st.data())
 def test_a_turned_bit_is_found(data: st.DataObject) -> None:
-    """One changed bit anywhere is noticed."""
+    """One changed bit anywhere, the version included, is damage: it never asks for an upgrade."""
     body = bytearray(encode_envelope(run(log(3), 1, 3)))
     place = data.draw(st.integers(0, len(body) - 1))
     body[place] ^= 1 << data.draw(st.integers(0, 7))
-    with pytest.raises((ProtocolError, UpgradeRequired)):
+    with pytest.raises(ProtocolError):
         decode_envelope(bytes(body))
 
 
@@ -119,8 +121,10 @@ def test_values_out_of_range_are_refused(changes: dict[str, object]) -> None:
 def test_a_newer_version_asks_for_an_upgrade() -> None:
     """A message of a later format is not skipped."""
     body = encode_envelope(run(log(1), 1, 1))
-    with pytest.raises(UpgradeRequired):
-        decode_envelope(body[:3] + b"\x02" + body[4:])
+    newer = body[:3] + b"\x02" + body[4:-4]
+    with pytest.raises(UpgradeRequired) as caught:
+        decode_envelope(newer + crc32(newer).to_bytes(4, "big"))
+    assert (caught.value.found, caught.value.supported) == (2, 1)
 
 
 def test_skipping_records() -> None:

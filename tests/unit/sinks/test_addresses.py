@@ -25,6 +25,7 @@ from tests.warehouse_kit import need_warehouse
         ("kvrep:folder/x", "StoreSink", "kvrep:folder/x"),
         ("kvrep://host:7400", "StoreSink", "kvrep://host:7400"),
         ("host:7400", "StoreSink", "kvrep://host:7400"),
+        ("kvrep://h1:7400,h2:7400", "StoreSink", "kvrep://h1:7400,h2:7400"),
         ("./folder", "StoreSink", "kvrep:./folder"),
     ],
 )

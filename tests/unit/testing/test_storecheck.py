@@ -69,3 +69,11 @@ def test_a_check_that_cannot_run_has_failed(store_path: Path) -> None:
     store.close()
 
     assert "the check could not run: ClosedError" in str(check_store(store)[0])
+
+
+def test_a_store_with_a_named_feed_passes(store_path: Path) -> None:
+    """What kvrep keeps in a keyspace of its own is in the log and the digests, too, and no damage."""
+    with filled(store_path) as store, store.feed("reader", snapshot=True) as feed:
+        feed.poll()
+        feed.ack()
+        assert check_store(store) == []
