@@ -49,6 +49,7 @@ from kvrep.errors import InvalidToken as InvalidToken
 from kvrep.errors import KeyTooLong as KeyTooLong
 from kvrep.errors import LineageMismatch as LineageMismatch
 from kvrep.errors import LogCorrupt as LogCorrupt
+from kvrep.errors import LogFailed as LogFailed
 from kvrep.errors import LogTrimmed as LogTrimmed
 from kvrep.errors import NoSuchFeed as NoSuchFeed
 from kvrep.errors import NotAStore as NotAStore
@@ -138,6 +139,7 @@ __all__ = [
     "Keyspace",
     "LineageMismatch",
     "LogCorrupt",
+    "LogFailed",
     "LogTrimmed",
     "NoSuchFeed",
     "NotAStore",

@@ -25,8 +25,10 @@
     │       ├── ValueTooLarge        value or transaction above its limit
     │       └── InvalidKeyspace      keyspace name out of its alphabet, or too many keyspaces
     ├── UnknownOutcome               the write may or may not survive; ask Store.resolve()
-    │   └── AckTimeout               logged or forwarded, not confirmed in time
-    ├── StorageFailed                the disk failed (EIO, fdatasync); read-only until reopened
+    │   ├── AckTimeout               logged or forwarded, not confirmed in time
+    │   └── LogFailed (StorageFailed)  the disk failed while the write was being logged
+    ├── StorageFailed                the disk failed (EIO, fdatasync); read-only until reopened. Raised for a write,
+    │                                and not as LogFailed: nothing of it was logged
     ├── CorruptionError
     │   ├── LogCorrupt               damage inside the proven part of the log
     │   └── DigestMismatch           this copy's state differs from the primary's
@@ -71,6 +73,7 @@ __all__ = [
     "KeyTooLong",
     "LineageMismatch",
     "LogCorrupt",
+    "LogFailed",
     "LogTrimmed",
     "NoSuchFeed",
     "NotAStore",
@@ -310,6 +313,12 @@ class StorageFailed(Error):
     """The disk failed; the store is read-only until it is opened anew."""
 
     hint = "check the disk and the kernel log, then close and open the store again"
+
+
+class LogFailed(UnknownOutcome, StorageFailed):
+    """The disk failed while the write was being logged; what was written of it may survive, here or on followers."""
+
+    hint = "check the disk; Store.resolve(position), here after a new open or on the new primary, tells the outcome"
 
 
 class CorruptionError(Error):

@@ -34,7 +34,8 @@ D = TypeVar("D")
 R = TypeVar("R")
 Consistency = Literal["local", "linearizable"]
 CLEAR_KEYS = 4096
-_MISSING: Any = object()
+MISSING: Any = object()
+"""Stands for a value that is not there, where a codec may store ``None``."""
 
 
 class WriteFuture:
@@ -147,8 +148,8 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         return value if self._decode is None else self._decode(value)
 
     def __getitem__(self, key: bytes) -> V:
-        value: Any = self.get(key, _MISSING)
-        if value is _MISSING:
+        value: Any = self.get(key, MISSING)
+        if value is MISSING:
             raise KeyError(key)
         found: V = value
         return found
@@ -226,8 +227,18 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         """Store ``value`` under ``key`` and return the position once it is committed.
 
         ``acks`` and ``level`` ask this write to wait for more than the store's rule (never less).
-        Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
-        the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``).
+        Raises when it was not confirmed, and then one of three things is so:
+
+        - nothing was logged: a :class:`RefusedError`, :class:`ClosedError`, or a :class:`StorageFailed` that is
+          no :class:`UnknownOutcome`;
+        - it was logged and dropped for good by a failover while this call waited: :class:`RolledBack`;
+        - the outcome is not known: an :class:`UnknownOutcome` with the position, to ask :meth:`Store.resolve`
+          later. That is :class:`AckTimeout` after ``timeout_s`` (default: the store's ``ack_timeout_s``),
+          :class:`LogFailed` when the disk failed under it, or the plain class when the store was closed.
+
+        Ctrl-C ends the wait, not the write: once it is in the log, the ``KeyboardInterrupt`` (or whatever a signal
+        handler raises) has its ``position``, or its ``request`` if it was forwarded. Where the outcome must be
+        known whenever the interrupt comes, use :meth:`submit_put` and keep its future.
         """
         if self._keeps:
             return self._commit_noted(timeout_s, acks, level, key, value)
@@ -336,13 +347,13 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
     ) -> Position | None:
         """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key, on both
-        sides.
+        sides. (A ``None`` that a codec has stored is a value like any other, and not what ``None`` expects.)
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
 
         def swap(txn: Transaction[V]) -> bool:
-            if txn.get(key) != expected:
+            if not is_expected(txn.get(key, MISSING), expected):
                 return False
             if value is None:
                 txn.delete(key)
@@ -355,33 +366,41 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
 
     def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
-        return self.compare_and_set(key, expected=None, value=value, timeout_s=timeout_s)
+
+        def add(txn: Transaction[V]) -> bool:
+            if key in txn:
+                return False
+            txn.put(key, value)
+            return True
+
+        added, position = self._atomically(add, timeout_s)
+        return position if added else None
 
     def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
 
         def store(txn: Transaction[V]) -> Any:
-            value = txn.get(key)
-            if value is not None:
+            value = txn.get(key, MISSING)
+            if value is not MISSING:
                 return value
             txn.put(key, default)
             return default
 
         return self._atomically(store)[0]
 
-    def pop(self, key: bytes, default: Any = _MISSING) -> Any:
+    def pop(self, key: bytes, default: Any = MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
 
         def take(txn: Transaction[V]) -> Any:
-            value = txn.get(key)
-            if value is not None:
+            value = txn.get(key, MISSING)
+            if value is not MISSING:
                 txn.delete(key)
             return value
 
         value = self._atomically(take)[0]
-        if value is not None:
+        if value is not MISSING:
             return value
-        if default is _MISSING:
+        if default is MISSING:
             raise KeyError(key)
         return default
 
@@ -456,6 +475,13 @@ class Keyspace(MutableMapping[bytes, V], Generic[V]):
         nothing has read a snapshot of the past, and is not compared.
         """
         return Transaction(self, timeout_s)
+
+
+def is_expected(found: Any, expected: Any) -> bool:
+    """Whether what a key holds (or ``MISSING``) is what ``compare_and_set`` expects (``None``: nothing)."""
+    if expected is None or found is MISSING:
+        return expected is None and found is MISSING
+    return bool(found == expected)
 
 
 class _Items(ItemsView[bytes, V]):

@@ -228,9 +228,11 @@ class Store(Keyspace[bytes]):
             raise TimeoutError(f"the flush was not done within {timeout_s:g} s")
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Flush, end all threads, give the directory back. Idempotent, keeps to its deadline.
+        """Flush, end all threads, give the directory back. Idempotent, keeps to its deadline (half a second at
+        least).
 
-        Nothing acknowledged is lost, whether or not the deadline suffices for the flush.
+        Nothing acknowledged is lost, whether or not the deadline suffices for the flush. What a disk that does
+        not answer holds up beyond it ends in the background; until then the directory stays locked.
         """
         self._node.close(timeout_s)
 

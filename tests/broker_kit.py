@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint, EntryPoints
 from itertools import count
 from typing import Any
 
@@ -22,7 +24,11 @@ class Site:
     """One broker: makes connections to it, and outages."""
 
     def __init__(
-        self, url: Callable[[str], str], freeze: Callable[[], None], thaw: Callable[[], None], **options: Any
+        self,
+        url: Callable[[str], str],
+        freeze: Callable[[], object],
+        thaw: Callable[[], object],
+        **options: Any,
     ) -> None:
         self._url, self._freeze, self._thaw, self._options = url, freeze, thaw, options
         self._open: list[Broker] = []
@@ -54,7 +60,7 @@ class Site:
             broker.close()
 
 
-SITES = ("memory-log", "memory-queue", "rabbitmq-queue", "rabbitmq-stream", "kafka")
+SITES = ("memory-log", "memory-queue", "rabbitmq-queue", "rabbitmq-stream", "kafka", "table")
 
 
 @pytest.fixture(params=SITES)
@@ -75,8 +81,25 @@ def make_site(kind: str, request: pytest.FixtureRequest) -> Site:
         rabbit = request.getfixturevalue("shared_rabbitmq")
         stream = kind == "rabbitmq-stream"
         return Site(lambda t: rabbit.url(t, stream=stream), rabbit.freeze, rabbit.thaw)
+    if kind == "table":
+        return _table_site(request)
     kafka = request.getfixturevalue("shared_kafka")
     return Site(kafka.url, kafka.freeze, kafka.thaw)
+
+
+def _table_site(request: pytest.FixtureRequest) -> Site:
+    """The example of a broker of one's own, found by its entry point. Who locks the file stops all writing."""
+    point = EntryPoint("table", "examples.table_broker:TableBroker", brokers.ENTRY_POINTS)
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setattr(brokers, "entry_points", EntryPoints([point]).select)
+    path = request.getfixturevalue("tmp_path") / "messages.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    request.addfinalizer(other.close)
+    return Site(
+        lambda t: f"table://{path}?topic={t}",
+        lambda: other.execute("BEGIN IMMEDIATE"),
+        lambda: other.execute("ROLLBACK"),
+    )
 
 
 def numbered(first: int, last: int, keys: int = 3) -> list[Message]:

@@ -23,6 +23,7 @@ SERVER = next(
 CTL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
 START_S = 60.0
 CTL_S = 60.0
+FREEZE_S = 10.0
 
 
 def need_rabbitmq() -> None:
@@ -122,7 +123,13 @@ class RabbitServer:
         os.killpg(self._process.pid, number)
 
     def freeze(self) -> None:
+        """The signal is on its way when it is sent: return once every thread stands still."""
+        assert self._process is not None
         self.signal(signal.SIGSTOP)
+        deadline = time.monotonic() + FREEZE_S
+        while not _stands_still(self._process.pid):
+            assert time.monotonic() < deadline, "RabbitMQ does not stand still"
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
@@ -187,6 +194,18 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+def _stands_still(group: int) -> bool:
+    """Whether no thread of a process group can run."""
+    for stat in Path("/proc").glob("[0-9]*/task/*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(its_group) == group and state not in "TZX":
+            return False
+    return True
 
 
 def _answers(port: int) -> bool:

@@ -20,9 +20,12 @@ wakes each loop once per group. Point reads run on the loop: microseconds, excep
 from the disk. Whatever takes longer runs on a few threads of the store that :meth:`Store.close` ends.
 
 **Cancellation.** A cancelled task leaves the store whole, and ``CancelledError`` is never swallowed. If it
-waited for a write, the outcome of that write is unknown: it may still be committed. Where it must be known,
-use :meth:`Keyspace.submit_put` and keep its future: cancelling a task that awaits such a future leaves the
-future as it is. A cancelled transaction writes nothing, unless it was already waiting for its commit.
+waited for a write, the outcome of that write is unknown: it may still be committed. If the write was in the log
+already, the error has its ``position``, to be asked of :meth:`Store.resolve`; if it was forwarded, its ``request``, for
+:meth:`Store.settle`. (``asyncio.timeout`` keeps that error as the ``__cause__`` of its own.) Where the outcome must be
+known whenever the cancellation comes, use :meth:`Keyspace.submit_put` and keep its future: cancelling a task that
+awaits such a future leaves the future as it is. A cancelled transaction writes nothing, unless it was already
+waiting for its commit.
 
 A store may be used by several event loops in several threads; a transaction belongs to one task.
 """

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from kvrep.aio.waiting import LOOK_UP_S, LoopWaits
@@ -15,6 +16,7 @@ from kvrep.errors import ClosedError, Error, Overloaded, StaleRead, again
 from kvrep.model.configuration import Acks
 from kvrep.model.position import Position
 from kvrep.runtime.forwarding import GRACE_S, Forward, is_elsewhere
+from kvrep.runtime.interrupts import carry, logged_at
 from kvrep.runtime.node import Node
 from kvrep.runtime.writing import check_asked
 from kvrep.storage.write import Write, complete_all
@@ -28,6 +30,10 @@ SLOWED_S = 0.004
 """How much a task is slowed per share of the memtables' bound beyond the half: 0 to 2 ms."""
 ROOM_S, ROOM_MAX_S = 0.005, 0.25
 """How often a task that waits for the flush looks again: alone, and at the most."""
+
+
+def _nothing() -> None:
+    """Nobody waits yet."""
 
 
 class Threads:
@@ -114,9 +120,36 @@ class Core:
             if node.forwarder is not None and is_elsewhere(write.error):
                 return await self._forward(write, deadline_s, acks, level)
             self._raise_outcome(write)
-        if more and node.shipping is not None:
-            await self.call(node.writes.await_more, write.position, acks, level, deadline_s)
+        if more:
+            await self.await_more(write.position, acks, level, deadline_s)
         return Position(write.epoch, write.offset)
+
+    async def await_more(
+        self,
+        position: Position,
+        acks: Acks | None,
+        level: Literal["synced", "visible"] | None,
+        deadline_s: float,
+    ) -> None:
+        """As :meth:`Writing.await_more`, told by the acks instead of holding a thread."""
+        shipping, waits = self.node.shipping, self.here()
+        if shipping is None:
+            return
+        followers = shipping.followers
+        with followers.wanting(position, acks, level or "synced", _nothing) as wanted:
+            while True:
+                told: asyncio.Future[None] = waits.loop.create_future()
+                wanted.tell = partial(waits.tell, told)
+                if followers.met(wanted):
+                    return
+                left = deadline_s - time.monotonic()
+                if left <= 0 or followers.closed:
+                    raise followers.too_few(wanted)
+                try:
+                    await asyncio.wait((told,), timeout=left)
+                except asyncio.CancelledError as cancelled:
+                    carry(cancelled, position)
+                    raise
 
     async def _order_and_wait(
         self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
@@ -129,7 +162,11 @@ class Core:
         waits = self._loops.get(asyncio.get_running_loop()) or self.here()
         write.inbox = waits
         self.order(write)
-        await waits.wait(write, deadline_s)
+        try:
+            await waits.wait(write, deadline_s)
+        except asyncio.CancelledError as cancelled:
+            carry(cancelled, logged_at(write))
+            raise
 
     async def _forward(
         self, write: Write, deadline_s: float, acks: Acks | None, level: Literal["synced", "visible"] | None
@@ -146,7 +183,11 @@ class Core:
         waits = self.here()
         item.inbox = waits
         forwarder.order(item)
-        await waits.wait(item, item.deadline_s + GRACE_S)
+        try:
+            await waits.wait(item, item.deadline_s + GRACE_S)
+        except asyncio.CancelledError as cancelled:
+            carry(cancelled, forwarder.leave(item))
+            raise
         return forwarder.outcome(item)
 
     def submit(self, write: Write) -> Write:
@@ -233,7 +274,11 @@ class Core:
     async def finish(self, write: Write, deadline_s: float) -> Position:
         """Wait for a write that is in order already."""
         if not write.done:
-            await self._until_done(write, deadline_s)
+            try:
+                await self._until_done(write, deadline_s)
+            except asyncio.CancelledError as cancelled:
+                carry(cancelled, logged_at(write))
+                raise
         if type(write) is Forward and self.node.forwarder is not None:
             return self.node.forwarder.outcome(write)
         if write.error is not None or not write.done:

@@ -13,6 +13,7 @@ from kvrep.aio.core import Core
 from kvrep.aio.reading import paced
 from kvrep.aio.writing import Batch, Transaction, WriteFuture
 from kvrep.errors import RolledBack, StaleRead, TransactionConflict
+from kvrep.keyspace import MISSING, is_expected
 from kvrep.model.position import Position
 from kvrep.runtime.freshness import is_linearizable
 
@@ -21,7 +22,6 @@ __all__ = ["Keyspace"]
 V = TypeVar("V")
 D = TypeVar("D")
 R = TypeVar("R")
-_MISSING: Any = object()
 
 
 class Keyspace(Generic[V]):
@@ -166,14 +166,11 @@ class Keyspace(Generic[V]):
         """Store ``value`` under ``key`` and return the position once it is committed.
 
         ``acks`` and ``level`` ask this write to wait for more than the store's rule (never less).
-        Raises a :class:`RefusedError` (nothing was logged), or :class:`AckTimeout` with the position when
-        the outcome is not known after ``timeout_s`` (default: the store's ``ack_timeout_s``). When the task
-        is cancelled here, the outcome is not known either.
+        Raises as :meth:`kvrep.Keyspace.put` describes: nothing was logged, it was rolled back, or the outcome
+        is unknown. When the task is cancelled here, the outcome is not known either.
         """
         if self._plain._keeps:
-            return await self._core.call(
-                lambda: self._plain.put(key, value, acks=acks, level=level, timeout_s=timeout_s)
-            )
+            return await self._commit_noted(timeout_s, acks, level, key, value)
         return await self._core.commit(self._plain._put(key, value), timeout_s, acks, level)
 
     async def delete(
@@ -186,10 +183,30 @@ class Keyspace(Generic[V]):
     ) -> Position:
         """Remove ``key``, which need not exist; outcomes as of :meth:`put`."""
         if self._plain._keeps:
-            return await self._core.call(
-                lambda: self._plain.delete(key, acks=acks, level=level, timeout_s=timeout_s)
-            )
+            return await self._commit_noted(timeout_s, acks, level, key)
         return await self._core.commit(self._plain._delete(key), timeout_s, acks, level)
+
+    async def _commit_noted(
+        self, timeout_s: float | None, acks: Any, level: Any, key: bytes, *value: V
+    ) -> Position:
+        """A put (with a value) or a delete, together with what was there."""
+        core = self._core
+        more = acks is not None or level is not None
+        if more:
+            core.node.writes.check_more(acks, level)
+        deadline_s = core.node.deadline(timeout_s)
+
+        async def body(txn: Transaction[V]) -> None:
+            if value:
+                txn.put(key, value[0])
+            else:
+                txn.delete(key)
+
+        _, position = await self._atomically(body, timeout_s)
+        assert position is not None
+        if more:
+            await core.await_more(position, acks, level, deadline_s)
+        return position
 
     def submit_put(self, key: bytes, value: V) -> WriteFuture:
         """Order the write and return its future at once, without await.
@@ -218,13 +235,14 @@ class Keyspace(Generic[V]):
     async def compare_and_set(
         self, key: bytes, *, expected: V | None, value: V | None, timeout_s: float | None = None
     ) -> Position | None:
-        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key in both.
+        """Set ``key`` to ``value`` if it is ``expected`` now; ``None`` stands for a missing key in both, and
+        not for a ``None`` that a codec has stored.
 
         Returns the position, or ``None`` when the key was something else (then nothing was written).
         """
 
         async def swap(txn: Transaction[V]) -> bool:
-            if await txn.get(key) != expected:
+            if not is_expected(await txn.get(key, MISSING), expected):
                 return False
             if value is None:
                 txn.delete(key)
@@ -237,33 +255,41 @@ class Keyspace(Generic[V]):
 
     async def put_if_absent(self, key: bytes, value: V, *, timeout_s: float | None = None) -> Position | None:
         """Store ``value`` if ``key`` is missing; ``None`` when it was there."""
-        return await self.compare_and_set(key, expected=None, value=value, timeout_s=timeout_s)
+
+        async def add(txn: Transaction[V]) -> bool:
+            if await txn.get(key, MISSING) is not MISSING:
+                return False
+            txn.put(key, value)
+            return True
+
+        added, position = await self._atomically(add, timeout_s)
+        return position if added else None
 
     async def setdefault(self, key: bytes, default: Any = None) -> Any:
         """The value of ``key``; stored as ``default`` first if it was missing. Atomic."""
 
         async def store(txn: Transaction[V]) -> Any:
-            value = await txn.get(key)
-            if value is not None:
+            value = await txn.get(key, MISSING)
+            if value is not MISSING:
                 return value
             txn.put(key, default)
             return default
 
         return (await self._atomically(store))[0]
 
-    async def pop(self, key: bytes, default: Any = _MISSING) -> Any:
+    async def pop(self, key: bytes, default: Any = MISSING) -> Any:
         """Remove ``key`` and return its value. Atomic."""
 
         async def take(txn: Transaction[V]) -> Any:
-            value = await txn.get(key)
-            if value is not None:
+            value = await txn.get(key, MISSING)
+            if value is not MISSING:
                 txn.delete(key)
             return value
 
         value = (await self._atomically(take))[0]
-        if value is not None:
+        if value is not MISSING:
             return value
-        if default is _MISSING:
+        if default is MISSING:
             raise KeyError(key)
         return default
 

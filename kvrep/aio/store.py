@@ -26,6 +26,7 @@ from kvrep.model.sessions import RequestId
 from kvrep.options import OpenOptions, Options
 from kvrep.runtime.freshness import is_linearizable
 from kvrep.runtime.node import Node
+from kvrep.runtime.reporting import status_of
 from kvrep.status import Event, EventKind, Outcome, Status
 
 __all__ = ["Store", "open"]
@@ -237,8 +238,13 @@ class Store(Keyspace[bytes]):
         return self._sync.address
 
     def status(self) -> Status:
-        """Where this node and its followers stand, as one frozen value."""
-        return self._sync.status()
+        """Where this node and its followers stand, as one frozen value.
+
+        It reads no files: of a follower that is far behind, bytes and time are those of the last second.
+        """
+        node = self._sync._node
+        node.engine.need_unforked()
+        return status_of(node, reading=False)
 
     def on_event(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``listener(event)`` when roles change, records are dropped, followers come and go.

@@ -95,6 +95,7 @@ class Batch(Generic[V]):
         self.position: Position | None = None
         """Where it was committed; ``None`` until then, and when it was empty."""
         self._core = keyspace._core
+        self._space = keyspace
         self._plain = PlainBatch(keyspace._plain, timeout_s)
         self._timeout_s = timeout_s
 
@@ -125,11 +126,14 @@ class Batch(Generic[V]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         batch = self._plain
-        if batch._keeping and kind is None:
-            await self._core.call(batch.__exit__, None, None, None)
-            self.position = batch.position
-            return
         batch._open = False
+        if batch._keeping and kind is None:
+
+            async def repeat(txn: Transaction[V]) -> None:
+                batch._repeat(txn._plain)
+
+            _, self.position = await self._space._atomically(repeat, self._timeout_s)
+            return
         write = batch._write() if kind is None else None
         if write is not None:
             self.position = await self._core.commit(write, self._timeout_s)
@@ -309,6 +313,6 @@ class Transaction(Generic[V]):
                 if forward is None:
                     raise
                 position = await core.forward(forward)
-            self.position = position if plain._writes else None
+            self.position = position if plain._wrote else None
         elif plain._barrier is not None:
             await core.await_record(plain._barrier, deadline_s)

@@ -2,14 +2,18 @@
 
 ::
 
-    interface   Broker, Publisher, Subscriber, Message, Delivery: what all of them offer
-    url         their addresses
-    memory      memory://      a broker inside the process, for tests; can duplicate, reorder, delay and drop
-    rabbitmq    amqp://, amqps:// (queues), amqp+stream://, amqps+stream:// (streams)   kvrep[rabbitmq]
-    kafka       kafka://, kafkas:// (TLS)                                               kvrep[kafka]
+    interface     Broker, Publisher, Subscriber, Message, Delivery: what all of them offer
+    url           their addresses
+    broker        BaseBroker: opens publishers and subscribers, and closes them
+    publisher     BasePublisher: a publisher's life, from the window of what is unconfirmed to the end
+    outstanding   Outstanding: what a subscriber has delivered and nobody has acked
+    memory        memory://   a broker inside the process, for tests; can duplicate, reorder, delay and drop
+    rabbitmq      amqp://, amqps:// (queues), amqp+stream://, amqps+stream:// (streams)   kvrep[rabbitmq]
+    kafka         kafka://, kafkas:// (TLS)                                               kvrep[kafka]
 
 Others add a broker by an entry point of the group ``kvrep.brokers``: its name is the scheme, its object is
-called with the :class:`~kvrep.brokers.url.BrokerUrl` and the options, and returns a Broker.
+called with the :class:`~kvrep.brokers.url.BrokerUrl` and the options, and returns a Broker. The two bases leave
+little to write: ``examples/table_broker.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from kvrep.brokers.broker import BaseBroker
 from kvrep.brokers.interface import (
     EARLIEST,
     LATEST,
@@ -31,6 +36,8 @@ from kvrep.brokers.interface import (
     Subscriber,
     Unconfirmed,
 )
+from kvrep.brokers.outstanding import Outstanding
+from kvrep.brokers.publisher import BasePublisher, Window
 from kvrep.brokers.url import BrokerUrl, is_broker_url
 from kvrep.errors import OpenError
 
@@ -38,14 +45,18 @@ __all__ = [
     "EARLIEST",
     "LATEST",
     "STORED",
+    "BaseBroker",
+    "BasePublisher",
     "Broker",
     "BrokerUrl",
     "Delivery",
     "Message",
+    "Outstanding",
     "Publisher",
     "PublisherStatus",
     "Subscriber",
     "Unconfirmed",
+    "Window",
     "connect",
     "is_broker_url",
 ]

@@ -119,6 +119,10 @@ class Publisher(Protocol):
     def confirmed(self) -> int:
         """How many are confirmed, counted from the first without a gap."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+
     def publish(self, message: Message, timeout_s: float = 30.0) -> int:
         """Take a message into the buffer; its number, from 1 on.
 
@@ -142,6 +146,10 @@ class Publisher(Protocol):
 
 class Subscriber(Protocol):
     """Reads one topic. Receive and ack from one thread at a time; close from any."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
 
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         """Up to so many messages; waits for the first one for ``timeout_s`` at most, else an empty list.

@@ -19,23 +19,13 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
-from kvrep.brokers.interface import (
-    BUFFER_BYTES,
-    BUFFER_MESSAGES,
-    EARLIEST,
-    LATEST,
-    STORED,
-    Delivery,
-    Message,
-    PublisherStatus,
-    Unconfirmed,
-)
+from kvrep.brokers.broker import BaseBroker
+from kvrep.brokers.interface import EARLIEST, LATEST, STORED, Delivery, Message
 from kvrep.brokers.outstanding import Outstanding
-from kvrep.brokers.sizes import check_message
-from kvrep.brokers.url import DEFAULT_TOPIC, BrokerUrl
-from kvrep.errors import AuthenticationFailed, ClosedError, OpenError, Overloaded, PeerUnavailable
+from kvrep.brokers.publisher import BasePublisher, Window
+from kvrep.brokers.url import BrokerUrl
+from kvrep.errors import AuthenticationFailed, ClosedError, OpenError, PeerUnavailable
 
 __all__ = ["Faults", "MemoryBroker", "MemoryBrokers", "MemoryServer", "connect"]
 
@@ -73,10 +63,9 @@ class MemoryBrokers:
 
 def connect(url: BrokerUrl, *, brokers: MemoryBrokers | None = None) -> MemoryBroker:
     """The broker named by the address's host; ``OpenError`` without the ``brokers`` that it is one of."""
-    url.only("topic", "kind")
     if brokers is None:
         raise OpenError("memory:// needs to know whose broker it is", hint="pass brokers=MemoryBrokers()")
-    if len(url.hosts) != 1 or url.options.get("kind", "log") not in ("log", "queue"):
+    if len(url.hosts) != 1:
         raise OpenError(f"not a memory broker: {url}", hint="memory://name/topic?kind=log or kind=queue")
     return MemoryBroker(url, brokers[url.hosts[0][0]])
 
@@ -173,6 +162,16 @@ class _Topic:
         self._held: list[tuple[int, Message]] = []
         self.generation = 0
 
+    def begin(self, group: str, start: str) -> int:
+        """How many messages of a log are behind ``start``."""
+        if start == STORED:
+            return self.groups.get(group, 0)
+        if start in (EARLIEST, LATEST):
+            return len(self.log) if start == LATEST else 0
+        if not start.isdecimal():
+            raise OpenError(f"not a position in a memory broker: {start[:300]!r}")
+        return int(start) + 1
+
     def store(self, message: Message) -> None:
         if self.queue:
             self.ready.append((self._count, message, False))
@@ -205,154 +204,64 @@ class _Topic:
         self.taken.clear()
 
 
-class MemoryBroker:
+class MemoryBroker(BaseBroker):
     """See :class:`kvrep.brokers.interface.Broker`."""
 
     def __init__(self, url: BrokerUrl, server: MemoryServer) -> None:
-        self._url = url
-        self._server = server
-        self._queue = url.options.get("kind", "log") == "queue"
-        self._open: list[Any] = []
-
-    @property
-    def url(self) -> str:
-        return str(self._url)
-
-    @property
-    def topic(self) -> str:
-        return self._url.options.get("topic") or self._url.path or DEFAULT_TOPIC
-
-    @property
-    def is_log(self) -> bool:
-        return not self._queue
+        is_log = url.choice("kind", "log", "queue") == "log"
+        super().__init__(url, topic=url.path, options=("kind",), is_log=is_log)
+        self._address, self._server = url, server
 
     def _reach(self, topic: str) -> _Topic:
         server = self._server
         if server.state == "connecting":
             raise PeerUnavailable(f"{self.url} does not answer", address=self.url)
-        if server.password and server.password != self._url.password:
+        if server.password and server.password != self._address.password:
             raise AuthenticationFailed(
-                f"{self.url} refused user {self._url.user!r}", hint="check user and password in the address"
+                f"{self.url} refused user {self._address.user!r}",
+                hint="check user and password in the address",
             )
-        return server.topic(topic or self.topic, queue=self._queue)
+        return server.topic(topic, queue=not self.is_log)
 
-    def publisher(
-        self,
-        topic: str = "",
-        *,
-        buffer_messages: int = BUFFER_MESSAGES,
-        buffer_bytes: int = BUFFER_BYTES,
-        transactional_id: str = "",
-    ) -> MemoryPublisher:
-        if transactional_id:
-            raise OpenError("memory:// has no transactions", hint="leave transactional_id out")
-        made = MemoryPublisher(self._server, self._reach(topic), buffer_messages, buffer_bytes)
-        self._open.append(made)
-        return made
+    def _publisher(self, topic: str, window: Window) -> MemoryPublisher:
+        return MemoryPublisher(self._server, self._reach(topic), window)
 
-    def subscriber(
-        self, topic: str = "", *, group: str = "kvrep", start: str = STORED, prefetch: int = 500
-    ) -> MemorySubscriber:
+    def _subscriber(self, topic: str, group: str, start: str, prefetch: int) -> MemorySubscriber:
         place = self._reach(topic)
-        if self._queue:
-            if start not in (STORED, EARLIEST):
-                raise OpenError(f"a queue cannot start at {start!r}", hint="start it at STORED")
-            at = 0
-        elif start in (STORED, EARLIEST, LATEST):
-            with self._server.changed:
-                at = {STORED: place.groups.get(group, 0), EARLIEST: 0, LATEST: len(place.log)}[start]
-        else:
-            at = _after(start)
-        made = MemorySubscriber(self._server, place, group, at, prefetch)
-        self._open.append(made)
-        return made
-
-    def close(self) -> None:
-        for one in self._open:
-            one.close()
-        self._open.clear()
+        with self._server.changed:
+            at = place.begin(group, start)
+        return MemorySubscriber(self._server, place, group, at, prefetch)
 
 
-def _after(position: str) -> int:
-    if not position.isdecimal():
-        raise OpenError(f"not a position in a memory broker: {position!r}")
-    return int(position) + 1
+class MemoryPublisher(BasePublisher):
+    """See :class:`kvrep.brokers.interface.Publisher`. Its lock is the server's."""
 
-
-class MemoryPublisher:
-    """See :class:`kvrep.brokers.interface.Publisher`."""
-
-    def __init__(self, server: MemoryServer, topic: _Topic, buffer_messages: int, buffer_bytes: int) -> None:
+    def __init__(self, server: MemoryServer, topic: _Topic, window: Window) -> None:
+        super().__init__(window, changed=server.changed)
         self._server, self._topic = server, topic
-        self._messages_max, self._bytes_max = buffer_messages, buffer_bytes
-        self._waiting: deque[Message] = deque()
-        self._bytes = 0
-        self.published = self.confirmed = 0
-        self._closed = False
+        self._waiting: list[Message] = []
         server.attach(self)
 
-    def publish(self, message: Message, timeout_s: float = 30.0) -> int:
-        size = check_message(message, self._bytes_max)
-        deadline = time.monotonic() + timeout_s
-        with self._server.changed:
-            while not self._closed and not self._has_room(size):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise Overloaded(f"the buffer is full: the broker is {self._server.state}")
-                self._server.changed.wait(left)
-            if self._closed:
-                raise ClosedError("the publisher is closed")
-            self._waiting.append(message)
-            self._bytes += size
-            self.published += 1
-            number = self.published
-            self.pump()
-        return number
-
-    def _has_room(self, size: int) -> bool:
-        return len(self._waiting) < self._messages_max and (
-            not self._waiting or self._bytes + size <= self._bytes_max
-        )
+    def _send(self, message: Message, _size: int) -> None:
+        self._waiting.append(message)
+        self.pump()
 
     def pump(self) -> None:
-        """Hand over what waits, if the server takes it. The server's lock is held."""
+        """Hand over what waits, if the server takes it. The lock is held."""
         if self._server.state != "ready" or not self._waiting:
             return
-        while self._waiting:
-            self._server.take(self._topic, self._waiting.popleft())
-            self.confirmed += 1
-        self._bytes = 0
-        self._server.changed.notify_all()
+        waiting, self._waiting = self._waiting, []
+        for message in waiting:
+            self._server.take(self._topic, message)
+        self._confirm(len(waiting), self._bytes)
+        self._changed.notify_all()
 
-    def wait(self, number: int, timeout_s: float) -> bool:
-        with self._server.changed:
-            self._server.changed.wait_for(lambda: self.confirmed >= number or self._closed, timeout_s)
-            return self.confirmed >= number
+    def _health(self) -> tuple[str, str]:
+        state = self._server.state
+        return state, "" if state == "ready" else f"the broker is {state}"
 
-    def flush(self, timeout_s: float) -> None:
-        number = self.published
-        if not self.wait(number, timeout_s):
-            raise Unconfirmed(
-                f"{number - self.confirmed} messages are not confirmed: the broker is {self._server.state}",
-                confirmed=self.confirmed,
-                published=number,
-            )
-
-    def status(self) -> PublisherStatus:
-        return PublisherStatus(
-            state="closed" if self._closed else self._server.state,
-            published=self.published,
-            confirmed=self.confirmed,
-            buffered_bytes=self._bytes,
-        )
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        if not self._closed:
-            self.wait(self.published, timeout_s)
-        with self._server.changed:
-            self._closed = True
-            self._server.detach(self)
-            self._server.changed.notify_all()
+    def _disconnect(self, _deadline: float) -> None:
+        self._server.detach(self)
 
 
 class MemorySubscriber:
@@ -363,13 +272,13 @@ class MemorySubscriber:
         self._at = at
         self._outstanding = Outstanding()
         self._generation = topic.generation
-        self._closed = False
+        self.closed = False
 
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout_s
         with self._server.changed:
             while True:
-                if self._closed:
+                if self.closed:
                     raise ClosedError("the subscriber is closed")
                 found = self._fetch(min(max_messages, self._prefetch - len(self._outstanding)))
                 left = deadline - time.monotonic()
@@ -411,7 +320,7 @@ class MemorySubscriber:
     def ack(self, delivery: Delivery, *, through: bool = True) -> None:
         with self._server.changed:
             generation, number = delivery.tag
-            if self._closed or (generation != self._topic.generation and self._topic.queue):
+            if self.closed or (generation != self._topic.generation and self._topic.queue):
                 return
             for done in self._outstanding.ack(number, through=through):
                 self._topic.taken.pop(done, None)
@@ -422,10 +331,10 @@ class MemorySubscriber:
 
     def close(self) -> None:
         with self._server.changed:
-            if not self._closed and self._topic.queue and self._generation == self._topic.generation:
+            if not self.closed and self._topic.queue and self._generation == self._topic.generation:
                 for number in reversed(list(self._outstanding)):
                     message = self._topic.taken.pop(number, None)
                     if message is not None:
                         self._topic.ready.appendleft((number, message, True))
-            self._closed = True
+            self.closed = True
             self._server.changed.notify_all()

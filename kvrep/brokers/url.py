@@ -79,6 +79,32 @@ class BrokerUrl:
                     given=self.options[name],
                 )
 
+    def number(self, name: str, default: int, low: int, high: int) -> int:
+        """Option ``name`` as a whole number; ``ConfigurationMismatch`` unless it is one from low to high."""
+        text = self.options.get(name)
+        if text is None:
+            return default
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise self._refused(name, f"a whole number from {low} to {high}")
+        return int(text)
+
+    def choice(self, name: str, *allowed: str) -> str:
+        """Option ``name``, whatever its case; the first of ``allowed`` where it is not given.
+
+        ``ConfigurationMismatch`` when it is none of them.
+        """
+        text = self.options.get(name, allowed[0])
+        for one in allowed:
+            if one.lower() == text.lower():
+                return one
+        raise self._refused(name, " or ".join(allowed))
+
+    def _refused(self, name: str, wanted: str) -> ConfigurationMismatch:
+        given = self.options[name]
+        return ConfigurationMismatch(
+            f"{name}={given[:300]!r} is not allowed: {wanted}", option=name, given=given
+        )
+
 
 def _place(text: str) -> tuple[str, int]:
     match = _PLACE.fullmatch(text)

@@ -80,14 +80,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from kvrep.storage.rescue import load_rescue
+    from kvrep.storage.rescue import UNFINISHED, load_rescue
 
     folder = Path(args.file)
     if not (folder / "STORE").is_file():
         raise NotAStore(f"there is no store at {folder}", path=str(folder), hint="check the path")
     rows = []
     damaged = False
-    for path in sorted((folder / "rescue").glob("*"), key=lambda p: p.stat().st_mtime):
+    files = [path for path in (folder / "rescue").glob("*") if path.suffix != UNFINISHED]
+    for path in sorted(files, key=lambda p: p.stat().st_mtime):
         size = path.stat().st_size
         try:
             found = load_rescue(path)

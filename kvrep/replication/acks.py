@@ -188,9 +188,6 @@ class CommitTracker:
             missing = max(missing, rule.missing(stores))
         return missing
 
-    def writable(self, connected: Collection[bytes]) -> bool:
-        return not self.missing(connected)
-
     def reachable(self, connected: Collection[bytes]) -> int:
         """How many copies that count this node and ``connected`` can make."""
         return self._effective.present({self._self, *connected})

@@ -344,7 +344,8 @@ class _Bootstrap:
 
 
 class Verification:
-    """Compares a received copy with its digests, on a thread of its own (``kvrep-verify-NAME``)."""
+    """Compares a copy that was received, or that the disk failed under, with its digests, on a thread of its own
+    (``kvrep-verify-NAME``)."""
 
     def __init__(self, engine: Engine, label: str) -> None:
         self._engine = engine
@@ -362,7 +363,7 @@ class Verification:
         except ClosedError:
             pass
         except Exception:
-            log.exception("a received copy could not be verified")
+            log.exception("a copy could not be verified")
         finally:
             pinned.close()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvrep.errors import AckTimeout, NotEnoughFollowers
@@ -21,7 +23,23 @@ if TYPE_CHECKING:
     from kvrep.runtime.node import Node
     from kvrep.runtime.session import FollowerSession
 
-__all__ = ["Followers"]
+__all__ = ["Followers", "Wanted"]
+
+LOOK_UP_S = 0.25
+"""How often who waits for copies looks whether it need not any more."""
+
+
+class Wanted:
+    """More copies of a committed write than the commit rule asks for, and who waits for them."""
+
+    __slots__ = ("level", "needed", "position", "tell")
+
+    def __init__(self, position: Position, needed: int, level: Level, tell: Callable[[], None]) -> None:
+        self.position = position
+        self.needed = needed
+        self.level = level
+        self.tell = tell
+        """Called when there are so many, and when there will be no more. Any thread; quick."""
 
 
 class Followers:
@@ -46,7 +64,8 @@ class Followers:
         self._announced = 0
         """The last offset that followers were told to fetch."""
         self._closed = False
-        # Announces acks to those who wait for more than the commit rule.
+        self._wanted: set[Wanted] = set()
+        # Announces acks to those who wait for any.
         self._acked = threading.Condition()
         self._waiting = 0
 
@@ -134,6 +153,7 @@ class Followers:
             self._closed = True
         with self._acked:
             self._acked.notify_all()
+        self._tell_wanted()
         for stream in self.streams().values():
             stream.end(Refused(reason="closing", message=f"{self._node.label} is closing"))
         self._engine.committer.on_written = None
@@ -190,6 +210,8 @@ class Followers:
                 return False
             committed = tracker.acked(store_id, ack.synced, ack.written, ack.visible)
         self.commit(committed)
+        if self._wanted:
+            self._tell_wanted()
         if self._waiting:
             with self._acked:
                 self._acked.notify_all()
@@ -257,27 +279,59 @@ class Followers:
             )
 
     def await_more(self, position: Position, acks: Acks | None, level: Level, deadline_s: float) -> None:
-        """Wait until enough copies of a committed write are at ``level``."""
-        needed = self._asked(acks)
-        if level == "visible":
-            for stream in list(self.joined.values()):
-                stream.hurry()
-        with self._acked:
-            self._waiting += 1
-            try:
-                while (reached := self.copies_at(position.offset, level)) < needed:
-                    left = deadline_s - time.monotonic()
-                    if left <= 0 or self._closed:
-                        raise AckTimeout(
-                            f"the write at {position} is committed;"
-                            f" {reached} of the {needed} copies asked for are {level}",
-                            position=position,
-                            reached=reached,
-                            needed=needed,
-                        )
-                    self._acked.wait(min(left, 0.25))
-            finally:
-                self._waiting -= 1
+        """Wait until enough copies of a committed write are at ``level``; :class:`AckTimeout` at the deadline."""
+        told = threading.Event()
+        with self.wanting(position, acks, level, told.set) as wanted:
+            while not self.met(wanted):
+                left = deadline_s - time.monotonic()
+                if left <= 0 or self._closed:
+                    raise self.too_few(wanted)
+                told.wait(min(left, LOOK_UP_S))
+                told.clear()
+
+    @contextmanager
+    def wanting(
+        self, position: Position, acks: Acks | None, level: Level, tell: Callable[[], None]
+    ) -> Iterator[Wanted]:
+        """Have ``tell`` called when enough copies of a committed write are at ``level``; within the block."""
+        wanted = Wanted(position, self._asked(acks), level, tell)
+        with self.lock:
+            self._wanted.add(wanted)
+        try:
+            if level == "visible":
+                for stream in list(self.joined.values()):
+                    stream.hurry()
+            yield wanted
+        finally:
+            with self.lock:
+                self._wanted.discard(wanted)
+
+    def met(self, wanted: Wanted) -> bool:
+        """Whether there are so many copies now."""
+        return self.copies_at(wanted.position.offset, wanted.level) >= wanted.needed
+
+    def too_few(self, wanted: Wanted) -> AckTimeout:
+        """The error of a wait for copies that did not come."""
+        position, needed, level = wanted.position, wanted.needed, wanted.level
+        reached = self.copies_at(position.offset, level)
+        return AckTimeout(
+            f"the write at {position} is committed; {reached} of the {needed} copies asked for are {level}",
+            position=position,
+            reached=reached,
+            needed=needed,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more copies will be made by this node as primary."""
+        return self._closed
+
+    def _tell_wanted(self) -> None:
+        with self.lock:
+            waiting = list(self._wanted)
+        for wanted in waiting:
+            if self._closed or self.met(wanted):
+                wanted.tell()
 
     def await_ack(self, timeout_s: float) -> None:
         """Wait for the next ack of any follower."""

@@ -44,6 +44,7 @@ from kvrep.model.position import Position
 from kvrep.model.record import Kind
 from kvrep.model.sessions import OUTCOMES_MAX, RequestId
 from kvrep.runtime.finding import Target
+from kvrep.runtime.interrupts import carry
 from kvrep.runtime.reads import ReadSet
 from kvrep.status import Outcome
 from kvrep.storage.write import Write, complete_all
@@ -199,7 +200,11 @@ class Forwarder:
     def commit(self, item: Forward) -> Position:
         """:meth:`order` and :meth:`finish` in one."""
         self.order(item)
-        return self.finish(item, item.deadline_s)
+        try:
+            return self.finish(item, item.deadline_s)
+        except BaseException as interrupt:
+            carry(interrupt, self.leave(item))
+            raise
 
     def finish(self, item: Forward, deadline_s: float) -> Position:
         """Wait for the outcome until ``time.monotonic()`` passes ``deadline_s``; return or raise it."""
@@ -237,6 +242,11 @@ class Forwarder:
             position=None,
             request=self._request(item),
         )
+
+    def leave(self, item: Forward) -> Position | RequestId:
+        """Nobody waits for it any more: by what its outcome can be asked for."""
+        self._abandon(item)
+        return item.position if item.offset else self._request(item)
 
     def _abandon(self, item: Forward) -> None:
         """Nobody waits for it any more."""

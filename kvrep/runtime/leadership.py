@@ -72,6 +72,8 @@ class Leadership:
         # no stream is called while it is held.
         self._lock = threading.Lock()
         self._promotion: Promotion | None = None
+        self._beginning = False
+        """Whether some thread begins the epoch of what was the promotion."""
         self._rival: _Rival | None = None
         self._problem = "this node is not a primary yet"
         self._unfenced_at = float("inf")
@@ -83,7 +85,7 @@ class Leadership:
         self.replaced = False
         """Whether records of another primary of a higher epoch were seen: this node must fetch them before it
         may go on, as only a whole promotion does."""
-        # Announces the begin of an epoch, and that its start is committed.
+        # Announces that an epoch has begun or could not, and that its start is committed.
         self._begun = threading.Condition()
 
     # -- what it is --------------------------------------------------------------------------------
@@ -167,6 +169,8 @@ class Leadership:
                         break
                     self._begun.wait(left)
             self._begin_unfenced()
+            with self._begun:  # a follower's promise, or the clock, may have come first
+                self._begun.wait_for(lambda: not self._beginning or self.over)
 
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""
@@ -270,7 +274,7 @@ class Leadership:
                 # Its records are to be fetched, which only a whole promotion does: see Roles.
                 long_ago = time.monotonic() - self._node.options.heartbeat_timeout_s
                 self.replaced, self._rival = True, _Rival(promotion.epoch, long_ago, "")
-            self._promotion = None
+            self._promotion, self._beginning = None, not problem
         if problem:
             self._node.roles.seek()
         else:
@@ -294,7 +298,7 @@ class Leadership:
         return voter.member if voter is not None else 0
 
     def _begin_with(self, promotion: Promotion, *, unfenced: bool) -> None:
-        """Begin, unless a higher epoch was promised meanwhile or the promise cannot be stored."""
+        """Begin what is beginning, unless a higher epoch was promised meanwhile or it cannot be stored."""
         try:
             self._begin(promotion.epoch, promotion.promised, unfenced=unfenced)
         except Fenced as error:
@@ -308,6 +312,10 @@ class Leadership:
             with self._lock:  # tried again in a while, as if somebody had promised this epoch away
                 self._problem = f"the epoch could not begin: {error}"
                 self._rival = self._rival or _Rival(promotion.epoch, time.monotonic(), "")
+        finally:
+            with self._begun:
+                self._beginning = False
+                self._begun.notify_all()
 
     def _begin_unfenced(self) -> None:
         """Go on without those that did not answer, as only the asynchronous mode may."""
@@ -315,7 +323,7 @@ class Leadership:
             promotion = self._promotion
             if promotion is None or self.over or self._why_not(promotion):
                 return
-            self._promotion = None
+            self._promotion, self._beginning = None, True
         log.warning("%s: goes on without the promises of %s", self._node.label, ", ".join(promotion.missing))
         self._begin_with(promotion, unfenced=not promotion.enough)
         self._node.roles.seek()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import ClosedError, ConfigurationMismatch, NotPrimary, OpenError, StorageFailed
+from kvrep.errors import ClosedError, ConfigurationMismatch, NotPrimary, OpenError, Overloaded, StorageFailed
 from kvrep.model.configuration import Configuration
 from kvrep.model.position import epoch_after
 from kvrep.options import Options
@@ -39,6 +39,13 @@ if TYPE_CHECKING:
 __all__ = ["Node"]
 
 log = logging.getLogger("kvrep")
+
+LOOK_UP_S = 0.05
+"""How often those who wait for a lock look whether there is still something to wait for."""
+CLOSE_GRACE_S = 0.5
+"""What a close may take at least."""
+CLOSE_MOMENT_S = 0.05
+"""What each part of a node gets to end, even when the deadline of the close has passed."""
 
 
 def _no_coordinator(choice: Any) -> Coordinator:
@@ -173,7 +180,7 @@ class Node:
         coordinator.start(CoordinatedNode(self, witness=coordinator.witness))
 
     def verify_copy(self) -> None:
-        """Have the copy that this node received compared with its digests, in the background."""
+        """Have the copy, received or suspect, compared with its digests in the background."""
         from kvrep.runtime.bootstrapping import Verification
 
         before = self._verification
@@ -188,8 +195,14 @@ class Node:
         engine.writable = self._begin_alone
 
     def _begin_alone(self) -> None:
-        with self.lock:
-            if self.engine.committer.epoch or self._closed:
+        deadline, committer = self.deadline(None), self.engine.committer
+        while not self.lock.acquire(timeout=LOOK_UP_S):  # another first write is at it
+            if committer.closed is not None:
+                return  # who puts the write in order says so
+            if time.monotonic() >= deadline:
+                raise Overloaded("the first write of this store is not on the disk yet")
+        try:
+            if committer.epoch or self._closed:
                 self.engine.writable = _nothing
                 return
             try:
@@ -198,6 +211,8 @@ class Node:
                 raise StorageFailed(f"the promise of an epoch could not be stored: {error}") from error
             self.writes.finish(write, None)  # it may find no room: then the next write begins the epoch
             self.engine.writable = _nothing
+        finally:
+            self.lock.release()
 
     def next_epoch(self, seen: int = 0) -> int:
         """An epoch of ours above all that this node knows of, and above ``seen``."""
@@ -304,31 +319,50 @@ class Node:
         return Role.FOLLOWER if self.replaying is not None else Role.PRIMARY
 
     def close(self, timeout_s: float | None = None) -> None:
-        """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread."""
-        deadline = time.monotonic() + (self.options.close_timeout_s if timeout_s is None else timeout_s)
+        """End everything within ``timeout_s`` (default ``close_timeout_s``). Idempotent, any thread.
 
-        def left() -> float:
-            return max(0.5, deadline - time.monotonic())
-
+        What the disk holds up beyond that, and half a second at least, a thread of its own brings to its end;
+        till then the store stays locked.
+        """
+        seconds = self.options.close_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + max(CLOSE_GRACE_S, seconds)
         if os.getpid() != self._pid:
             return  # a forked child: nothing here is ours, and nobody may ever let go of the locks
-        with self.lock:
-            if self._closed:
-                return
-            self._closed = True
-            if self.coordinator is not None:
-                self.coordinator.stop(left())
+        if self.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            try:
+                self._close(deadline)
+            finally:
+                self.lock.release()
+        elif not self._closed:  # else another thread is at it
             self.engine.committer.refuse(ClosedError("the store is closed"))
-            self.moves.end()
-            self.link.stop()
-            if self.forwarder is not None:
-                self.forwarder.stop(left())
-            self.roles.stop(left())  # no role changes after this
-            for part in (self.shipping, self.replaying, self._server, self._verification):
-                if part is not None:
-                    part.stop(left())
-            self.engine.close(left())
-            self.events.stop(left())
+            threading.Thread(target=self._close_late, name=f"kvrep-close-{self.label}", daemon=True).start()
+
+    def _close_late(self) -> None:
+        with self.lock:
+            self._close(time.monotonic() + self.options.close_timeout_s)
+
+    def _close(self, deadline: float) -> None:
+        """The role lock is held. All parts share ``deadline``; beyond it each still gets a moment."""
+        if self._closed:
+            return
+
+        def left() -> float:
+            return max(CLOSE_MOMENT_S, deadline - time.monotonic())
+
+        self._closed = True
+        if self.coordinator is not None:
+            self.coordinator.stop(left())
+        self.engine.committer.refuse(ClosedError("the store is closed"))
+        self.moves.end()
+        self.link.stop()
+        if self.forwarder is not None:
+            self.forwarder.stop(left())
+        self.roles.stop(left())  # no role changes after this
+        for part in (self.shipping, self.replaying, self._server, self._verification):
+            if part is not None:
+                part.stop(left())
+        self.engine.close(left())
+        self.events.stop(left())
 
     # -- what others ask ---------------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kvrep.errors import Error
 from kvrep.status import FollowerStatus, Status
 
 if TYPE_CHECKING:
+    from kvrep.runtime.lags import Lag
     from kvrep.runtime.node import Node
     from kvrep.runtime.shipping import Shipping
     from kvrep.storage.engine import Engine
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["status_of"]
 
 
-def status_of(node: Node) -> Status:
-    """Where this node and its followers stand."""
+def status_of(node: Node, *, reading: bool = True) -> Status:
+    """Where this node and its followers stand. Without ``reading``, no file is read: how many bytes and seconds a
+    follower is behind that lacks more than what is in memory was measured within the last second."""
     engine, shipping, replaying = node.engine, node.shipping, node.replaying
     home, state, committer = engine.home, engine.tree.state, engine.committer
     configuration, effective = engine.configuration, engine.configurations_in_force()[0]
@@ -45,7 +46,7 @@ def status_of(node: Node) -> Status:
         degrade_after_s=configuration.degrade_after_s,
         not_writable=_not_writable(node),
         primary_address=node.primary_address,
-        followers=_followers(engine, shipping) if shipping is not None else (),
+        followers=_followers(engine, shipping, reading) if shipping is not None else (),
         source=replaying.status() if replaying is not None else None,
         verified_through=0 if engine.unverified else state.verified,
         diverged_at=state.diverged,
@@ -72,9 +73,10 @@ def _not_writable(node: Node) -> str:
     return ""
 
 
-def _followers(engine: Engine, shipping: Shipping) -> tuple[FollowerStatus, ...]:
+def _followers(engine: Engine, shipping: Shipping, reading: bool) -> tuple[FollowerStatus, ...]:
     """Connected followers and those whose slots are kept, by name."""
     found = []
+    lag_of = shipping.lags.measured if reading else shipping.lags.seen
     streams = shipping.followers.streams()
     for store_id, stream in streams.items():
         progress, hello = stream.progress, stream.hello
@@ -85,6 +87,7 @@ def _followers(engine: Engine, shipping: Shipping) -> tuple[FollowerStatus, ...]
                 engine,
                 store_id,
                 progress.synced,
+                lag_of(store_id, progress.synced),
                 name=hello.name,
                 address=hello.address or stream.peer,
                 state=progress.state.value,
@@ -101,6 +104,7 @@ def _followers(engine: Engine, shipping: Shipping) -> tuple[FollowerStatus, ...]
                     engine,
                     store_id,
                     slot.acked,
+                    lag_of(store_id, slot.acked),
                     name=slot.name,
                     address=slot.address,
                     state="bootstrapping" if shipping.spools.serving(store_id) else "gone",
@@ -113,19 +117,14 @@ def _followers(engine: Engine, shipping: Shipping) -> tuple[FollowerStatus, ...]
     return tuple(sorted(found, key=lambda f: (f.name, f.store_id)))
 
 
-def _follower(engine: Engine, store_id: bytes, synced: int, **fields: Any) -> FollowerStatus:
-    """One that confirmed through ``synced``, with how far that is behind."""
-    behind, size, seconds = max(0, engine.tail.offset - synced), 0, 0.0
-    if behind:
-        since_us = engine.time_at(synced + 1)
-        seconds = max(0.0, time.time() - since_us / 1e6) if since_us else 1.0
-        size = engine.committer.log.bytes_after(synced)
+def _follower(engine: Engine, store_id: bytes, synced: int, lag: Lag, **fields: Any) -> FollowerStatus:
+    """One that confirmed through ``synced``."""
     return FollowerStatus(
         store_id=store_id.hex(),
         voter=engine.configuration.voter(store_id) is not None,
         synced=synced,
-        lag_records=behind,
-        lag_bytes=size,
-        lag_s=seconds,
+        lag_records=lag.records,
+        lag_bytes=lag.bytes,
+        lag_s=lag.seconds,
         **fields,
     )

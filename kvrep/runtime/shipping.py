@@ -23,6 +23,7 @@ from kvrep.runtime.configuring import Configuring
 from kvrep.runtime.confirming import Confirming
 from kvrep.runtime.degrading import Degrading
 from kvrep.runtime.followers import Followers
+from kvrep.runtime.lags import Lags
 from kvrep.runtime.leadership import Leadership, nothing_commits
 from kvrep.runtime.session import FollowerSession
 from kvrep.runtime.slots import Slots
@@ -56,6 +57,7 @@ class Shipping:
         self.configuring = Configuring(node, self.followers, self.leadership)
         self.degrading = Degrading(node, self.followers, self.leadership, self.configuring)
         self.confirming = Confirming(node, self.followers, self.leadership)
+        self.lags = Lags(self.engine)
         self._complaints: set[str] = set()
         self._inherit(heard)
 
@@ -155,6 +157,15 @@ class Shipping:
         self.slots.expire(set(self.followers.streams()))
         self.spools.tick()
         self.slots.save()
+        self.lags.look(self._confirmed())
+
+    def _confirmed(self) -> dict[bytes, int]:
+        """What each follower has confirmed, connected or not, by store id."""
+        confirmed = {store_id: slot.acked for store_id, slot in self.slots.all()}
+        for store_id, stream in self.followers.streams().items():
+            if stream.progress is not None:
+                confirmed[store_id] = stream.progress.synced
+        return confirmed
 
     # -- what is kept for followers ----------------------------------------------------------------
 

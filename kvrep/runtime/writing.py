@@ -10,6 +10,7 @@ from kvrep.model.configuration import Acks, check_acks
 from kvrep.model.position import Position
 from kvrep.model.sessions import RequestId
 from kvrep.runtime.forwarding import Forward, Forwarder, is_elsewhere
+from kvrep.runtime.interrupts import carry, logged_at
 from kvrep.status import Outcome
 from kvrep.storage.write import Write
 
@@ -47,6 +48,9 @@ class Writing:
             if self._forwarder is None or not is_elsewhere(error):
                 raise
             return self._forward(write, timeout_s)
+        except BaseException as interrupt:
+            carry(interrupt, logged_at(write))
+            raise
         if write.error is not None or not write.done:
             if self._forwarder is not None and is_elsewhere(write.error):
                 return self._forward(write, timeout_s)
@@ -67,6 +71,9 @@ class Writing:
             if self._forwarder is None or not is_elsewhere(error):
                 raise
             return self._forward(write, deadline_s - time.monotonic(), acks, level)
+        except BaseException as interrupt:
+            carry(interrupt, logged_at(write))
+            raise
         if write.error is not None or not write.done:
             if self._forwarder is not None and is_elsewhere(write.error):
                 return self._forward(write, deadline_s - time.monotonic(), acks, level)
@@ -105,7 +112,11 @@ class Writing:
         if type(write) is Forward:
             assert self._forwarder is not None
             return self._forwarder.finish(write, self._node.deadline(timeout_s))
-        self._engine.committer.finish(write, self._node.deadline(timeout_s))
+        try:
+            self._engine.committer.finish(write, self._node.deadline(timeout_s))
+        except BaseException as interrupt:
+            carry(interrupt, logged_at(write))
+            raise
         if write.error is not None or not write.done:
             self.raise_outcome(write)
         return Position(write.epoch, write.offset)
@@ -134,7 +145,11 @@ class Writing:
         """Wait until a committed write has what it asked for; :class:`AckTimeout` at the deadline."""
         shipping = self._node.shipping
         if shipping is not None:
-            shipping.followers.await_more(position, acks, level or "synced", deadline_s)
+            try:
+                shipping.followers.await_more(position, acks, level or "synced", deadline_s)
+            except BaseException as interrupt:
+                carry(interrupt, position)
+                raise
 
     def check_record_size(self, size: int) -> None:
         most = self._node.options.record_bytes_max

@@ -26,6 +26,7 @@ from kvrep.errors import (
     ClosedError,
     Error,
     ForkedError,
+    LogFailed,
     NotPrimary,
     Overloaded,
     StorageFailed,
@@ -33,6 +34,7 @@ from kvrep.errors import (
     again,
 )
 from kvrep.model.codec import RecordEncoder
+from kvrep.model.position import Position
 from kvrep.model.record import Kind, Record
 from kvrep.storage.log import Log, Tail
 from kvrep.storage.view import View
@@ -500,7 +502,20 @@ class Committer:
         self._group = None
         with self._order:
             self._queued_bytes -= group.queued_bytes
-        complete_all(group.writes, error)
+        if isinstance(error, StorageFailed) and group.tail is not None:
+            self._leave_open(group, group.tail, error)
+        else:
+            complete_all(group.writes, error)
+
+    def _leave_open(self, group: _Group, tail: Tail, error: StorageFailed) -> None:
+        """The log failed under a group: how much of it is on the disk, or was shipped, is not known here."""
+        for offset, write in enumerate(group.writes, tail.offset - len(group.writes) + 1):
+            position = Position(tail.epoch, offset)
+            unknown = LogFailed(
+                f"the disk failed under the write at {position}: {error.message}", position=position
+            )
+            unknown.__cause__ = error.__cause__
+            write.complete(unknown)
 
     def _fail_dependents(self, error: Error) -> None:
         """Refuse, too, what stands behind a refused group: transactions among it may have read its writes."""

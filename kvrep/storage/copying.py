@@ -150,14 +150,16 @@ class PinnedState:
                 wrong[name] = off
         return wrong
 
-    def correct(self, differing: dict[str, tuple[int, int]]) -> None:
+    def correct(self, differing: dict[str, tuple[int, int]], *, received: bool) -> None:
         """Put digests right that are off by so much, in the state that LMDB has now; no flush is under way.
 
-        From now on they tell what is really here, and later marks show the difference, too.
+        From now on they tell what is really here, and later marks show the difference, too. The digests of a
+        ``received`` copy are the primary's: a copy that equals them is verified.
         """
         state, at = self._tree.state, self.state.applied.offset
         if not differing:
-            state.verified = max(state.verified, at)
+            if received:
+                state.verified = max(state.verified, at)
         elif not state.diverged:
             state.diverged = at
         for name, (digest, count) in differing.items():

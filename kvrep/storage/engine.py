@@ -39,7 +39,6 @@ from kvrep.storage.copying import PinnedState
 from kvrep.storage.digest import Hasher
 from kvrep.storage.flusher import Flusher
 from kvrep.storage.history import ORDINARY, History, need_known
-from kvrep.storage.home import COPY
 from kvrep.storage.log import Tail
 from kvrep.storage.log_file import fsync_directory
 from kvrep.storage.memtable import Table
@@ -89,7 +88,7 @@ class Engine:
             before=self._before_flush,
             after=self.trim,
             tick=self._tick,
-            failed=self.committer.fail_storage,
+            failed=self._fail,
             logged=lambda: self.committer.log.tail.offset,
             flush_limit=lambda: self.flush_limit(),  # noqa: PLW0108 - it is replaced with the role
         )
@@ -110,8 +109,9 @@ class Engine:
         self.reset_hooks()
         self._slow_bytes = options.memtable_bytes_max // 2
         """Memory of unflushed writes from which on writers are slowed."""
-        self.unverified = (home.generation / COPY).exists()
-        """Whether this is a received copy whose digest has not been recomputed yet."""
+        self.unverified = home.received or home.suspected
+        """Whether this copy was received, or the disk failed under it, and its digests have not been recomputed
+        since."""
         self.rescued = parts.rescued
         self._closed = False
         # Makes close() run once.
@@ -314,7 +314,8 @@ class Engine:
         """Drop the log above ``to``, which is at or above what LMDB holds.
 
         What is dropped is first saved, synced, to a rescue file, whose path is returned. If some of it was
-        visible here (asynchronous mode), reads go back to ``to``.
+        visible here (asynchronous mode), reads go back to ``to``. :class:`StorageFull` when there is no room
+        for that file: then nothing is cut, and it may be tried again.
         """
         committer = self.committer
         with self.flusher.hold, committer.lead:
@@ -375,16 +376,17 @@ class Engine:
             return PinnedState(self.tree)
 
     def verified(self, pinned: PinnedState, differing: dict[str, tuple[int, int]]) -> None:
-        """A received copy was compared with its digests, and these are off by so much: they are put right."""
+        """A copy, received or suspect, was compared with its digests, and these are off by so much: they are put
+        right."""
         with self.flusher.hold:
             if not pinned.of(self.tree):
                 return  # the next copy is live already
             self.unverified = False
-            pinned.correct(differing)
+            pinned.correct(differing, received=self.home.received)
             if not differing:
-                (self.home.generation / COPY).unlink(missing_ok=True)
+                self.home.trust()
         if differing:
-            log.error("%s: keyspaces %s of the copy received at record %d differ from their digests",
+            log.error("%s: keyspaces %s of the copy at record %d differ from their digests",
                       self.home.path, ", ".join(differing), pinned.state.applied.offset)  # fmt: skip
 
     def replace_copy(self, generation: Path, tree: Tree, lineage: bytes) -> None:
@@ -467,6 +469,14 @@ class Engine:
         self.on_tick()
         self.view.expire_snapshots()
         self._upkeep.tick()
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing is flushed any more. What LMDB's file seems to hold need not have reached the disk."""
+        self.committer.fail_storage(error)
+        try:
+            self.home.suspect()
+        except OSError as second:
+            log.warning("%s: that the disk failed could not be noted: %s", self.home.path, second)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -563,27 +573,34 @@ class Engine:
             for record in list(committer.pending):
                 if type(record) is Write:
                     record.complete(_unknown_at_close(record))
-            if stopped:
-                self._close_files(deadline)
+            if stopped and self._close_files(deadline):
                 return
-            # Closing LMDB under a flush would end the interpreter, and a new opener would meet it.
+            # Closing LMDB under a flush would end the interpreter, and a new opener would meet what is written.
             log.warning(
-                "%s: a flush is still under way; the store stays locked until it ends", self.home.path
-            )
+                "%s: a %s is still under way; the store stays locked until it ends",
+                self.home.path, "write" if stopped else "flush",
+            )  # fmt: skip
             name = f"kvrep-close-{self.home.name or self.home.path.name}"
             threading.Thread(target=self._close_later, name=name, daemon=True).start()
 
     def _close_later(self) -> None:
-        while not self.flusher.stop(60.0):
+        while not (self.flusher.stop(60.0) and self._close_files(time.monotonic() + 60.0)):
             pass
-        self._close_files(time.monotonic() + 60.0)
 
-    def _close_files(self, deadline: float) -> None:
-        if not self.tree.close(max(0.5, deadline - time.monotonic())):
+    def _close_files(self, deadline: float) -> bool:
+        """False, and nothing is closed, when a write is still under way at ``deadline``. The flush has ended."""
+        lead = self.committer.lead
+        if not lead.acquire(timeout=max(0.1, deadline - time.monotonic())):
+            return False
+        try:
+            self._close_log()
+        finally:
+            lead.release()
+        if not self.tree.close(max(0.1, deadline - time.monotonic())):
             log.warning("%s: a read was still under way at close; LMDB stays open", self.home.path)
-        self._close_log()
         self.home.close()
         forks.release(self)
+        return True
 
     def _last_flush(self, deadline: float) -> None:
         if self.committer.failure is not None or self.view.tables == ():
@@ -595,12 +612,12 @@ class Engine:
             log.warning("%s: not all could be flushed at close (%s); the log has it", self.home.path, error)
 
     def _close_log(self) -> None:
+        """``lead`` is held."""
         committer = self.committer
         try:
-            with committer.lead:
-                if committer.failure is None:
-                    committer.log.mark(committer.committed)
-                    committer.log.close()
+            if committer.failure is None:
+                committer.log.mark(committer.committed)
+                committer.log.close()
         except OSError as error:
             log.warning("%s: the log could not be closed cleanly: %s", self.home.path, error)
         finally:

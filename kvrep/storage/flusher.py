@@ -62,8 +62,6 @@ class Flusher:
         self.failure: BaseException | None = None
         """Why nothing is flushed any more."""
         self.flushes = 0
-        self.flushed_bytes = 0
-        self.flush_s = 0.0
         self._update = update
         self._before = before
         self._after = after
@@ -238,12 +236,9 @@ class Flusher:
         tables = self._choose(self.view.frozen(), everything)
         if not tables:
             return False
-        began = self._clock()
         self.tree.flush(self._changes(tables), lambda state: self._update(state, tables), self._breathe)
         self.view.retire(tables)
         self.flushes += 1
-        self.flushed_bytes += sum(t.payload_bytes for t in tables)
-        self.flush_s += self._clock() - began
         with self._changed:
             self.full = None
             self._changed.notify_all()

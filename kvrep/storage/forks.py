@@ -7,6 +7,8 @@ import threading
 import weakref
 from typing import Protocol
 
+from kvrep.storage.write import renew_lock
+
 __all__ = ["Forkable", "guard", "release"]
 
 
@@ -36,5 +38,6 @@ def release(store: Forkable) -> None:
 
 
 def _in_child() -> None:
+    renew_lock()
     for store in list(_open):
         store.forked()

@@ -11,6 +11,7 @@
     spool/     copies under way to a follower
     gen-000002/COPY    what has arrived of a copy that is being received; in a live generation: the copy's
                        digest has not been verified yet
+    gen-000001/SUSPECT the disk failed under this copy; its digests have not been recomputed since
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from kvrep.errors import (
 from kvrep.model.position import ZERO, Position
 from kvrep.replication.promises import Verdict, judge
 from kvrep.storage.log_file import fsync_directory
+from kvrep.storage.rescue import UNFINISHED
 
 __all__ = ["COPY", "Home", "write_atomically"]
 
 FORMAT = 1
 COPY = "COPY"
+SUSPECT = "SUSPECT"
 _PARTS = {"LOCK", "IDENTITY", "STORE", "CURRENT", "rescue", "spool"}
 
 
@@ -251,11 +254,16 @@ class Home:
             self._identity.store({**self._identity.data, "name": name})
 
     def _clean(self) -> None:
-        """Remove what nobody goes on with: old generations, spooled copies; a copy half received stays."""
+        """Remove what nobody goes on with: old generations, spooled copies, rescue files that were not finished.
+
+        A copy half received stays.
+        """
         for old in self.path.glob("gen-*"):
             if old != self.generation and not (old == self.next_generation() and (old / COPY).exists()):
                 shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.spool, ignore_errors=True)
+        for half in self.rescue.glob("*" + UNFINISHED):
+            half.unlink(missing_ok=True)
 
     def drop_old(self) -> None:
         """Remove the generations before the live one. What is open in them stays readable."""
@@ -334,6 +342,25 @@ class Home:
     def copy_id(self) -> str:
         """Which copy of the data this is, beside which log."""
         return f"{self.store_id.hex()}/{self.generation.name}"
+
+    @property
+    def received(self) -> bool:
+        """Whether this is a received copy that has not been compared with its digests yet."""
+        return (self.generation / COPY).exists()
+
+    @property
+    def suspected(self) -> bool:
+        """Whether the disk failed under this copy, and it has not been compared with its digests since."""
+        return (self.generation / SUSPECT).exists()
+
+    def suspect(self) -> None:
+        """Note durably that the disk failed under the live copy."""
+        write_atomically(self.generation / SUSPECT, b"")
+
+    def trust(self) -> None:
+        """The live copy was compared with its digests, and equals them."""
+        for note in (COPY, SUSPECT):
+            (self.generation / note).unlink(missing_ok=True)
 
     @property
     def rescue(self) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvrep.errors import LogTrimmed
-from kvrep.model.codec import FRAME, FRAME_BYTES, walk
+from kvrep.model.codec import FRAME, FRAME_BYTES
 from kvrep.storage.log_file import GROUP_BYTES, HEADER_BYTES, FileHeader, LogFile, fsync_directory
 
 __all__ = ["START", "Log", "Run", "Tail", "file_path", "log_paths"]
@@ -398,6 +398,10 @@ class Log:
             total += file.end
         return total
 
+    def in_memory(self, offset: int) -> bool:
+        """Whether record ``offset`` and all that follow are read without touching files."""
+        return self._recent.bytes_after(offset - 1) is not None
+
     def running_at(self, offset: int) -> int:
         """The running checksum through record ``offset``; :class:`LogTrimmed` when it is no longer known."""
         tail = self.tail
@@ -479,13 +483,12 @@ class Log:
 
     # -- forgetting --------------------------------------------------------------------------------
 
-    def trim(self, keep_from: int, *, bytes_kept: int, bytes_max: int, age_s: float) -> int:
+    def trim(self, keep_from: int, *, bytes_kept: int, age_s: float) -> int:
         """Unlink old files, oldest first; returns how many.
 
         A file goes when all its records are below ``keep_from`` and it is beyond ``bytes_kept`` or older
-        than ``age_s``. ``bytes_max`` is for the caller, who moves ``keep_from`` when it is exceeded.
+        than ``age_s``.
         """
-        del bytes_max
         gone = 0
         now = time.time()
         while True:
@@ -575,8 +578,3 @@ def _count_from(body: bytes, group_first: int, offset: int) -> tuple[int, int] |
         at += length
         current += 1
     return (skip, current - offset) if current > offset else None
-
-
-def verify_run(run: Run, running: int) -> bool:
-    """Whether a run is whole and joins ``running``."""
-    return walk(run.data, running)[1] == len(run.data)

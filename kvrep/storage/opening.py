@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ def open_parts(path: Path, options: Options, *, lineage: bytes) -> Parts:
 
 def _open_in(home: Home, options: Options) -> Parts:
     data = home.generation / "data"
+    if home.suspected:
+        log.warning("%s: the disk failed under this store; its digests are recomputed", home.path)
+        _drop_cached(data / "data.mdb")
     tree = Tree.open(
         data,
         home.lineage,
@@ -74,6 +78,16 @@ def _open_in(home: Home, options: Options) -> Parts:
         tree.close(1.0)
         raise
     return parts
+
+
+def _drop_cached(path: Path) -> None:
+    """Have the next reads of a file come from the disk: the kernel keeps pages that it failed to write."""
+    if path.exists():
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 def _recover(home: Home, tree: Tree, options: Options) -> Parts:

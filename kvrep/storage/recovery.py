@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvrep.errors import LogCorrupt
-from kvrep.model.codec import walk
+from kvrep.model.codec import FRAME, FRAME_BYTES, walk
 from kvrep.storage.log import SPARE, START, Log, Run, Tail, file_path, log_paths
 from kvrep.storage.log_file import HEADER_BYTES, Group, LogFile, fsync_directory
+from kvrep.storage.rescue import saving
 
 __all__ = ["Recovered", "recover"]
 
@@ -211,8 +212,6 @@ def _scan_group(file: LogFile, group: Group, scan: _Scan, next_first: int | None
 
 def _skip_applied(data: bytes, first: int, applied: Tail, running: int | None) -> tuple[int, int | None]:
     """(position behind the records that LMDB has, running checksum there); ``None`` when they do not fit."""
-    from kvrep.model.codec import FRAME, FRAME_BYTES
-
     if first == applied.offset + 1:
         return 0, applied.running
     at, offset, seen = 0, first, running
@@ -255,13 +254,9 @@ def _drop_headless(path: Path, result: Recovered, rescue: Path) -> None:
 
 
 def _save_unfinished(rescue: Path, source: Path, at: int, rest: bytes) -> Path:
-    rescue.mkdir(exist_ok=True)
     path = rescue / f"unfinished-{time.time_ns()}-{source.stem}-{at}.bin"
-    with open(path, "xb") as file:
+    with saving(path) as file:
         file.write(rest)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_directory(rescue)
     return path
 
 

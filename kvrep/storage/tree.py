@@ -36,7 +36,7 @@ from kvrep.model.sessions import Sessions
 from kvrep.storage.digest import DIGEST_MODULUS, Hasher
 from kvrep.storage.log import START, Tail
 
-__all__ = ["Change", "State", "Tree", "lmdb_errors"]
+__all__ = ["Change", "State", "Tree", "digests_in", "digests_out", "lmdb_errors"]
 
 META = b"kvrep:meta"
 STATE_KEY = b"state"
@@ -83,10 +83,10 @@ class State:
                 "configuration": self.configuration.to_wire(),
                 "configured_at": self.configured_at,
                 "branches": self.branches,
-                "digests": _digests_out(self.digests),
+                "digests": digests_out(self.digests),
                 "counts": self.counts,
                 "mark": self.mark,
-                "mark_digests": _digests_out(self.mark_digests),
+                "mark_digests": digests_out(self.mark_digests),
                 "verified": self.verified,
                 "diverged": self.diverged,
                 "logged_in": self.logged_in,
@@ -122,16 +122,14 @@ class State:
         return State.unpack(self.pack())
 
 
-def _digests_out(digests: dict[str, int]) -> dict[str, bytes]:
+def digests_out(digests: dict[str, int]) -> dict[str, bytes]:
+    """Digests as they are packed in records and in LMDB."""
     return {name: value.to_bytes(16, "big") for name, value in digests.items()}
 
 
 def digests_in(digests: dict[str, bytes]) -> dict[str, int]:
-    """Digests as they are packed in records and in LMDB, back as numbers."""
+    """The same back as numbers."""
     return {name: int.from_bytes(value, "big") for name, value in digests.items()}
-
-
-digests_out = _digests_out
 
 
 @contextmanager
@@ -486,11 +484,6 @@ class Tree:
         except lmdb.Error:
             return 0
         return max(0, self.file_bytes // PAGE_BYTES - used - 16) * PAGE_BYTES // 2
-
-    @property
-    def fill(self) -> float:
-        """The used share of the map, 0 to 1."""
-        return self.file_bytes / self.map_bytes
 
     def close(self, timeout_s: float) -> bool:
         """End idle reads, wait for those under way, close. False if some did not end in time."""

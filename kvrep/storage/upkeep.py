@@ -70,6 +70,5 @@ class Upkeep:
         return self._committer.log.trim(
             needed,
             bytes_kept=options.retention_bytes,
-            bytes_max=options.retention_bytes_max,
             age_s=options.retention_age_s,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
@@ -600,7 +600,3 @@ def _laid_over(
 def _after(prefix: bytes) -> bytes:
     """The smallest composite key behind all keys of a keyspace."""
     return (int.from_bytes(prefix, "big") + 1).to_bytes(PREFIX_BYTES, "big")
-
-
-def records_of(tables: Iterable[Table]) -> int:
-    return sum(t.writes for t in tables)

@@ -10,10 +10,16 @@ from kvrep.model.position import Position
 from kvrep.model.record import writes_in
 from kvrep.model.sessions import Origin
 
-__all__ = ["Inbox", "Write", "complete_all", "tell_again"]
+__all__ = ["Inbox", "Write", "complete_all", "renew_lock", "tell_again"]
 
 # Protects the callbacks of all writes; held for a few instructions, and only where there are callbacks.
 _callbacks_lock = threading.Lock()
+
+
+def renew_lock() -> None:
+    """In a forked child: whoever held the lock is not there to let it go."""
+    global _callbacks_lock  # noqa: PLW0603 - one lock for all writes; each write would pay for its own
+    _callbacks_lock = threading.Lock()
 
 
 class Inbox(Protocol):

@@ -1,9 +1,11 @@
-"""What every broker keeps: the in-memory twin, RabbitMQ's queues and streams, Kafka."""
+"""What every broker keeps: the in-memory twin, RabbitMQ's queues and streams, Kafka, and the one in examples/."""
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 from broker_kit import WAIT_S, Site, in_order, numbered, numbers, read, site
@@ -220,6 +222,42 @@ def test_closing(site: Site) -> None:
     publisher.close()
     subscriber.close()
     broker.close()
+
+
+def test_a_closed_broker_opens_nothing(site: Site) -> None:
+    """Neither a publisher nor a subscriber, which nobody would close."""
+    broker = site.connect()
+    broker.publisher()
+    broker.close()
+    with pytest.raises(ClosedError):
+        broker.publisher()
+    with pytest.raises(ClosedError):
+        broker.subscriber()
+
+
+def test_what_is_closed_is_let_go(site: Site) -> None:
+    """A broker that lives long keeps none of the publishers and subscribers that came and went."""
+    broker = site.connect()
+    broker.publisher().close()  # what pika logs when it makes a queue is kept by pytest, with the connection
+    gone = []
+    for _ in range(3):
+        for made in (broker.publisher(), broker.subscriber()):
+            gone.append(weakref.ref(made))
+            made.close()
+    del made
+    broker.publisher()
+    gc.collect()
+    assert [one() for one in gone if one() is not None] == []
+
+
+def test_only_a_kafka_has_transactions(site: Site) -> None:
+    """Where there are none, a publisher that asks for them is refused; it would promise what is not so."""
+    broker = site.connect()
+    if broker.url.startswith("kafka"):
+        broker.publisher(transactional_id=site.topic()).close()
+        return
+    with pytest.raises(OpenError, match="no transactions"):
+        broker.publisher(transactional_id="one")
 
 
 def test_closing_in_an_outage(site: Site) -> None:

@@ -213,6 +213,20 @@ def test_a_queue_is_no_stream(shared_rabbitmq: RabbitServer) -> None:
     broker.close()
 
 
+def test_closing_while_it_still_begins(
+    shared_rabbitmq: RabbitServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A subscriber of a stream that is closed before it knows its position ends without an error in the log."""
+    broker = brokers.connect(shared_rabbitmq.url(Site.topic(), stream=True))
+    broker.publisher().close()
+    for _ in range(10):
+        publisher, subscriber = broker.publisher(), broker.subscriber()
+        publisher.close()  # about as long as the questions of the subscriber take
+        subscriber.close()
+    broker.close()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_wrong_ways_into_kafka(shared_kafka: KafkaCluster) -> None:
     """Host, port and credentials that are wrong are named at once."""
     cases: list[tuple[str, type[Error], str]] = [
@@ -271,6 +285,28 @@ def test_transactions_are_committed_when_the_buffer_is_full(shared_kafka: KafkaC
     assert publisher.confirmed == 30
     assert numbers(read(broker.subscriber(), 30)) == list(range(1, 31))
     broker.close()
+
+
+def test_a_group_that_was_set_back(shared_kafka: KafkaCluster) -> None:
+    """Somebody's tool set a group to the beginning of all partitions: it is read from there, and acked."""
+    import confluent_kafka as ck
+
+    topic = Site.topic()
+    broker = brokers.connect(shared_kafka.url(topic))
+    publisher = broker.publisher()
+    publisher.publish(Message(b"1", key=b"k"))
+    publisher.flush(WAIT_S)
+    tool = ck.Consumer({"bootstrap.servers": shared_kafka.address, "group.id": "far"})
+    places = [ck.TopicPartition(topic, p, 0) for p in tool.list_topics(topic).topics[topic].partitions]
+    tool.commit(offsets=places, asynchronous=False)
+    tool.close()
+    subscriber = broker.subscriber(group="far")
+    (delivery,) = read(subscriber, 1)
+    subscriber.ack(delivery)
+    broker.close()
+    again = brokers.connect(shared_kafka.url(topic))
+    assert again.subscriber(group="far").receive(1, 0.5) == []
+    again.close()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

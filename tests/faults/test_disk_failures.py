@@ -8,13 +8,18 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lmdb
 import pytest
+from replication_kit import opened, stores, until, voters
 
 import kvrep
+from kvrep.storage.rescue import load_rescue
 
 OPTIONS: dict[str, Any] = {"log_file_bytes": 64 << 10, "map_bytes": 16 << 20, "flush_interval_s": 3600.0}
 STRACE = shutil.which("strace")
@@ -65,8 +70,11 @@ def test_eio_makes_the_store_read_only(store_path: Path, disk: Disk, call: str) 
     db.put(b"before", b"1")
     disk.fail(errno.EIO, call)
     if call == "pwritev":
-        with pytest.raises(kvrep.StorageFailed):
+        with pytest.raises(kvrep.LogFailed) as caught:
             db.put(b"failed", b"1")
+        position = caught.value.position
+        assert position.offset == db.status().last_offset + 1
+        assert db.resolve(position) is kvrep.Outcome.PENDING
     else:
         db.put(b"written", b"1")
         wait_for(lambda: db._node.engine.committer.failure is not None)
@@ -76,8 +84,9 @@ def test_eio_makes_the_store_read_only(store_path: Path, disk: Disk, call: str) 
         lambda: db.submit_put(b"after", b"1"),
         lambda: db.pop(b"before"),
     ):
-        with pytest.raises(kvrep.StorageFailed):
+        with pytest.raises(kvrep.StorageFailed) as refused:
             attempt()
+        assert not isinstance(refused.value, kvrep.UnknownOutcome)
     with pytest.raises(kvrep.StorageFailed), db.batch() as batch:
         batch.put(b"after", b"1")
     assert db[b"before"] == b"1"
@@ -91,6 +100,8 @@ def test_eio_makes_the_store_read_only(store_path: Path, disk: Disk, call: str) 
         assert db[b"before"] == b"1"
         assert b"after" not in db
         db.put(b"again", b"1")
+        if call == "pwritev":
+            assert db.resolve(position) is kvrep.Outcome.ROLLED_BACK
     with kvrep.open(store_path, **options) as db:
         assert db[b"again"] == b"1"
 
@@ -105,17 +116,143 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def test_eio_fails_all_that_wait(store_path: Path, disk: Disk) -> None:
-    """Pipelined writes and other threads' writes that stand behind a failed one get the same typed error."""
+    """Writes of a failed group are unknown, each at its position; what stood behind them was not logged."""
     with kvrep.open(store_path, **OPTIONS) as db:
-        db.put(b"before", b"1")
+        before = db.put(b"before", b"1")
         committer = db._node.engine.committer
-        with committer.lead:
-            futures = [db.submit_put(b"%d" % i, b"") for i in range(50)]
-            disk.fail(errno.EIO, "pwritev")
-        errors = [f.exception(10) for f in futures]
-        assert {type(e) for e in errors} == {kvrep.StorageFailed}
+        with pytest.raises(kvrep.StorageFailed), db.transaction() as txn:
+            with committer.lead:
+                futures = [db.submit_put(b"%d" % i, b"") for i in range(50)]
+                txn.get(b"before")  # takes the place: what follows stands behind it
+                behind = [db.submit_put(b"%d" % i, b"") for i in range(50, 60)]
+                disk.fail(errno.EIO, "pwritev")
+            errors = [f.exception(10) for f in futures]
+            txn.put(b"no", b"")
+        assert {type(e) for e in errors} == {kvrep.LogFailed}
+        assert [e.position.offset - before.offset for e in errors] == list(range(1, 51))
+        assert {type(f.exception(10)) for f in behind} == {kvrep.StorageFailed}
         disk.heal()
         assert len(db) == 1
+
+
+def test_a_write_whose_flush_failed_is_unknown_and_known_after_a_failover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The primary's flush fails after the record was shipped: the writer is told its position, not a refusal,
+    and the promoted follower answers what became of it."""
+    with stores(tmp_path) as start:
+        a = start("a", acks=1)
+        b = start("b", follow=a.address)
+        voters(a, "a", "b")
+        real, fails = os.fdatasync, threading.Event()
+
+        def fdatasync(fd: int) -> None:
+            if fails.is_set() and f"{tmp_path}/a/" in os.readlink(f"/proc/self/fd/{fd}"):
+                until(lambda: b.status().last_offset == a.status().last_offset)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(fd)
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        fails.set()
+        with pytest.raises(kvrep.LogFailed) as caught:
+            a.put(b"k", b"v")
+        position = caught.value.position
+        assert isinstance(caught.value, kvrep.UnknownOutcome)
+        assert position.offset == b.status().last_offset
+        assert a.resolve(position) is kvrep.Outcome.PENDING
+        a.close()
+        fails.clear()
+        b.promote()
+        a = start("a", follow=b.address)  # the second copy, without which nothing is committed
+        for node in (b, a):
+            until(lambda node=node: node.resolve(position) is kvrep.Outcome.COMMITTED)
+            assert node[b"k"] == b"v"
+
+
+class HeldUp:
+    """Writes to log files wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.waits = threading.Event()
+        real = os.pwritev
+
+        def pwritev(fd: int, *args: Any) -> Any:
+            if not self.go.is_set() and os.readlink(f"/proc/self/fd/{fd}").endswith(".log"):
+                self.waits.set()
+                assert self.go.wait(30.0)
+            return real(fd, *args)
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["write", "first write"])
+def test_close_keeps_to_its_deadline_while_a_write_hangs(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """A disk that does not answer holds up no close, the first or the second; the lock stays until it answers,
+    and then the write under way is in the log or was refused. (The first write has the lock of the roles.)"""
+    db = kvrep.open(store_path, **OPTIONS)
+    if not first:
+        db.put(b"before", b"1")
+    held = HeldUp(monkeypatch)
+    outcome: list[Any] = []
+
+    def write() -> None:
+        try:
+            outcome.append(db.put(b"k", b"v", timeout_s=20.0))
+        except kvrep.Error as error:
+            outcome.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert held.waits.wait(10.0)
+    closer = threading.Thread(target=db.close, args=(1.0,))
+    closer.start()
+    began = time.monotonic()
+    db.close(0.0)
+    assert time.monotonic() - began < 1.5
+    closer.join(5.0)
+    assert not closer.is_alive()
+    with pytest.raises(kvrep.ClosedError):
+        db.put(b"no", b"1")
+    with pytest.raises(kvrep.StoreInUse):
+        kvrep.open(store_path, **OPTIONS)
+    assert not outcome
+    held.go.set()
+    writer.join(10.0)
+    [told] = outcome
+    with opened(store_path, **OPTIONS) as db:
+        assert isinstance(told, kvrep.ClosedError if first else kvrep.Position)
+        assert (b"k" in db) != first
+
+
+def test_the_parts_of_a_node_share_the_deadline_of_its_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts use up all the time they are given: together they get half a second of a close(0)."""
+    with stores(tmp_path) as start:
+        a = start("a", acks=0)
+        node = a._node
+        late, given = [0.0], []
+        real = time.monotonic
+
+        def slow(stop: Callable[[float], Any]) -> Callable[[float], None]:
+            def stopped(timeout_s: float) -> None:
+                given.append(timeout_s)
+                late[0] += timeout_s
+                stop(5.0)
+
+            return stopped
+
+        parts = (node.roles, node.shipping, node._server, node.events)
+        for part in parts:
+            monkeypatch.setattr(part, "stop", slow(part.stop))
+        monkeypatch.setattr(node.engine, "close", slow(node.engine.close))
+        monkeypatch.setattr("kvrep.runtime.node.time", SimpleNamespace(monotonic=lambda: real() + late[0]))
+        a.close(0.0)
+        assert len(given) == len(parts) + 1
+        assert sum(given) < 1.0
 
 
 def test_enospc_is_refused_and_heals(store_path: Path, disk: Disk) -> None:
@@ -202,6 +339,64 @@ def test_lmdb_failure_is_final_but_loses_nothing(
     db.close()
     with kvrep.open(store_path, **OPTIONS) as db:
         assert dict(db.scan()) == {b"a": b"1"}
+
+
+FAILS_TO_FLUSH = """
+import sys, kvrep
+db = kvrep.open(sys.argv[1], log_file_bytes=65536, map_bytes=16 << 20, flush_interval_s=3600.0)
+db.put(b"a", b"1")
+try:
+    db.flush(20)
+except kvrep.StorageFailed as error:
+    print(error)
+db.close()
+"""
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize("rotten", [False, True], ids=["whole", "rotten"])
+def test_a_copy_whose_commit_failed_is_compared_with_its_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotten: bool
+) -> None:
+    """After LMDB's commit failed, the next open reads the file from the disk and recomputes its digests: what
+    differs is reported at every open, and what does not is trusted again."""
+    assert STRACE is not None
+    with kvrep.open(tmp_path, **OPTIONS) as db:
+        db.put(b"before", b"1")
+        db.flush()
+    data = tmp_path / "gen-000001" / "data"
+    note = data.parent / "SUSPECT"
+    assert not note.exists()
+    done = subprocess.run(
+        [
+            STRACE, "-f", "-qq", "-o", "/dev/null", "-P", str(data / "data.mdb"), "-e", "trace=fdatasync",
+            "-e", "inject=fdatasync:error=EIO", sys.executable, "-c", FAILS_TO_FLUSH, str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "LMDB failed while flushing" in done.stdout
+    assert note.exists()
+    if rotten:
+        with lmdb.open(str(data), max_dbs=8) as env, env.begin(write=True) as txn:
+            txn.put(b"before", b"2", db=env.open_db(b"default", txn=txn))
+    dropped: list[str] = []
+
+    def fadvise(fd: int, *args: int) -> None:
+        dropped.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd, *args)
+
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    with kvrep.open(tmp_path, **OPTIONS) as db:
+        assert dropped == [str(data / "data.mdb")]
+        until(lambda: not db._node.engine.unverified)
+        assert bool(db.status().diverged_at) == rotten
+        assert note.exists() == rotten
+        assert db[b"a"] == b"1"
+    if not rotten:
+        with kvrep.open(tmp_path, **OPTIONS) as db:
+            assert not db._node.engine.unverified
+            assert len(dropped) == 1
 
 
 INJECTED = """
@@ -362,3 +557,38 @@ def test_full_map(store_path: Path) -> None:
         assert set(db) == {*acked, b"healed"}
     with kvrep.open(store_path, **options) as db:
         assert set(db) == {*acked, b"healed"}
+
+
+def test_nothing_is_cut_while_there_is_no_room_to_save_it(
+    small_disk: Path, request: pytest.FixtureRequest
+) -> None:
+    """A cut on a full disk is refused with StorageFull, leaves no half file however often it is tried, and succeeds
+    when there is room; what a crash left half-written is gone after the next open."""
+    ballast = small_disk / "ballast"
+    path = small_disk / "store"
+    db = kvrep.open(path, **OPTIONS)
+    request.addfinalizer(db.close)
+    kept = db.put(b"kept", b"1")
+    for i in range(100):
+        db.put(b"%d" % i, b"v" * 10_000)
+    engine = db._node.engine
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(64 << 10))
+    for _ in range(3):
+        with pytest.raises(kvrep.StorageFull, match="save records 3 to 102"):
+            engine.cut(kept.offset, reason="a test")
+        assert list(engine.home.rescue.glob("*")) == []
+    assert len(db) == 101
+    assert db.status().rescued == ()
+    ballast.unlink()
+    saved = engine.cut(kept.offset, reason="a test")
+    assert saved is not None
+    assert list(engine.home.rescue.iterdir()) == [saved]
+    assert len(load_rescue(saved).records) == 100
+    assert dict(db.scan()) == {b"kept": b"1"}
+    db.close()
+    (path / "rescue" / "records-9-9-9.kvrescue.new").write_bytes(b"half")
+    with kvrep.open(path, **OPTIONS) as db:
+        assert list((path / "rescue").iterdir()) == [saved]
+        assert dict(db.scan()) == {b"kept": b"1"}

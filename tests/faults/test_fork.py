@@ -212,3 +212,41 @@ def test_other_process_holds_until_it_is_killed(store_path: Path) -> None:
         holder.wait(10)
     with kvrep.open(store_path) as db:
         assert db[b"k"] == b"v"
+
+
+IN_CHILD = """
+import os, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import kvrep
+from kvrep.storage import write
+
+parent = kvrep.open(sys.argv[1])
+held, go = threading.Event(), threading.Event()
+def hold():
+    with write._callbacks_lock:
+        held.set()
+        go.wait(20)
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait(20)
+pid = os.fork()
+if pid == 0:
+    told = threading.Event()
+    with kvrep.open(sys.argv[1] + "-child") as db:
+        db.submit_put(b"k", b"v").add_done_callback(lambda future: told.set())
+        os._exit(0 if told.wait(20) else 1)
+status = os.waitpid(pid, 0)[1]
+go.set()
+holder.join()
+parent.close()
+print("DONE", status)
+"""
+
+
+def test_a_child_that_opens_its_own_store_finds_every_lock_free(tmp_path: Path) -> None:
+    """A fork at a moment when a thread of the parent holds the lock of callbacks does not stop the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CHILD, str(tmp_path / "s")],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.stdout == "DONE 0\n", done.stderr

@@ -45,7 +45,10 @@ values = st.one_of(st.binary(max_size=8), st.sampled_from([0, 5_000, 70_000]).ma
 edges = st.one_of(st.none(), st.just(b""), keys)
 ops = st.lists(st.tuples(keys, st.one_of(st.none(), values)), max_size=6)
 CODECS: dict[str, Any] = {"texts": TEXT, "objects": MSGPACK, "documents": JSON}
-objects = st.one_of(st.integers(-9, 9), st.text(max_size=3), st.lists(st.integers(0, 3), max_size=3))
+objects = st.one_of(
+    st.none(), st.integers(-9, 9), st.text(max_size=3), st.lists(st.integers(0, 3), max_size=3)
+)
+MISSING = object()
 
 
 def scan_model(
@@ -246,16 +249,57 @@ class StoreModel(RuleBasedStateMachine):
         self.db.clear()
         self.model.clear()
 
-    @rule(name=st.sampled_from(sorted(CODECS)), key=keys, value=st.one_of(st.none(), objects))
-    def keyspace_write(self, name: str, key: bytes, value: Any) -> None:
+    @rule(name=st.sampled_from(sorted(CODECS)), key=keys, value=objects, delete=st.booleans())
+    def keyspace_write(self, name: str, key: bytes, value: Any, delete: bool) -> None:
         space, model = self.space(name), self.spaces[name]
-        if value is None:
+        if delete:
             space.delete(key)
             model.pop(key, None)
         else:
             value = str(value) if name == "texts" else value
             space.put(key, value)
             model[key] = value
+
+    @rule(
+        name=st.sampled_from(sorted(CODECS)), key=st.sampled_from([b"a", b"b"]), value=objects,
+        how=st.sampled_from(["put", "del", "pop", "put_if_absent", "setdefault"]),
+    )  # fmt: skip
+    def keyspace_condition(self, name: str, key: bytes, value: Any, how: str) -> None:
+        space, model = self.space(name), self.spaces[name]
+        value = str(value) if name == "texts" else value
+        if how == "put":
+            space[key] = value
+            model[key] = value
+        elif how == "put_if_absent":
+            assert (space.put_if_absent(key, value) is None) == (key in model)
+            model.setdefault(key, value)
+        elif how == "setdefault":
+            assert space.setdefault(key, value) == model.setdefault(key, value)
+        elif key not in model:
+            with pytest.raises(KeyError):
+                space.pop(key) if how == "pop" else space.__delitem__(key)
+        elif how == "pop":
+            assert space.pop(key) == model.pop(key)
+        else:
+            del space[key]
+            del model[key]
+        assert (key in space) == (key in model)
+
+    @rule(
+        name=st.sampled_from(sorted(CODECS)), key=st.sampled_from([b"a", b"b"]), expected=objects,
+        value=objects, match=st.booleans(),
+    )  # fmt: skip
+    def keyspace_swap(self, name: str, key: bytes, expected: Any, value: Any, match: bool) -> None:
+        space, model = self.space(name), self.spaces[name]
+        if name == "texts":
+            expected, value = (None if x is None else str(x) for x in (expected, value))
+        if match:
+            expected = model.get(key)
+        found = model.get(key, MISSING)
+        fits = found is MISSING if expected is None else found == expected
+        assert (space.compare_and_set(key, expected=expected, value=value) is not None) == fits
+        if fits:
+            self.lay(model, [(key, value)])
 
     @rule(name=st.sampled_from(sorted(CODECS)))
     def keyspace_clear(self, name: str) -> None:

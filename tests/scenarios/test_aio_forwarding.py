@@ -239,3 +239,25 @@ def test_linearizable_reads_share_questions(tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert not [t for t in threading.enumerate() if t.name.startswith("kvrep-forward")]
+
+
+def test_a_cancelled_write_says_what_to_settle(tmp_path: Path) -> None:
+    """A task that is cancelled while the primary has its write gets the request id, and by it the outcome."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as (a, b, _):
+            await b.put(b"k", b"v")
+            forwarder = b._core.node.forwarder
+            assert forwarder is not None
+            with a._node.engine.committer.lead:
+                task = asyncio.ensure_future(b.put(b"k", b"w", timeout_s=WAIT_S))
+                await asyncio.to_thread(until, lambda: any(item.flying for item in forwarder._open.values()))
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError) as cancelled:
+                    await task
+            request = getattr(cancelled.value, "request", None)
+            assert isinstance(request, kvrep.RequestId)
+            assert await b.settle(request, timeout_s=WAIT_S) is Outcome.COMMITTED
+            assert a.get(b"k") == b"w"
+
+    asyncio.run(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, voters
+from replication_kit import FAST, Proxy, proxy, voters
 
 import kvrep
 import kvrep.aio
@@ -385,7 +385,7 @@ def test_a_write_that_never_began_is_refused(store_path: Path) -> None:
 
 
 def test_a_failed_disk_reaches_every_task(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the log cannot be written, all waiting tasks get StorageFailed, each its own error."""
+    """When the log cannot be written, all waiting tasks are told, each by its own error: refused or unknown."""
 
     async def main() -> None:
         async with kvrep.aio.open(store_path) as db:
@@ -398,7 +398,9 @@ def test_a_failed_disk_reaches_every_task(store_path: Path, monkeypatch: pytest.
             monkeypatch.setattr(engine.committer.log, "append", broken)
             writes = [db.put(b"%d" % i, b"w") for i in range(50)]
             results = await asyncio.gather(*writes, db.pop(b"k"), return_exceptions=True)
-            assert {type(result) for result in results} == {kvrep.StorageFailed}
+            assert all(isinstance(result, kvrep.StorageFailed) for result in results)
+            open_ones = [result.position for result in results if isinstance(result, kvrep.LogFailed)]
+            assert 1 <= len(open_ones) == len(set(open_ones))
             assert len({id(result) for result in results}) == 51
             assert await db.get(b"k") == b"v"
 
@@ -635,3 +637,133 @@ def test_a_restarted_primary_does_not_hold_the_loop(tmp_path: Path) -> None:
                 assert await again.get(b"k") == b"v"
 
     asyncio.run(main())
+
+
+def test_writes_that_wait_for_more_copies_hold_up_nobody(tmp_path: Path) -> None:
+    """However many ask for a copy that a silent follower does not make, each ends at its own deadline, calls that
+    need a thread go on meanwhile, and once the follower answers such writes return."""
+
+    async def main(db: kvrep.aio.Store, link: Proxy) -> None:
+        kept = db.keyspace("kept", keep_before=True)
+        more: dict[str, Any] = {"acks": 1, "level": "visible"}
+        for space in (db, kept):
+            await space.put(b"k", b"v", timeout_s=WAIT_S, **more)
+        link.hold()
+        began = time.monotonic()
+
+        async def write(i: int) -> tuple[BaseException, float]:
+            space = kept if i % 2 else db
+            try:
+                if i % 5:
+                    await space.put(b"%d" % i, b"v", timeout_s=1.0, **more)
+                else:
+                    await space.delete(b"k", timeout_s=1.0, **more)
+            except kvrep.Error as error:
+                return error, time.monotonic() - began
+            raise AssertionError("the follower is silent")
+
+        writes = [asyncio.create_task(write(i)) for i in range(50)]
+        await asyncio.sleep(0)
+        await db.flush(WAIT_S)
+        flushed_s = time.monotonic() - began
+        ends = await asyncio.gather(*writes)
+        assert {type(error) for error, _ in ends} == {kvrep.AckTimeout}
+        assert {(error.reached, error.needed) for error, _ in ends} == {(1, 2)}
+        assert min(at for _, at in ends) >= 0.9
+        assert max(flushed_s, *(at for _, at in ends)) < 5.0
+        assert not db._core.node.shipping.followers._wanted
+        link.release()
+        for space in (db, kept):
+            await space.put(b"k", b"w", timeout_s=WAIT_S, **more)
+
+    async def serve() -> None:
+        slow = {**FAST, "heartbeat_timeout_s": 60.0}
+        async with kvrep.aio.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **slow) as db:
+            with proxy(db.address) as link:
+                b = await asyncio.to_thread(kvrep.open, tmp_path / "b", name="b", follow=link.address, **slow)
+                try:
+                    await asyncio.to_thread(voters, db._sync, "a", "b")
+                    await main(db, link)
+                finally:
+                    await asyncio.to_thread(b.close)
+
+    asyncio.run(serve())
+
+
+def test_status_reads_no_files_on_the_loop(tmp_path: Path) -> None:
+    """How far a follower is behind that is not served from memory is known without holding the loop."""
+    options: dict[str, Any] = {"name": "a", "listen": "127.0.0.1:0", "acks": 0, **FAST}
+    with kvrep.open(tmp_path / "a", **options) as a:
+        with kvrep.open(tmp_path / "b", name="b", follow=a.address, **FAST):
+            voters(a, "a", "b")
+        for i in range(40):
+            a.put(b"%d" % i, b"x" * 10_000)
+
+    async def main() -> None:
+        async with kvrep.aio.open(tmp_path / "a", **options) as db:
+            await until(lambda: db.status().followers != (), "the slot is not known")
+            engine_log = db._core.node.engine.committer.log
+            with held(engine_log._files_lock) as free:
+                began = time.monotonic()
+                [gone] = db.status().followers
+                assert time.monotonic() - began < 5
+                assert not free.is_set()
+                assert gone.lag_records >= 40
+            await until(lambda: db.status().followers[0].lag_bytes > 400_000, "nobody measures")
+            [gone] = db._sync.status().followers
+            assert gone.lag_bytes > 400_000
+            assert gone.lag_s > 0
+            assert abs(db.status().followers[0].lag_s - gone.lag_s) < 5
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_write_says_where_it_is(tmp_path: Path) -> None:
+    """However its task waits for an ack, and whether it is cancelled or runs out of time, the write that goes on can
+    be asked for by the position that the error has."""
+    slow = {**FAST, "heartbeat_timeout_s": 60.0, "listen": "127.0.0.1:0"}
+
+    async def transaction(db: kvrep.aio.Store) -> None:
+        async with db.transaction() as txn:
+            txn.put(b"t", await txn.get(b"k") or b"")
+
+    async def main(db: kvrep.aio.Store, link: Proxy) -> None:
+        await db.put(b"k", b"v")
+        for way in (
+            lambda: db.put(b"p", b"v"),
+            lambda: db.submit_put(b"f", b"v").result(),
+            lambda: transaction(db),
+        ):
+            link.hold()
+            last = db.status().last_offset
+            task = asyncio.ensure_future(way())
+            await until(lambda: len(db._core.node.engine.committer.pending) == 1, "the write is not logged")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as cancelled:
+                await task
+            position = getattr(cancelled.value, "position", None)
+            assert position == kvrep.Position(db.status().epoch, last + 1)
+            assert db.resolve(position) is kvrep.Outcome.PENDING
+            link.release()
+            await until(
+                lambda position=position: db.resolve(position) is kvrep.Outcome.COMMITTED,
+                "it is not committed",
+            )
+        link.hold()
+        with pytest.raises(TimeoutError) as late:
+            async with asyncio.timeout(0.5):
+                await db.put(b"late", b"v")
+        assert isinstance(getattr(late.value.__cause__, "position", None), kvrep.Position)
+        link.release()
+
+    async def serve() -> None:
+        async with kvrep.aio.open(tmp_path / "a", name="a", acks=1, ack_timeout_s=WAIT_S, **slow) as db:
+            with proxy(db.address) as link:
+                b = await asyncio.to_thread(kvrep.open, tmp_path / "b", name="b", follow=link.address, **slow)
+                try:
+                    await asyncio.to_thread(voters, db._sync, "a", "b")
+                    await main(db, link)
+                finally:
+                    await asyncio.to_thread(b.close)
+
+    asyncio.run(serve())

@@ -192,11 +192,12 @@ def test_ctrl_c_while_waiting_for_an_ack(tmp_path: Path) -> None:
         until(lambda: _last_offset(p) > last)
         began = time.monotonic()
         p.signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped:
             p.receive()
         assert time.monotonic() - began < 2
         status = p.run("db.status()")
         position = kvrep.Position(status.epoch, status.last_offset)
+        assert getattr(stopped.value, "position", None) == position
         assert p.run(f"db.resolve(kvrep.Position(*{tuple(position)}))") is Outcome.PENDING
         os.kill(f.pid, signal.SIGCONT)
         until(lambda: p.run(f"db.resolve(kvrep.Position(*{tuple(position)}))") is Outcome.COMMITTED)

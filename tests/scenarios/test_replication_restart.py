@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from replication_kit import FAST, WAIT_S, acknowledged, processes, proxy, same, 
 
 import kvrep
 from kvrep import NotEnoughFollowers, NotPrimary, Outcome
+from kvrep.replication.promotion import Promotion
+from kvrep.runtime.leadership import Leadership
 
 QUIET = {**FAST, "heartbeat_timeout_s": 30.0}
 
@@ -183,15 +186,43 @@ def test_an_asynchronous_primary_goes_on_without_its_followers(tmp_path: Path) -
             b.wait_for(again.position, WAIT_S)
 
 
+def test_opening_waits_for_an_epoch_that_another_thread_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node's clock may go on without promises just before the thread that opens it, which then waits."""
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=0, **FAST) as p:
+        with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST):
+            voters(p, "a", "b")
+    begin_unfenced, begin_with = Leadership._begin_unfenced, Leadership._begin_with
+    opener, late, opened = threading.current_thread(), threading.Event(), threading.Event()
+
+    def only_second(leadership: Leadership) -> None:
+        if threading.current_thread() is opener:
+            until(lambda: leadership._promotion is None)
+        begin_unfenced(leadership)
+        if threading.current_thread() is opener:
+            late.set()
+
+    def slowly(leadership: Leadership, promotion: Promotion, *, unfenced: bool) -> None:
+        assert late.wait(WAIT_S)
+        assert not opened.wait(0.3), "opened before the epoch"
+        begin_with(leadership, promotion, unfenced=unfenced)
+
+    monkeypatch.setattr(Leadership, "_begin_unfenced", only_second)
+    monkeypatch.setattr(Leadership, "_begin_with", slowly)
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **FAST) as again:
+        opened.set()
+        again.put(b"k", b"v")
+
+
 def test_a_restart_without_enough_voters_is_not_writable_until_they_join(tmp_path: Path) -> None:
     """acks=1 of three voters needs two promises: alone it says whom it waits for, with one more it writes."""
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p:
-        with (
-            kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST),
-            kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST),
-        ):
-            voters(p, "a", "b", "c")
-            p.put(b"k", b"1")
+        with kvrep.open(tmp_path / "b", name="b", follow=p.address, **FAST):
+            voters(p, "a", "b")  # so that b is the first to be named
+            with kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST):
+                voters(p, "a", "b", "c")
+                p.put(b"k", b"1")
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **FAST) as again:
         with pytest.raises(NotPrimary, match=r"promises of 1 .*missing: b, c"):
             again.put(b"k", b"2")

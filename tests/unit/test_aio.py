@@ -253,6 +253,19 @@ def test_keyspaces_and_codecs(store_path: Path) -> None:
         assert b"u" not in db
         assert db.keyspaces() == ["default", "users"]
         async with db.transaction() as txn:
+            txn.emit("topic", b"only a message")
+        assert txn.position is not None
+        assert txn.position == db.position
+        await users.put(b"none", None)
+        assert await users.put_if_absent(b"none", 1) is None
+        assert await users.compare_and_set(b"none", expected=None, value=1) is None
+        assert await users.setdefault(b"none", 1) is None
+        assert b"none" in users
+        assert await users.pop(b"none") is None
+        assert b"none" not in users
+        assert await users.put_if_absent(b"none", None) is not None
+        await users.pop(b"none")
+        async with db.transaction() as txn:
             txn.put(b"v", {"n": 1}, keyspace=users)
             assert await txn.get(b"v", keyspace=users) == {"n": 1}
         async with db.batch() as batch:

@@ -106,9 +106,8 @@ class Link:
         """Why the broker takes nothing from publishers now, if it says so."""
         self.full = ""
         """Why it has refused a message, until that is sent again."""
-        self.ended: Error | None = None
-        """What no new connection can mend."""
-        self.on_ended: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[Error], None] = lambda error: None
+        """Called with what no new connection can mend."""
         self.on_unblocked: Callable[[], None] = lambda: None
         self._place, self._queue = place, queue
         self._on_ready, self._on_lost = on_ready, on_lost
@@ -199,10 +198,10 @@ class Link:
 
     def _unmendable(self) -> bool:
         """Whether what is there is not what it was taken for; tells it."""
-        if isinstance(self._fault, ConfigurationMismatch):
-            self.ended = self._fault
-            self.on_ended()
-        return self.ended is not None
+        if not isinstance(self._fault, ConfigurationMismatch):
+            return False
+        self.on_ended(self._fault)
+        return True
 
     def _hopeless(self) -> bool:
         return isinstance(self._fault, AuthenticationFailed | PermissionDenied | ConfigurationMismatch)

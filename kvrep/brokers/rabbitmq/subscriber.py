@@ -15,7 +15,7 @@ from kvrep.brokers.interface import EARLIEST, LATEST, STORED, Delivery, Message
 from kvrep.brokers.outstanding import Outstanding
 from kvrep.brokers.rabbitmq.link import Link, Place
 from kvrep.brokers.rabbitmq.publisher import KEY_HEADER
-from kvrep.errors import ClosedError, again
+from kvrep.errors import ClosedError, Error, OpenError, again
 
 __all__ = ["RabbitSubscriber"]
 
@@ -34,14 +34,15 @@ class RabbitSubscriber:
     def __init__(self, place: Place, queue: str, group: str, start: str, prefetch: int) -> None:
         self._queue, self._prefetch, self._stream = queue, prefetch, place.stream
         self._position_queue = f"{queue}.{group}.position"
-        self._start: str | int = int(start) + 1 if start.isdecimal() else start
+        self._start = _start(start)
         # Protects what follows; announces arrivals.
         self._changed = threading.Condition()
         self._arrived: deque[Delivery] = deque()
         self._outstanding = Outstanding()
         """Delivery tags of this generation."""
         self._generation = 0
-        self._closed = False
+        self.closed = False
+        self._ended: Error | None = None
         self._next: int | None = None
         """Of a stream: the offset behind the last one up to which all are acked."""
         self._saved: int | None = None
@@ -56,11 +57,11 @@ class RabbitSubscriber:
     def receive(self, max_messages: int, timeout_s: float) -> list[Delivery]:
         with self._changed:
             if timeout_s > 0:
-                self._changed.wait_for(lambda: self._closed or self._link.ended or self._ready(), timeout_s)
-            if self._closed:
+                self._changed.wait_for(lambda: self.closed or self._ended or self._ready(), timeout_s)
+            if self.closed:
                 raise ClosedError("the subscriber is closed")
-            if self._link.ended is not None:
-                raise again(self._link.ended)
+            if self._ended is not None:
+                raise again(self._ended)
             count = min(max_messages, self._ready())
             return [self._arrived.popleft() for _ in range(count)]
 
@@ -73,7 +74,7 @@ class RabbitSubscriber:
         generation, tag, offset = delivery.tag
         save = False
         with self._changed:
-            if self._closed or generation != self._generation:
+            if self.closed or generation != self._generation:
                 return
             tags = self._outstanding.ack(tag, through=through)
             if not tags:
@@ -89,9 +90,9 @@ class RabbitSubscriber:
 
     def close(self) -> None:
         with self._changed:
-            if self._closed:
+            if self.closed:
                 return
-            self._closed = True
+            self.closed = True
             self._arrived.clear()
             self._changed.notify_all()
         deadline = time.monotonic() + CLOSE_S
@@ -136,8 +137,9 @@ class RabbitSubscriber:
             self._generation += 1
             self._saving = False
 
-    def _on_ended(self) -> None:
+    def _on_ended(self, error: Error) -> None:
         with self._changed:
+            self._ended = error
             self._changed.notify_all()
 
     def _on_message(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
@@ -157,7 +159,7 @@ class RabbitSubscriber:
             id=properties.message_id or "",
         )
         with self._changed:
-            if self._closed:
+            if self.closed:
                 return
             if self._stream and isinstance(self._start, int) and offset < self._start:
                 self._channel.basic_ack(tag)  # the server starts at a whole chunk
@@ -176,16 +178,23 @@ class RabbitSubscriber:
     # -- positions in a stream ---------------------------------------------------------------------
 
     def _read_position(self, channel: Any) -> None:
+        if not channel.is_open:  # closed while it was about to begin
+            return
         if self._next is not None:
             self._start = self._next
         if self._start != STORED:
             self._consume(channel, self._start)
             return
-        channel.add_callback(lambda _: self._consume(channel, EARLIEST), [Basic.GetEmpty], one_shot=True)
+        channel.add_callback(
+            lambda _: self._on_position(channel, None, None, b""), [Basic.GetEmpty], one_shot=True
+        )
         channel.basic_get(self._position_queue, self._on_position)
 
     def _on_position(self, channel: Any, method: Any, _properties: Any, body: bytes) -> None:
-        channel.basic_nack(method.delivery_tag, requeue=True)
+        if not channel.is_open:
+            return
+        if method is not None:
+            channel.basic_nack(method.delivery_tag, requeue=True)
         self._consume(channel, int(body) if body.isdigit() else EARLIEST)
 
     def _consume(self, channel: Any, start: str | int) -> None:
@@ -208,3 +217,12 @@ class RabbitSubscriber:
         self._saved = position
         properties = pika.BasicProperties(delivery_mode=PERSISTENT)
         channel.basic_publish("", self._position_queue, str(position).encode(), properties)
+
+
+def _start(start: str) -> str | int:
+    """A name, or the offset behind a position."""
+    if start in (STORED, EARLIEST, LATEST):
+        return start
+    if not start.isdecimal():
+        raise OpenError(f"not a position in a stream: {start[:300]!r}")
+    return int(start) + 1

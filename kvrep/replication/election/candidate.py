@@ -140,7 +140,9 @@ class Candidate:
         self.problem = "no primary is known yet"
         self.wants_permit = False
         self.permit_until = 0.0
+        """Till then a service outside lets this node try, and counts as one more vote."""
         self.outside_epoch = 0
+        """The highest epoch that this service is known to have promised."""
         self.ask_at = now
         """Not before then are the others asked, unless something happens."""
         self.round: Round | None = None
@@ -197,8 +199,8 @@ class Candidate:
         self.ask_at, self.problem = until, problem
         self._deferred = False
 
-    def satisfied(self) -> None:
-        """There is a primary, this node or another one."""
+    def settle(self) -> None:
+        """There is a primary, this node or another one: nothing of what went before counts."""
         self.problem = ""
         self._failures, self._deferred, self.wants_permit = 0, False, False
 

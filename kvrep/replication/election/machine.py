@@ -237,7 +237,7 @@ class Election:
     def _believe(self, primary: PrimarySeen, now: float) -> bool:
         """This primary is alive. Whether it is news."""
         news = self._watch.saw(primary, now)
-        self._candidate.satisfied()
+        self._candidate.settle()
         promising = self.phase is Phase.PROMISING and primary.epoch > self._candidate.wanted
         if self.phase is Phase.ASKING or promising:
             self._rest()
@@ -332,7 +332,7 @@ class Election:
         self._rest()
         self._leads = True
         self._watch.forget()
-        self._candidate.satisfied()
+        self._candidate.settle()
         return self._announce(now)
 
     def _announce(self, now: float) -> list[Action]:

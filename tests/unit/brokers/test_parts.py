@@ -41,6 +41,21 @@ def test_options_are_known_or_refused() -> None:
         BrokerUrl.parse("amqp://a/?colour=b").only("topic")
 
 
+def test_options_have_bounds() -> None:
+    """A number is whole and within its bounds, a choice one of a few; what is not given has a default."""
+    url = BrokerUrl.parse("kafka://a/t?linger_ms=7&timeout_s=0&partitions=many&sasl=scram-sha-256&kind=heap")
+    assert url.number("linger_ms", 5, 0, 10) == 7
+    assert url.number("replicas", -1, 1, 10) == -1
+    assert url.choice("sasl", "PLAIN", "SCRAM-SHA-256") == "SCRAM-SHA-256"
+    assert url.choice("queue_type", "classic", "quorum") == "classic"
+    for name in ("timeout_s", "partitions"):
+        with pytest.raises(ConfigurationMismatch, match="a whole number from 1 to 3600") as error:
+            url.number(name, 10, 1, 3600)
+        assert error.value.option == name
+    with pytest.raises(ConfigurationMismatch, match="kind='heap' is not allowed: log or queue"):
+        url.choice("kind", "log", "queue")
+
+
 def test_our_options_are_split_off() -> None:
     """Options of the follower do not reach the broker; the rest is kept as it was."""
     theirs, ours = split_url("kafka://a:1/t?bootstrap=h%3A1&linger_ms=7&group=g")
