@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lifeline import Lifeline
+
 ETCD = shutil.which("etcd")
 START_S = 30.0
 
@@ -23,6 +26,7 @@ class EtcdServer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: Lifeline | None = None
         self.endpoint = ""
 
     def start(self) -> None:
@@ -54,7 +58,9 @@ class EtcdServer:
                 ],
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )  # fmt: skip
+        self._lifeline = Lifeline(self._process.pid)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self._process.poll() is None:
             if _answers(endpoint):
@@ -67,6 +73,7 @@ class EtcdServer:
     def freeze(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)  # the signal is only on its way
 
     def thaw(self) -> None:
         assert self._process is not None
@@ -74,6 +81,9 @@ class EtcdServer:
 
     def stop(self) -> None:
         process, self._process = self._process, None
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            lifeline.close()
         if process is not None:
             process.send_signal(signal.SIGCONT)
             process.kill()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lifeline import Lifeline
+
 REAL = os.environ.get("KVREP_TEST_KAFKA", "")
 
 
@@ -20,6 +22,7 @@ class KafkaCluster:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: Lifeline | None = None
         self.address = REAL
 
     def url(self, topic: str) -> str:
@@ -32,7 +35,9 @@ class KafkaCluster:
             [sys.executable, str(Path(__file__).with_name("kafka_cluster.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,
         )
+        self._lifeline = Lifeline(self._process.pid)
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().decode().strip()
         assert self.address, "the mock cluster does not start"
@@ -49,6 +54,9 @@ class KafkaCluster:
 
     def stop(self) -> None:
         process, self._process = self._process, None
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            lifeline.close()
         if process is not None:
             process.send_signal(signal.SIGCONT)
             process.kill()

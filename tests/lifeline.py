@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from typing import ClassVar
 
 _WAIT_THEN_KILL = 'read -r _; for group in "$@"; do kill -s KILL -- "-$group"; done'
 
@@ -14,6 +15,9 @@ class Lifeline:
     of its own, so that Ctrl-C in a terminal does not end it first.
     """
 
+    held: ClassVar[set[int]] = set()
+    """Processes that may outlive a test: those that have a lifeline, and the shells."""
+
     def __init__(self, *groups: int) -> None:
         self._shell = subprocess.Popen(
             ["/bin/sh", "-c", _WAIT_THEN_KILL, "lifeline", *map(str, groups)],
@@ -22,6 +26,8 @@ class Lifeline:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self._mine = {self._shell.pid, *groups}
+        self.held.update(self._mine)
 
     def close(self) -> None:
         """The groups end in another way: call it before they do, while nobody else can have their numbers."""
@@ -29,3 +35,4 @@ class Lifeline:
         self._shell.wait(10)
         assert self._shell.stdin is not None
         self._shell.stdin.close()
+        self.held.difference_update(self._mine)
