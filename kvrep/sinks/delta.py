@@ -99,7 +99,7 @@ class Delta:
         with self.errors():
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-            self._table = DeltaTable.create(
+            DeltaTable.create(
                 self.uri,
                 self.schema,
                 mode="ignore",
@@ -108,6 +108,7 @@ class Delta:
                 configuration=properties,
             )
             self._sync_log(0)
+        self.load()  # it may be somebody else's, and have rows by now
 
     def _need(self) -> DeltaTable:
         assert self._table is not None, "the table was not loaded"

@@ -485,14 +485,14 @@ class WarehouseSink(Sink):
     def _refresh(self, keyspace: str, notes: Notes, give_up: Callable[[], bool]) -> None:
         """Bring the table of a keyspace to what the history says, in one commit."""
         self._load_current(keyspace)
-        if self._through(keyspace) >= notes.keyspaces[keyspace]:
-            return
         if keyspace not in self._current:
             shown = self._show(keyspace)
             table = Delta(f"{self._root}/current/{table_name(keyspace)}", shown.schema)
             table.create(json.dumps(shown.table.describe()))
             self._current[keyspace] = table
         table = self._current[keyspace]
+        if table.number >= notes.keyspaces[keyspace]:
+            return  # another agent was here
         with closing(_Last()) as last:
             self._find_last(keyspace, notes, last)
             old = self._outdated(keyspace, notes, last)

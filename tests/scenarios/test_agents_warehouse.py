@@ -464,3 +464,24 @@ def test_what_a_commit_wrote_ahead_does_not_count_without_it(
     sink.tend()
     assert current(folder) == replayed(folder) == {"default": {b"a": b"1", b"b": b"1"}}
     assert [letter.reason for letter in sink.dead_letters()] == ["kept"]
+
+
+def test_a_slower_agent_does_not_take_the_current_state_back(
+    sink: WarehouseSink, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that knows an older history leaves a table alone that another one has made meanwhile."""
+    put(sink, a="1")
+    slower = eager(folder)
+    slower.open()
+    create = Delta.create
+
+    def overtaken(table: Delta, description: str) -> None:
+        monkeypatch.setattr(Delta, "create", create)
+        put(sink, a="2")
+        sink.tend()
+        table.create(description)
+
+    monkeypatch.setattr(Delta, "create", overtaken)
+    slower.tend()
+    slower.close()
+    assert current(folder) == {"default": {b"a": b"2"}}

@@ -247,11 +247,10 @@ def test_a_cancelled_write_says_what_to_settle(tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (a, b, _):
             await b.put(b"k", b"v")
-            forwarder = b._core.node.forwarder
-            assert forwarder is not None
-            with a._node.engine.committer.lead:
+            committer = a._node.engine.committer
+            with committer.lead:
                 task = asyncio.ensure_future(b.put(b"k", b"w", timeout_s=WAIT_S))
-                await asyncio.to_thread(until, lambda: any(item.flying for item in forwarder._open.values()))
+                await asyncio.to_thread(until, lambda: committer.busy)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError) as cancelled:
                     await task
