@@ -429,7 +429,8 @@ def _grpc(options: Options) -> Transport:
     security = Security(tls=options.tls, token=options.token)
     return GrpcTransport(
         security=security,
-        message_bytes_max=max(8 << 20, options.value_bytes_max + (1 << 20)),
+        # A call may carry a whole record: a forwarded transaction, or what a promoted node lacks.
+        message_bytes_max=max(8 << 20, options.record_bytes_max + (1 << 20)),
     )
 
 

@@ -54,6 +54,9 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("kvrep.storage")
 
+TRIM_S = 2.0
+"""How often the log is trimmed where nothing is flushed."""
+
 
 class Engine:
     """An open store directory. Made by :meth:`open`; every method may be called on any thread."""
@@ -107,6 +110,7 @@ class Engine:
         self.on_tick: Callable[[], None]
         """Called on the flush thread about twice a second."""
         self.reset_hooks()
+        self._trimmed_s = time.monotonic()
         self._slow_bytes = options.memtable_bytes_max // 2
         """Memory of unflushed writes from which on writers are slowed."""
         self.unverified = home.received or home.suspected
@@ -469,6 +473,10 @@ class Engine:
         self.on_tick()
         self.view.expire_snapshots()
         self._upkeep.tick()
+        now = time.monotonic()
+        if now - self._trimmed_s >= TRIM_S and self.committer.failure is None:
+            self._trimmed_s = now
+            self.trim()  # files grow old, and followers and feeds get on, where nothing is flushed, too
 
     def _fail(self, error: BaseException) -> None:
         """Nothing is flushed any more. What LMDB's file seems to hold need not have reached the disk."""

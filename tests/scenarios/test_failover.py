@@ -73,6 +73,30 @@ def test_a_promoted_follower_has_every_acknowledged_write(tmp_path: Path, acks: 
         assert again.status().primary_address == b.address
 
 
+def test_slots_outlive_the_primary(tmp_path: Path) -> None:
+    """What an absent follower needs is kept by the voter that is promoted: it rejoins without a copy."""
+    options = {"log_file_bytes": 1 << 16, "retention_bytes": 0, "retention_age_s": 0}
+    with stores(tmp_path) as start:
+        a = start("a", acks=1, **options)
+        b, c = (start(name, follow=a.address, **options) for name in "bc")
+        voters(a, "a", "b", "c")
+        c.wait_for(a.put(b"k", b"v"), WAIT_S)
+        c.close()
+        for i in range(40):
+            a.put(b"%d" % i, b"x" * 10_000)
+        a.flush()
+        b.wait_for(a.position, WAIT_S)
+        a.close()
+        b.promote(force=True, voters=["b"], acks=0)
+        for i in range(40):
+            put(b, b"%d" % i, b"y" * 10_000)
+        b.flush()
+        again = start("c", follow=b.address, **options)
+        again.wait_for(b.position, WAIT_S)
+        assert again.status().source.bootstrap_bytes == 0
+        same(b, again)
+
+
 def test_copies_are_compared_by_digests_after_a_failover(tmp_path: Path) -> None:
     """The new primary's digests go into its log, and the others find theirs equal to them."""
     quick = {"flush_interval_s": 0.05}
@@ -134,6 +158,24 @@ def test_what_only_another_voter_has_is_fetched(tmp_path: Path) -> None:
         c.wait_for(put(b, b"after", b"1"), WAIT_S)
         assert all(b.resolve(p) is Outcome.COMMITTED for p in positions)
         same(b, c)
+
+
+def test_a_record_that_is_larger_than_any_value_is_fetched(tmp_path: Path) -> None:
+    """The promoted node lacks one transaction of 12 MiB, where values have at most 1 MiB: it gets it whole."""
+    sizes = {"value_bytes_max": 1 << 20, "record_bytes_max": 16 << 20}
+    with stores(tmp_path) as start:
+        a = start("a", acks=1, **sizes)
+        b, c = (start(name, follow=a.address, **sizes) for name in "bc")
+        voters(a, "a", "b", "c")
+        b.wait_for(a.put(b"k", b"1"), WAIT_S)
+        b._node.replaying.stop(5.0)
+        with a.batch() as batch:
+            for i in range(12):
+                batch.put(b"n%d" % i, bytes(1 << 20))
+        c.wait_for(a.position, WAIT_S)
+        a.close()
+        b.promote()
+        assert all(b.get(b"n%d" % i) == bytes(1 << 20) for i in range(12))
 
 
 def test_a_promotion_of_the_primary_itself_is_nothing(tmp_path: Path) -> None:

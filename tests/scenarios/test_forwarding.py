@@ -753,3 +753,15 @@ def test_the_forwarding_node_becomes_primary_itself(tmp_path: Path) -> None:
         load.check(_Prefixed(b, "b"))  # type: ignore[arg-type]
         c.wait_for(b.position, WAIT_S)
         same(b, c)
+
+
+def test_a_transaction_larger_than_any_value_is_forwarded(tmp_path: Path) -> None:
+    """Up to record_bytes_max, as on the primary: 12 MiB, where values have at most 1 MiB."""
+    with group(tmp_path, 1, "ab", value_bytes_max=1 << 20, record_bytes_max=16 << 20) as (_, (a, b)):
+        with b.transaction() as txn:
+            for i in range(12):
+                txn.put(b"%d" % i, bytes(1 << 20))
+        assert len(b) == len(a) == 12
+        with pytest.raises(kvrep.ValueTooLarge), b.batch() as batch:
+            for i in range(17):
+                batch.put(b"%d" % i, bytes(1 << 20))

@@ -319,7 +319,7 @@ def test_slots_survive_a_restart_and_keep_the_log(tmp_path: Path) -> None:
             f.wait_for(p.position, WAIT_S)
             assert f.status().source.bootstrap_bytes == 0
             same(p, f)
-            until(lambda: p.flush() or p.status().first_offset > first)
+            until(lambda: p.status().first_offset > first)  # with nothing to flush, too
 
 
 def test_the_slowest_slot_is_released_at_the_cap(tmp_path: Path) -> None:
