@@ -140,6 +140,28 @@ def _answers(port: int) -> bool:
         return False
 
 
+GUARD = """
+CREATE TABLE {schema}.default (key bytea PRIMARY KEY, value bytea);
+CREATE FUNCTION {schema}.forward() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.value <= OLD.value THEN RAISE EXCEPTION '% does not follow %', NEW.value, OLD.value; END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER forward BEFORE UPDATE ON {schema}.default FOR EACH ROW EXECUTE FUNCTION {schema}.forward();
+"""
+"""For tests whose values only grow: one that does not was applied out of order, or twice."""
+
+
+def guarded(url: str) -> None:
+    """Make the schema, and in it a table of the keyspace ``default`` that refuses values that do not grow."""
+    import psycopg
+
+    schema = url.rpartition("=")[2]
+    with psycopg.connect(url.partition("?")[0]) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
+        connection.execute(GUARD.format(schema=schema).encode())
+
+
 def need_postgres() -> None:
     """Skip, with the reason, where there is no server to test with."""
     pytest.importorskip("psycopg", reason="psycopg is not installed")

@@ -13,31 +13,17 @@ import pytest
 
 import kvrep
 from tests.agent_kit import agent_of, content, copy_of, wait_current, wait_until
-from tests.postgres_kit import PostgresServer, need_postgres, postgres_server, shared_postgres  # noqa: F401
+from tests.postgres_kit import (  # noqa: F401
+    PostgresServer,
+    guarded,
+    need_postgres,
+    postgres_server,
+    shared_postgres,
+)
 
 need_postgres()
 
 from kvrep.sinks.postgres import PostgresSink  # noqa: E402
-
-GUARD = """
-CREATE TABLE {schema}.default (key bytea PRIMARY KEY, value bytea);
-CREATE FUNCTION {schema}.forward() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-  IF NEW.value < OLD.value THEN RAISE EXCEPTION 'went back from % to %', OLD.value, NEW.value; END IF;
-  RETURN NEW;
-END $$;
-CREATE TRIGGER forward BEFORE UPDATE ON {schema}.default FOR EACH ROW EXECUTE FUNCTION {schema}.forward();
-"""
-"""Values of this test only grow: one that shrinks was applied out of order, or twice."""
-
-
-def guarded(url: str) -> None:
-    import psycopg
-
-    schema = url.rpartition("=")[2]
-    with psycopg.connect(url.partition("?")[0]) as connection:
-        connection.execute(f"CREATE SCHEMA {schema}".encode())
-        connection.execute(GUARD.format(schema=schema).encode())
 
 
 class Writer(threading.Thread):
@@ -70,6 +56,22 @@ class Writer(threading.Thread):
         self.join(10)
 
 
+def run_until_killed(source: str, secondary: str, commits: int, writer: Writer) -> None:
+    """Run an agent in a process of its own, and kill it after so many commits."""
+    writer.allow(100)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.agent_child", source, secondary], stdout=subprocess.PIPE
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        for _ in range(commits):
+            writer.allow(20)  # more than one commit takes
+            assert child.stdout.readline() == b"committed\n"
+        child.kill()
+        child.wait(10)
+
+
 def test_an_agent_killed_at_any_point_applies_everything_once(
     tmp_path: Path,
     shared_postgres: PostgresServer,  # noqa: F811
@@ -81,18 +83,7 @@ def test_an_agent_killed_at_any_point_applies_everything_once(
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
         with Writer(db) as writer:
             for commits in (0, *(chance.randrange(1, 60) for _ in range(4))):
-                writer.allow(100)
-                child = subprocess.Popen(
-                    [sys.executable, "-m", "tests.agent_child", db.address, url], stdout=subprocess.PIPE
-                )
-                with child:
-                    assert child.stdout is not None
-                    assert child.stdout.readline() == b"ready\n"
-                    for _ in range(commits):
-                        writer.allow(20)  # more than one commit takes
-                        assert child.stdout.readline() == b"committed\n"
-                    child.kill()
-                    child.wait(10)
+                run_until_killed(db.address, url, commits, writer)
                 found = copy_of(PostgresSink(url)).get("default", {})
                 if found:
                     assert max(v for k, v in found.items() if k != b"total") == found[b"total"]

@@ -25,8 +25,8 @@ from kvrep.sinks.publication import Publication
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.cli_kit import command
-from tests.faults.test_agents_postgres import Writer, guarded
-from tests.postgres_kit import PostgresServer, need_postgres, shared_postgres  # noqa: F401
+from tests.faults.test_agents_postgres import Writer, run_until_killed
+from tests.postgres_kit import PostgresServer, guarded, need_postgres, shared_postgres  # noqa: F401
 from tests.rabbit_kit import RabbitServer, need_rabbitmq, shared_rabbitmq  # noqa: F401
 from tests.scenarios.test_agents import MemoryView
 
@@ -85,6 +85,31 @@ def test_a_broker_killed_and_started_again_in_the_middle(
         assert copy_of(PostgresSink(url)) == content(db)
     assert status.dead_letters == 0
     assert status.consistent
+
+
+def test_an_agent_killed_at_any_point_applies_everything_once(
+    tmp_path: Path,
+    shared_rabbitmq: RabbitServer,  # noqa: F811
+    shared_postgres: PostgresServer,  # noqa: F811
+) -> None:
+    """SIGKILL after so many commits, five times: the queue brings it again, and everything takes effect once."""
+    chance = random.Random(9)
+    url, queue = shared_postgres.new_url(), shared_rabbitmq.url("agent-killed")
+    guarded(url)
+    with kvrep.open(tmp_path / "a") as db:
+        publication = Publication(Local(db), queue, FileCursor(tmp_path / "place"), mark_interval_s=0.5)
+        with publication.start():
+            with Writer(db) as writer:
+                for commits in (0, *(chance.randrange(1, 60) for _ in range(4))):
+                    run_until_killed(queue, url, commits, writer)
+            source = BrokerSource(brokers.connect(queue), gap_wait_s=0.5, ask_interval_s=1.0)
+            with Agent(source, PostgresSink(url)) as agent:
+                agent.wait_for(db.put(b"end", b"1"), 60)
+                status = agent.status()
+            assert (status.snapshots, publication.status().snapshots) == (0, 1)
+            assert status.dead_letters == 0
+            assert status.consistent
+        assert copy_of(PostgresSink(url)) == content(db)
 
 
 def test_a_publisher_killed_at_any_point(
