@@ -144,6 +144,59 @@ def test_a_queue_that_is_full(shared_rabbitmq: RabbitServer) -> None:
     broker.close()
 
 
+def test_what_follows_a_refused_message_comes_behind_it(
+    shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that refuses a message and stores a later one of its key gets that again: the last state is right."""
+    import pika
+
+    from kvrep.brokers.rabbitmq.publisher import RabbitPublisher
+
+    held: list[Any] = []
+    holding = True
+    on_confirm = RabbitPublisher._on_confirm
+
+    def confirm(publisher: RabbitPublisher, frame: Any) -> None:
+        if holding:
+            held.append(frame)
+        else:
+            on_confirm(publisher, frame)
+
+    monkeypatch.setattr(RabbitPublisher, "_on_confirm", confirm)
+    topic = Site.topic()
+    with pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", shared_rabbitmq.port)) as connection:
+        arguments = {"x-max-length": 2, "x-overflow": "reject-publish"}
+        connection.channel().queue_declare(topic, durable=True, arguments=arguments)
+    broker = brokers.connect(shared_rabbitmq.url(topic))
+    publisher: Any = broker.publisher()
+    for n in (1, 2, 3):
+        publisher.publish(Message(b"%d" % n, key=b"k"))
+    until(lambda: any(frame.method.NAME == "Basic.Nack" for frame in held))
+    subscriber = broker.subscriber()
+    found = numbers(read(subscriber, 2))
+    publisher.publish(Message(b"4", key=b"k"))
+    publisher.publish(Message(b"5", key=b"another"))
+    found += numbers(read(subscriber, 2))
+    assert found == [1, 2, 4, 5]
+
+    def let_go() -> None:
+        nonlocal holding
+        holding = False
+        for frame in held:
+            on_confirm(publisher, frame)
+
+    publisher._link.call(let_go)
+
+    def settled() -> bool:
+        found.extend(numbers(subscriber.receive(10, 0.05)))
+        return publisher.confirmed == 5 and found[-1] == 4
+
+    until(settled)
+    assert list(dict.fromkeys(reversed(found))) == [4, 3, 5, 2, 1]
+    assert found.count(5) == 1
+    broker.close()
+
+
 def test_what_waits_is_bounded_in_bytes(
     shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

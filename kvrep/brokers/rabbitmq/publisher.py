@@ -8,7 +8,8 @@
 
 All that is not counted yet is the bounded buffer, in order. Confirms may come out of order; what is counted has
 no gap. After a lost connection everything that is not done is sent again, in order. What a full queue refuses is
-sent again, too, once all else that was sent is decided; then it may arrive behind what followed it.
+sent again, too, once all else that was sent is decided, and behind it what followed it of the same key: that may
+have been stored before it, so a later one can be seen too early, but the last one of each key comes last.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class RabbitPublisher(BasePublisher):
         """The tag of the first in ``sent``."""
         self._early: dict[int, bool] = {}
         """Decided ones behind it: whether they are stored."""
-        self._refused: list[_Entry] = []
         self._pause_s = 0.0
         self._link = Link(place, queue, "publisher", self._on_ready, self._on_lost)
         self._link.on_unblocked = self._pump
@@ -97,9 +97,18 @@ class RabbitPublisher(BasePublisher):
             self._channel = None
             self._sent.clear()
             self._early.clear()
-            self._refused.clear()
-            self._waiting = deque(entry for entry in self._buffer if not entry.done)
+            self._begin_again()
             self._pumping = False
+
+    def _begin_again(self) -> None:
+        """What is not done waits once more, and with it what followed it of its key. The lock is held."""
+        again: set[bytes] = set()
+        for entry in self._buffer:
+            if not entry.done:
+                again.add(entry.message.key)
+            elif entry.message.key in again:
+                entry.done = False
+        self._waiting = deque(entry for entry in self._buffer if not entry.done)
 
     def _pump(self) -> None:
         """Write what waits, some at a time."""
@@ -133,21 +142,15 @@ class RabbitPublisher(BasePublisher):
             return
         sent, early = self._sent, self._early
         for one in range(first, tag + 1):
-            self._decide(sent.popleft(), early.pop(one, stored) if early else stored)
+            sent.popleft().done = early.pop(one, stored) if early else stored
         first = tag + 1
         while early and first in early:
-            self._decide(sent.popleft(), early.pop(first))
+            sent.popleft().done = early.pop(first)
             first += 1
         self._first_tag = first
         self._count()
         if not sent and self._link.full:
             self._retry_later()
-
-    def _decide(self, entry: _Entry, stored: bool) -> None:
-        if stored:
-            entry.done = True
-        else:
-            self._refused.append(entry)
 
     def _count(self) -> None:
         with self._changed:
@@ -162,8 +165,7 @@ class RabbitPublisher(BasePublisher):
     def _retry_later(self) -> None:
         """Everything is decided, and something was refused: again, after a pause that grows while all is."""
         with self._changed:
-            self._waiting.extendleft(reversed(self._refused))
-            self._refused.clear()
+            self._begin_again()
             self._pumping = True
         self._pause_s = min(PAUSE_MAX_S, max(PAUSE_MIN_S, self._pause_s * 2))
         self._channel.connection.ioloop.call_later(self._pause_s, self._retry)
