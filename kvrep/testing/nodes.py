@@ -36,6 +36,7 @@ START_S = 20.0
 _ROLE = ("listen", "advertise", "follow", "coordinator")
 """Options that make a store more than one directory."""
 CALL_S = 10.0
+STOP_S = 5.0
 
 
 class ClusterNode(ABC):
@@ -278,6 +279,18 @@ def open_offline(path: Path, options: dict[str, Any]) -> Store:
     return Store(Node(engine, engine_options, None))
 
 
+def _stands_still(pid: int) -> bool:
+    """Whether no thread of a process can run."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            state = stat.read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended meanwhile
+            continue
+        if state not in "TtZX":
+            return False
+    return True
+
+
 # -- processes -------------------------------------------------------------------------------------
 
 
@@ -393,8 +406,11 @@ class ProcessNode(ClusterNode):
         self._reap()
 
     def pause(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP; returns once every thread stands still, which the signal alone does not say."""
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_S
+        while not _stands_still(self.pid) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """SIGCONT."""

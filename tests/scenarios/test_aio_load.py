@@ -727,6 +727,10 @@ def test_a_cancelled_write_says_where_it_is(tmp_path: Path) -> None:
         async with db.transaction() as txn:
             txn.put(b"t", await txn.get(b"k") or b"")
 
+    async def end_once_logged(db: kvrep.aio.Store, limit: asyncio.Timeout) -> None:
+        await until(lambda: len(db._core.node.engine.committer.pending) == 1, "the write is not logged")
+        limit.reschedule(asyncio.get_running_loop().time())
+
     async def main(db: kvrep.aio.Store, link: Proxy) -> None:
         await db.put(b"k", b"v")
         for way in (
@@ -751,8 +755,10 @@ def test_a_cancelled_write_says_where_it_is(tmp_path: Path) -> None:
             )
         link.hold()
         with pytest.raises(TimeoutError) as late:
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(None) as limit:
+                ending = asyncio.ensure_future(end_once_logged(db, limit))
                 await db.put(b"late", b"v")
+        await ending
         assert isinstance(getattr(late.value.__cause__, "position", None), kvrep.Position)
         link.release()
 
