@@ -759,7 +759,7 @@ def test_a_cancelled_write_says_where_it_is(tmp_path: Path) -> None:
                 ending = asyncio.ensure_future(end_once_logged(db, limit))
                 await db.put(b"late", b"v")
         await ending
-        assert isinstance(getattr(late.value.__cause__, "position", None), kvrep.Position)
+        assert isinstance(getattr(late.value.__context__, "position", None), kvrep.Position)
         link.release()
 
     async def serve() -> None:
