@@ -22,8 +22,8 @@ from the disk. Whatever takes longer runs on a few threads of the store that :me
 **Cancellation.** A cancelled task leaves the store whole, and ``CancelledError`` is never swallowed. If it
 waited for a write, the outcome of that write is unknown: it may still be committed. If the write was in the log
 already, the error has its ``position``, to be asked of :meth:`Store.resolve`; if it was forwarded, its ``request``, for
-:meth:`Store.settle`. (``asyncio.timeout`` keeps that error as the ``__context__`` of its own.) Where the outcome must be
-known whenever the cancellation comes, use :meth:`Keyspace.submit_put` and keep its future: cancelling a task that
+:meth:`Store.settle`. (``asyncio.timeout`` keeps that error as the ``__context__`` of its own.) Where the outcome must
+be known whenever the cancellation comes, use :meth:`Keyspace.submit_put` and keep its future: cancelling a task that
 awaits such a future leaves the future as it is. A cancelled transaction writes nothing, unless it was already
 waiting for its commit.
 
