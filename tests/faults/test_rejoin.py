@@ -33,7 +33,7 @@ def counted() -> Iterator[Proxy]:
 
 @pytest.mark.parametrize(
     "megabytes",
-    [40, pytest.param(1024, marks=[pytest.mark.prove, pytest.mark.timeout(1800)])],
+    [40, pytest.param(5120, marks=[pytest.mark.prove, pytest.mark.timeout(1800)])],
 )
 def test_rejoin_moves_the_divergence_only(tmp_path: Path, counted: Proxy, megabytes: int) -> None:
     """acks=0, kill -9 of the primary with 100 records that nobody else has: they go to a rescue file, the log
