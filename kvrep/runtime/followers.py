@@ -337,8 +337,10 @@ class Followers:
         """Wait for the next ack of any follower."""
         with self._acked:
             self._waiting += 1
-            self._acked.wait(timeout_s)
-            self._waiting -= 1
+            try:
+                self._acked.wait(timeout_s)
+            finally:
+                self._waiting -= 1
 
     def copies_at(self, offset: int, level: Level = "synced") -> int:
         """How many copies of a record are at ``level``."""

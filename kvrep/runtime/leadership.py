@@ -170,7 +170,7 @@ class Leadership:
                     self._begun.wait(left)
             self._begin_unfenced()
             with self._begun:  # a follower's promise, or the clock, may have come first
-                self._begun.wait_for(lambda: not self._beginning or self.over)
+                self._begun.wait_for(lambda: not self._beginning or self.over, ASK_S_MAX)
 
     def hold(self, problem: str) -> None:
         """Do not even ask to be primary, because of ``problem``; look for another one."""

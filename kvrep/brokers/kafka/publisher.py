@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ __all__ = ["ID_HEADER", "KafkaPublisher"]
 
 ID_HEADER = "kvrep-id"
 POLL_S = 0.1
+JOIN_S = 1.0
+"""The least that a close waits for the polling thread, which looks up every tenth of a second."""
 BATCH_MESSAGES = 128
 _E = ck.KafkaError
 
@@ -92,10 +95,10 @@ class KafkaPublisher(BasePublisher):
         faults = self._faults
         return "connecting" if faults.down else "ready", str(faults.last or "")
 
-    def _disconnect(self, _deadline: float) -> None:
+    def _disconnect(self, deadline: float) -> None:
         self._producer.purge()
         self._stop.set()
-        self._thread.join()
+        self._thread.join(max(JOIN_S, deadline - time.monotonic()))
         self._producer.poll(0)
 
     # -- the polling thread ------------------------------------------------------------------------
