@@ -7,7 +7,7 @@
     FOLDER/dead_letters/        changes that were put aside; FOLDER/staged/ a snapshot that is not whole yet
 
 All of them are Delta tables. Their commits are atomic for one table only, so one of them decides: **what is in the
-history has happened**. Its commits carry the agent's notes with the place (:class:`Notes`). What has to be there
+history has happened**. Its commits carry the agent's notes with the place (``notes.py``). What has to be there
 before (staged rows, dead letters) is written first, under a name that counts once the notes mention it. What
 follows from the history, the current state, is brought up to date now and then: each of its tables has the number
 of the row of the history through which it is complete, so it goes on from there, whatever happened in between.
@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import json
 import secrets
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
@@ -36,13 +35,14 @@ from kvrep.errors import (
     PeerUnavailable,
     RejectedChange,
     StoreInUse,
-    UpgradeRequired,
 )
 from kvrep.model.change import Change
 from kvrep.model.event import Event
 from kvrep.model.record import Op
 from kvrep.options import check_keyspace_name
 from kvrep.sinks.interface import DeadLetter, Place, Sink
+from kvrep.sinks.lastrows import LastRows
+from kvrep.sinks.notes import Notes, Staged
 from kvrep.sinks.tables import Table, table_name, table_of
 
 try:
@@ -58,7 +58,6 @@ except ImportError as missing:
 
 __all__ = ["WarehouseSink"]
 
-FORMAT = 1
 HISTORY_IS = "kvrep: every change, in the order of number"
 COMMIT_S, REFRESH_S, RETENTION_H = 10.0, 60.0, 24
 SHARE = 10
@@ -66,60 +65,11 @@ SHARE = 10
 SMALL_MAX = 32
 """How many small files a table may have before they are joined."""
 VACUUM_S = 600.0
-LAST_KEYS = 20_000
-"""How many keys are held in memory during a refresh; more of them go to a temporary file."""
-
 TIME_US_MAX = 253_402_300_800_000_000
 """The year 10000: what an event says of itself need not make sense."""
 
 Row = tuple[Any, ...]
 """Of the history, without its number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """The part of a snapshot that has arrived."""
-
-    batches: tuple[tuple[str, int, int], ...] = ()
-    """(writer, first commit, last commit) of what belongs to it."""
-    rows: int = 0
-    keyspaces: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Notes:
-    """What the agent keeps in the commits of the history."""
-
-    commit: int = 0
-    """Counts the agent's commits; two agents cannot make the same one."""
-    number: int = 0
-    """Of the last row of the history."""
-    base: int = 0
-    """Of the row from which on the history gives the whole state: where the last snapshot begins."""
-    place: Place = field(default_factory=Place)
-    keyspaces: Mapping[str, int] = field(default_factory=dict)
-    """The number of the last row that concerns each."""
-    staged: Staged | None = None
-    letters: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """The dead letters that stand, by the batch that brought them."""
-    lettered: int = 0
-    """The number of the last letter."""
-
-    def dump(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)})
-
-    @classmethod
-    def load(cls, text: str, url: str) -> Notes:
-        fields = json.loads(text)
-        found = fields.pop("format")
-        if found != FORMAT:
-            raise UpgradeRequired(f"{url} was written by a newer kvrep", found=found, supported=FORMAT)
-        place, staged = fields.pop("place"), fields.pop("staged")
-        place["sequence"] = tuple(place["sequence"])
-        if staged is not None:
-            batches = tuple((writer, first, last) for writer, first, last in staged["batches"])
-            staged = Staged(batches, staged["rows"], tuple(staged["keyspaces"]))
-        return cls(**fields, place=Place(**place), staged=staged)
 
 
 class WarehouseSink(Sink):
@@ -493,7 +443,7 @@ class WarehouseSink(Sink):
         table = self._current[keyspace]
         if table.number >= notes.keyspaces[keyspace]:
             return  # another agent was here
-        with closing(_Last()) as last:
+        with closing(LastRows()) as last:
             self._find_last(keyspace, notes, last)
             old = self._outdated(keyspace, notes, last)
             rows = chain(self._kept(keyspace, notes, last, old), self._new(keyspace, notes, last))
@@ -504,7 +454,7 @@ class WarehouseSink(Sink):
             except _GivenUp:
                 return
 
-    def _outdated(self, keyspace: str, notes: Notes, last: _Last) -> list[File]:
+    def _outdated(self, keyspace: str, notes: Notes, last: LastRows) -> list[File]:
         """The files that have to be written anew: those with rows that change or go, and small ones to be joined."""
         files = self._current[keyspace].files()
         if self._rebuilt(keyspace, notes):
@@ -528,17 +478,17 @@ class WarehouseSink(Sink):
             if found.num_rows:
                 yield found
 
-    def _find_last(self, keyspace: str, notes: Notes, last: _Last) -> None:
+    def _find_last(self, keyspace: str, notes: Notes, last: LastRows) -> None:
         for batch in self._tail(keyspace, notes, ["number", "keyspace", "key"]):
             last.note(batch.column("key").to_pylist(), batch.column("number").to_pylist())
 
-    def _changes(self, keyspace: str, file: File, last: _Last) -> bool:
+    def _changes(self, keyspace: str, file: File, last: LastRows) -> bool:
         """Whether a row in a file of the table has to change or to go."""
         keys = map(self._show(keyspace).keys, self._current[keyspace].read(["key"], files=[file]))
         return any(map(last.of, chain.from_iterable(keys)))
 
     def _kept(
-        self, keyspace: str, notes: Notes, last: _Last, files: Sequence[File]
+        self, keyspace: str, notes: Notes, last: LastRows, files: Sequence[File]
     ) -> Iterator[pa.RecordBatch]:
         """The rows in these files of the table that stay as they are."""
         if self._rebuilt(keyspace, notes):
@@ -547,7 +497,7 @@ class WarehouseSink(Sink):
             keys = self._show(keyspace).keys(batch)
             yield batch.filter(pa.array([not last.of(key) for key in keys]))
 
-    def _new(self, keyspace: str, notes: Notes, last: _Last) -> Iterator[pa.RecordBatch]:
+    def _new(self, keyspace: str, notes: Notes, last: LastRows) -> Iterator[pa.RecordBatch]:
         for batch in self._tail(keyspace, notes):
             rows = zip(*(batch.column(name).to_pylist() for name in ("op", "key", "number")), strict=True)
             puts = batch.filter(pa.array([op == PUT and last.of(key) == number for op, key, number in rows]))
@@ -590,7 +540,7 @@ class WarehouseSink(Sink):
     def scan(self, keyspace: str) -> Iterator[tuple[object, object]]:
         """As of the place, whether or not the table of the keyspace has followed; in no certain order."""
         notes, shown = self._need(), self._show(keyspace)
-        with closing(_Last()) as last:
+        with closing(LastRows()) as last:
             self._find_last(keyspace, notes, last)
             files = self._current[keyspace].files() if keyspace in self._current else []
             batches = chain(self._kept(keyspace, notes, last, files), self._new(keyspace, notes, last))
@@ -622,49 +572,6 @@ def _until(batches: Iterable[pa.RecordBatch], give_up: Callable[[], bool]) -> It
         if give_up():
             raise _GivenUp
         yield batch
-
-
-class _Last:
-    """The number of the last row of each key: in memory, and where they are many, in a temporary file."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[bytes, int] = {}
-        self._file: sqlite3.Connection | None = None
-
-    def note(self, keys: Sequence[bytes], numbers: Sequence[int]) -> None:
-        for key, number in zip(keys, numbers, strict=True):
-            if number > self._numbers.get(key, 0):
-                self._numbers[key] = number
-        if len(self._numbers) > LAST_KEYS:
-            self._spill()
-
-    def _spill(self) -> None:
-        if self._file is None:
-            # SQLite keeps a database without a name in a file that is gone when it is closed.
-            self._file = sqlite3.connect("", isolation_level=None)
-            self._file.execute("PRAGMA cache_size = -8192")
-            self._file.execute(
-                "CREATE TABLE last (key BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID"
-            )
-        self._file.execute("BEGIN")
-        self._file.executemany(
-            "INSERT INTO last VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET number = max(number, excluded.number)",
-            sorted(self._numbers.items()),
-        )
-        self._file.execute("COMMIT")
-        self._numbers.clear()
-
-    def of(self, key: bytes) -> int:
-        """0: there is none."""
-        number = self._numbers.get(key, 0)
-        if self._file is None:
-            return number
-        found = self._file.execute("SELECT number FROM last WHERE key = ?", (key,)).fetchone()
-        return max(number, found[0]) if found else number
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 _NOWHERE: Row = (None, None, None, None)

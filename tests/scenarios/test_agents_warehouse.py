@@ -21,7 +21,7 @@ from tests.warehouse_kit import EAGER, ask, current, files_of, need_warehouse, r
 
 need_warehouse()
 
-from kvrep.sinks import warehouse  # noqa: E402
+from kvrep.sinks import lastrows, warehouse  # noqa: E402
 from kvrep.sinks.delta import Delta  # noqa: E402
 from kvrep.sinks.warehouse import WarehouseSink  # noqa: E402
 
@@ -273,7 +273,7 @@ def test_a_refresh_of_more_keys_than_fit_in_memory(
     sink: WarehouseSink, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last row of each key is found through a temporary file as well."""
-    monkeypatch.setattr(warehouse, "LAST_KEYS", 10)
+    monkeypatch.setattr(lastrows, "KEYS_MAX", 10)
     expected = {}
     for round_ in range(3):
         for i in range(0, 100, round_ + 1):
