@@ -437,3 +437,22 @@ def test_changes_are_gathered_for_a_commit_that_is_dear(line: Line) -> None:
         agent.wait_for(line.db.position)
         assert agent.status().commits - before <= (time.monotonic() - began_s) / 0.3 + 2
         line.arrived(agent)
+
+
+def test_marks_are_ordered_by_how_far_they_go(line: Line) -> None:
+    """What a publisher says last counts though its clock went back a year; what comes again late does not."""
+    broker = line.brokers.connect(line.url)
+    publisher = broker.publisher("orders")
+    source = BrokerSource(line.brokers.connect(line.url))
+    source.open(Place(lineage="aa", sequence=(1, 5, 0), token=""))
+    year_us = 365 * 86_400 * 1_000_000
+    early, late = Mark("aa", (1, 5, 0), 0, 2 * year_us), Mark("aa", (1, 9, 0), 0, year_us)
+    try:
+        for mark, behind in ((early, 0), (late, 4), (early, 4)):
+            publisher.publish(mark.message(), 5.0)
+            publisher.flush(5.0)
+            source.receive(10, 5.0)
+            assert source.state().behind == behind
+    finally:
+        source.end()
+        broker.close()
