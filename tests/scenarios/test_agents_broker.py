@@ -93,13 +93,15 @@ def test_an_agent_says_that_its_broker_or_publisher_is_away(
     with line.agent() as agent:
         line.db.put(b"a", b"1")
         line.arrived(agent)
+        written_s = line.db.changes(stop=line.db.position).poll(1)[-1].time
         wait_until(lambda: agent.status().backlog == 0, "it knows that it has all")
+        wait_until(lambda: agent.status().as_of_s > written_s, "a mark that was sent after that says so")
         line.server.stop()
         wait_until(lambda: agent.status().state is AgentState.WAITING, "it notices")
         away = agent.status()
         assert "does not answer" in away.problem
         assert (away.backlog, away.catch_up_s, away.consistent) == (None, None, True)
-        assert away.as_of_s > line.db.changes(stop=line.db.position).poll(1)[-1].time
+        assert away.as_of_s > written_s
         line.server.start()
         wait_until(lambda: agent.status().state is AgentState.CURRENT, "it is there again")
         assert agent.status().problem == ""
