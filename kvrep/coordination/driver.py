@@ -35,7 +35,7 @@ from kvrep.replication.election import (
     WhyGone,
 )
 from kvrep.replication.messages import Promise
-from kvrep.transport.interface import Connection
+from kvrep.transport.interface import Connection, ConnectionRefused, NoAnswer
 from kvrep.transport.workers import Workers
 
 __all__ = ["Driver", "why_gone"]
@@ -51,13 +51,10 @@ RESIGN_S = 0.3
 
 def why_gone(error: Exception) -> WhyGone:
     """What a failed call says about the peer."""
-    if isinstance(error, PeerUnavailable):
-        text = error.message.lower()
-        if "refused" in text:
-            return WhyGone.REFUSED
-        if "in time" not in text:
-            return WhyGone.BROKEN
-    return WhyGone.SILENT
+    if isinstance(error, ConnectionRefused):
+        return WhyGone.REFUSED
+    broken = isinstance(error, PeerUnavailable) and not isinstance(error, NoAnswer)
+    return WhyGone.BROKEN if broken else WhyGone.SILENT
 
 
 class Driver(Voting):

@@ -51,7 +51,7 @@ from kvrep.runtime.compression import decompressor, have_zstd
 from kvrep.runtime.spooling import Spools
 from kvrep.status import SourceStatus
 from kvrep.transport.address import Address
-from kvrep.transport.interface import StreamEnded
+from kvrep.transport.interface import ConnectionRefused, StreamEnded
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
@@ -306,11 +306,11 @@ class Replaying:
         coordinator = self.node.coordinator
         if coordinator is None:
             return
-        text = str(error).lower()
         if silent:
             coordinator.connection_lost(WhyGone.SILENT)
         else:
-            coordinator.connection_lost(WhyGone.REFUSED if "refused" in text else WhyGone.BROKEN)
+            refused = isinstance(error, ConnectionRefused)
+            coordinator.connection_lost(WhyGone.REFUSED if refused else WhyGone.BROKEN)
 
     def _tell_heard(self) -> None:
         coordinator, receiver = self.node.coordinator, self._receiver
@@ -340,7 +340,7 @@ class Replaying:
         if self._stop.is_set():
             return
         error = ended.error
-        if receiver.epoch or "refused" in str(error).lower():
+        if receiver.epoch or isinstance(error, ConnectionRefused):
             self._tell_lost(error, receiver.expired(time.monotonic()))
         if receiver.expired(time.monotonic()):
             text = f"the primary was silent for {self.options.heartbeat_timeout_s:g} s"
