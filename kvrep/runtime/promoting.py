@@ -281,13 +281,15 @@ def ask_all(
     deadline_s: float,
     enough: Callable[[list[Peer]], bool] | None = None,
 ) -> list[Peer]:
-    """Ask every other voter with a known address at once; those that answered in time, in no order.
+    """Ask every other voter with a known address at once, each on a thread of ``roles``; those that answered in
+    time, in no order.
 
     Once the answers are ``enough``, only those that come right behind are waited for: a voter that is cut off
     must not hold up the rest. Raises :class:`ClosedError` when this node is closing.
     """
     node = roles.node
     voters = [voter for voter in roles.other_voters() if voter.address]
+    deadline_s = min(deadline_s, time.monotonic() + ASK_TIMEOUT_S)
     found: list[Peer] = []
     # Protects the answers and announces each.
     answered = threading.Condition()
@@ -297,8 +299,9 @@ def ask_all(
         nonlocal left
         peer = None
         try:
-            timeout_s = min(ASK_TIMEOUT_S, deadline_s - time.monotonic())
-            peer = _peer(voter, roles.call(voter.address, method, request, timeout_s))
+            left_s = deadline_s - time.monotonic()
+            if left_s > 0:  # else it waited for a thread, and nobody waits for the answer any more
+                peer = _peer(voter, roles.call(voter.address, method, request, left_s))
         except (Error, ValueError) as error:
             log.debug("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
         except Exception:
@@ -310,8 +313,8 @@ def ask_all(
             answered.notify_all()
 
     for voter in voters:
-        threading.Thread(target=ask, args=(voter,), name=f"kvrep-ask-{node.label}", daemon=True).start()
-    until = min(deadline_s, time.monotonic() + ASK_TIMEOUT_S) + 0.2
+        roles.ask(ask, voter)
+    until = deadline_s + 0.2
     sufficient = False
     with answered:
         while left and (now := time.monotonic()) < until:
