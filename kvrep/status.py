@@ -80,6 +80,9 @@ class FollowerStatus:
     state: str
     """``streaming``, ``bootstrapping``, ``fencing``, ``joining`` or ``gone``."""
     voter: bool
+    durability: str
+    """``sync`` or ``os``, as it said when it joined; empty while it is gone, or was not told. What it acks is synced
+    either way: with ``os`` it is its own copy, should it become primary, that counts before it is on its disk."""
     connected: bool
     sent: int
     written: int

@@ -368,6 +368,7 @@ class Replaying:
             committed=engine.committer.committed,
             epochs=engine.epochs,
             credit_bytes=self.options.credit_bytes,
+            durability=self.options.durability,
         )
 
     def _on_message(

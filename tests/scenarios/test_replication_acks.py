@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from replication_kit import FAST, WAIT_S, NodeProcess, processes, proxy, until, 
 
 import kvrep
 from kvrep import AckTimeout, NotEnoughFollowers, Outcome
+from kvrep.cli.status import render
 
 
 def test_acks_0_needs_nobody_and_followers_get_everything(tmp_path: Path) -> None:
@@ -329,3 +331,41 @@ def test_two_followers_with_one_name(tmp_path: Path) -> None:
                 twin.wait_for(position, WAIT_S)
                 assert len(p.status().voters) == 2
                 assert sorted(f.voter for f in p.status().followers) == [False, True]
+
+
+def test_a_voter_with_durability_os_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Status says how each follower stores; a voter that would count its own copy too early is warned of, once."""
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p:
+
+        def told() -> dict[str, tuple[str, bool]]:
+            return {f.name: (f.durability, f.voter) for f in p.status().followers}
+
+        for _ in range(2):
+            with (
+                kvrep.open(tmp_path / "b", name="b", follow=p.address, durability="os", **FAST),
+                kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST),
+                kvrep.open(tmp_path / "d", name="d", follow=p.address, durability="os", voter=False, **FAST),
+            ):
+                voters(p, "a", "b", "c")
+                wanted = {"b": ("os", True), "c": ("sync", True), "d": ("os", False)}
+                until(lambda wanted=wanted: told() == wanted, what=told)
+                shown = "\n".join(render(p.status().to_json()))
+                assert re.search(r"\bb .* streaming +yes +os ", shown), shown
+            until(lambda: all(durability == "" for durability, _ in told().values()))
+    warned = [r.getMessage() for r in caplog.records if 'durability="os"' in r.getMessage()]
+    assert len(warned) == 1
+    assert "voter b " in warned[0]
+
+
+def test_what_a_voter_with_durability_os_acks_is_on_its_disk(tmp_path: Path) -> None:
+    """Its copies count, because it syncs them before each ack: nothing else would sync for an hour."""
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p,
+        kvrep.open(
+            tmp_path / "b", name="b", follow=p.address, durability="os", sync_interval_s=3600.0, **FAST
+        ) as f,
+    ):
+        voters(writable(p), "a", "b")
+        for i in range(50):
+            position = p.put(b"k", b"%d" % i)
+            assert f._node.engine.committer.log.synced >= position.offset
