@@ -40,6 +40,8 @@ __all__ = ["Node"]
 
 log = logging.getLogger("kvrep")
 
+SEEDS = ("acks", "ack_timeout_s", "degrade_after_s")
+"""Options that make the configuration of a new group. In one that is there, they must be what it says."""
 LOOK_UP_S = 0.05
 """How often those who wait for a lock look whether there is still something to wait for."""
 CLOSE_GRACE_S = 0.5
@@ -68,6 +70,8 @@ class Node:
         self.shipping: Shipping | None = None
         self.replaying: Replaying | None = None
         self.ack_timeout_s = engine.configuration.ack_timeout_s
+        self.unchecked = False
+        """Whether options that a group's configuration must agree with wait for a group to be compared with."""
         self._server: Server | None = None
         self._verification: Verification | None = None
         self.roles = Roles(self)
@@ -112,7 +116,7 @@ class Node:
         if make_coordinator is not None:
             node.make_coordinator = make_coordinator
         try:
-            node._check_configuration()
+            node._check_options()
             if options.listen is not None or follower:
                 node.transport = transport or _grpc(options)
             node._start(follower)
@@ -121,11 +125,12 @@ class Node:
             raise
         return node
 
-    def _check_configuration(self) -> None:
+    def _check_options(self) -> None:
         """A setting that contradicts the log's configuration stops the start."""
-        stored, options = self.engine.configuration, self.options
+        options = self.options
         if self.engine.tail.offset == 0:
             told = bool(options.sources) or options.coordinator is not None
+            self.unchecked = told and any(getattr(options, name) is not None for name in SEEDS)
             if options.degrade_after_s and options.acks is None and not told:
                 raise ConfigurationMismatch(
                     "degrade_after_s lowers an ack rule that waits for followers, and a new store has acks=0",
@@ -134,12 +139,20 @@ class Node:
                     hint='say acks="majority", too',
                 )
             return
-        for name, given, kept in (
-            ("acks", options.acks, stored.acks),
-            ("ack_timeout_s", options.ack_timeout_s, stored.ack_timeout_s),
-            ("degrade_after_s", options.degrade_after_s, stored.degrade_after_s),
-        ):
-            if given is not None and given != kept:
+        self.check_configuration()
+
+    def check_configuration(self) -> None:
+        """:class:`ConfigurationMismatch` where an option is not what the configuration in our log says."""
+        configuration = self.engine.configuration
+        self.check_seeds({name: getattr(configuration, name) for name in SEEDS})
+
+    def check_seeds(self, stored: Mapping[str, Any]) -> None:
+        """The same, of what its group says that it goes by."""
+        for name in SEEDS:
+            given, kept = getattr(self.options, name), stored[name]
+            # Times are kept in whole milliseconds.
+            same = given == kept or (isinstance(given, float) and round(given * 1000) == round(kept * 1000))
+            if given is not None and not same:
                 raise ConfigurationMismatch(
                     f"the log's configuration says {name}={kept!r}, open() was given {given!r}",
                     option=name,
@@ -147,6 +160,7 @@ class Node:
                     stored=kept,
                     hint=f"leave {name} out, and change it with reconfigure() on the primary",
                 )
+        self.unchecked = False
 
     def _start(self, follower: bool) -> None:
         coordinated = self.options.coordinator is not None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrep.errors import (
+    ConfigurationMismatch,
     Error,
     LineageMismatch,
     NotPrimary,
@@ -49,7 +50,7 @@ from kvrep.replication.receiver import (
 from kvrep.runtime.brokered import BrokerLink, check_broker_url, is_broker_url
 from kvrep.runtime.compression import decompressor, have_zstd
 from kvrep.runtime.spooling import Spools
-from kvrep.status import SourceStatus
+from kvrep.status import Role, SourceStatus
 from kvrep.transport.address import Address
 from kvrep.transport.interface import ConnectionRefused, StreamEnded
 
@@ -103,6 +104,8 @@ class Replaying:
         """Where to go at once, before anything else."""
         self._wake = threading.Event()
         """Ends a pause between two attempts."""
+        self.failure: Error | None = None
+        """Why this node follows nobody any more, until it is opened anew."""
         self._state = "connecting"
         self._problem = ""
         self._primary_name, self._primary_id = "", b""
@@ -180,10 +183,7 @@ class Replaying:
             address = self._choose()
             try:
                 joined = self._one_stream(address)
-            except StorageFailed as error:
-                self._give_up(error)
-                return
-            except UpgradeRequired as error:
+            except (StorageFailed, UpgradeRequired, ConfigurationMismatch) as error:
                 self._give_up(error)
                 return
             except _Reconnect:
@@ -234,6 +234,8 @@ class Replaying:
     def _give_up(self, error: Error) -> None:
         self._say("refused", str(error))
         log.error("%s: replication stops: %s", self.node.label, error)
+        self.failure = error
+        self.node.moves.stir()
 
     def _say(self, state: str, problem: str = "") -> None:
         if problem and problem != self._problem:
@@ -248,6 +250,8 @@ class Replaying:
         try:
             if self._stop.is_set():
                 return False
+            if self.node.unchecked and not is_broker_url(address):
+                self._check_seeds(connection)
             stream = connection.open_stream()
             self._stream = stream
             return self._follow(connection, stream)
@@ -257,6 +261,18 @@ class Replaying:
             self._forget_receiver()
             connection.close()
             self._connection = None
+
+    def _check_seeds(self, connection: Connection) -> None:
+        """Compare this new node's options with its group's before it joins: it might vote at once."""
+        try:
+            status = connection.call("status", {}, self.options.heartbeat_timeout_s)["status"]
+            if status["role"] != Role.PRIMARY:
+                return  # it will say so, and who is
+            if not status["voters"]:
+                raise NotPrimary(f"{connection.address} has not begun", primary_address=None, epoch=None)
+            self.node.check_seeds(status)
+        except (KeyError, TypeError) as error:
+            raise ProtocolError(f"{connection.address} answered what is not a status: {error}") from error
 
     def _connect(self, address: str) -> Connection:
         assert self.node.transport is not None
@@ -384,6 +400,8 @@ class Replaying:
             self._tell_heard()
             if message.slots:
                 self.slots = message.slots
+            if self.node.unchecked and message.last <= self.engine.tail.offset:
+                self.node.check_configuration()  # behind a broker nobody could be asked before
         with self._lock:
             actions = receiver.on_message(message, time.monotonic())
         self._do(receiver, stream, connection, actions, more)
