@@ -92,9 +92,9 @@ class FollowerStatus:
     """Records that it has not confirmed as synced."""
     lag_bytes: int
     lag_s: float
-    """Age of the oldest record that it has not confirmed as synced: this node's wall clock now, less that of whoever was
-    primary when the record was logged, and not below 0. Exact for records of this primary, unless its clock jumped
-    since; for older ones as good as the two clocks agree. For people: nothing is decided by it."""
+    """Age of the oldest record that it has not confirmed as synced: this node's wall clock now, less that of whoever
+    was primary when the record was logged, and not below 0. Exact for records of this primary, unless its clock
+    jumped since; for older ones as good as the two clocks agree. For people: nothing is decided by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvrep.coordination.interface import NodeView
-from kvrep.coordination.voting import Voting
 from kvrep.errors import ClosedError, Error, PeerUnavailable
 from kvrep.replication.ballots import Answer, PromiseReply
 from kvrep.replication.election import (
@@ -35,6 +34,7 @@ from kvrep.replication.election import (
     WhyGone,
 )
 from kvrep.replication.messages import Promise
+from kvrep.runtime.voting import Voting
 from kvrep.transport.interface import Connection, ConnectionRefused, NoAnswer
 from kvrep.transport.workers import Workers
 
@@ -61,6 +61,7 @@ class Driver(Voting):
     """See :class:`kvrep.coordination.interface.Coordinator`."""
 
     kind = "quorum"
+    automatic = True
 
     def __init__(
         self,

@@ -230,7 +230,7 @@ def _promotion(
         epoch,
         promise_of(node, epoch),
         proposed=rules,
-        outside_votes=node.coordinator is not None and node.coordinator.outside_votes,
+        outside_votes=node.coordinator.outside_votes,
     )
     for peer in peers:
         promotion.on_promise(peer.voter.store_id, peer.promise)
@@ -267,7 +267,7 @@ def _collect(
 
     peers = ask_all(roles, "promise", request, deadline_s, enough)
     promotion = _promotion(node, effective, rules, epoch, peers)
-    if outside and promotion.needs_majority and not promotion.majority and node.coordinator is not None:
+    if outside and promotion.needs_majority and not promotion.majority:
         noted = node.coordinator.remember(epoch)
         if noted is not None:
             promotion.on_outside(noted)

@@ -69,6 +69,8 @@ HURRIED_MAX = 5
 SYNC_BYTES = 4 << 20
 """A follower that catches up syncs its log at least this often."""
 SOURCES_MAX = 16
+HEARD_S = 0.02
+"""How often the coordinator is told that the primary lives: heartbeats may come with every commit."""
 
 
 class _Reconnect(Exception):
@@ -122,6 +124,8 @@ class Replaying:
         self._unsynced_bytes = 0
         self._sync_bytes = min(SYNC_BYTES, node.options.credit_bytes // 2)
         """Unsynced bytes grant no credit: more of them than half of it would stop the primary."""
+        self._told_s = 0.0
+        """When the coordinator was told last that the primary lives; 0: not in this stream."""
         self._busy = False
         """Whether a message is being dealt with: meanwhile the silence is our own."""
         self._chance = random.SystemRandom()  # whoever seeds Python's own must not put followers in step
@@ -320,8 +324,6 @@ class Replaying:
     def _tell_lost(self, error: Exception | None, silent: bool) -> None:
         """The coordinator wants to know how the stream ended."""
         coordinator = self.node.coordinator
-        if coordinator is None:
-            return
         if silent:
             coordinator.connection_lost(WhyGone.SILENT)
         else:
@@ -329,9 +331,10 @@ class Replaying:
             coordinator.connection_lost(WhyGone.REFUSED if refused else WhyGone.BROKEN)
 
     def _tell_heard(self) -> None:
-        coordinator, receiver = self.node.coordinator, self._receiver
-        if coordinator is not None and receiver is not None and receiver.epoch:
-            coordinator.heard_from_primary(
+        receiver, now = self._receiver, time.monotonic()
+        if receiver is not None and receiver.epoch and now - self._told_s >= HEARD_S:
+            self._told_s = now
+            self.node.coordinator.heard_from_primary(
                 PrimarySeen(
                     store_id=self._primary_id,
                     name=self._primary_name,
@@ -444,6 +447,7 @@ class Replaying:
                     self.engine.adopt_lineage(welcome.lineage)
                     self.primary_address = self._connection_address()
                     self._primary_name, self._primary_id = welcome.name, welcome.store_id
+                    self._told_s = 0.0
                     self._tell_heard()
                     self._say("streaming")
                     self.node.link.knows(welcome.epoch)

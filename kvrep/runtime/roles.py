@@ -318,7 +318,7 @@ class Roles:
         """Whether another primary may be about: this one is none, was fenced, went on without promises, or
         lacks voters, who may have found another."""
         shipping = self.node.shipping
-        if shipping is None or self.node.coordinator is not None:
+        if shipping is None or self.node.coordinator.automatic:
             return False
         if not self.node.fenced:
             return True

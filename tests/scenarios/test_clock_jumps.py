@@ -103,3 +103,17 @@ def test_an_elected_primary_stays(quorum: Callable[..., Group], jump: Jump) -> N
         until(lambda ends=ends: store.put(b"k", b"v") and time.monotonic() > ends)
         assert other.get(b"k", consistency="linearizable") == b"v"
     assert store.status().epoch == epoch
+
+
+def test_lag_in_seconds_is_never_negative(tmp_path: Path, jump: Jump) -> None:
+    """It is told by wall clocks: one that was set back shows none, one that was set ahead too much, and that is all."""
+    with stores(tmp_path) as node:
+        a = node("a", acks=0)
+        shipping = a._node.shipping
+        assert shipping is not None
+        last = a.put(b"k", b"v").offset
+        for off_s, shown in ((0, 0), (-YEAR_S, 0), (YEAR_S, YEAR_S)):
+            jump(off_s)
+            lag = shipping.lags.measured(b"b" * 16, last - 1)
+            assert (lag.records, lag.bytes > 0) == (1, True)
+            assert shown <= lag.seconds < shown + 60
