@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, same, until, voters, writable
-from test_quorum import free_address
 
 import kvrep
 from kvrep import Role
 from kvrep.model.position import epoch_after
 from kvrep.replication.ballots import Answer, PromiseReply, PromiseRequest, Question
+from tests.ports import free_address
+from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 
 def call(store: kvrep.Store, method: str, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import WAIT_S, same, stores, until, voters
-from test_quorum import Group
-from test_quorum import group as quorum
+
+from tests.replication_kit import WAIT_S, same, stores, until, voters
+from tests.scenarios.test_quorum import Group
+from tests.scenarios.test_quorum import group as quorum
 
 __all__ = ["quorum"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 import kvrep
 from kvrep import ConfigurationMismatch
+from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 GROUP: dict[str, Any] = {"acks": 1, "ack_timeout_s": 4.0}
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, same, until, voters
 
 import kvrep
 from kvrep import Role
@@ -27,6 +26,7 @@ from kvrep.runtime.roles import PEERS_THREADS_MAX
 from kvrep.storage.home import Home
 from kvrep.store import Store
 from kvrep.transport.memory import MemoryTransport
+from tests.replication_kit import FAST, WAIT_S, same, until, voters
 
 Strike = Callable[[str, str, str, bool], None]
 
