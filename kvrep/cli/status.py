@@ -166,18 +166,7 @@ def _source(source: dict[str, Any]) -> list[str]:
 
 
 def _followers(followers: list[dict[str, Any]]) -> list[str]:
-    headers = (
-        "follower",
-        "address",
-        "state",
-        "vote",
-        "durability",
-        "synced",
-        "visible",
-        "lag",
-        "bytes",
-        "seconds",
-    )
+    headers = "follower address state vote durability synced visible lag bytes seconds".split()
     rows = [
         (
             f["name"] or f["store_id"][:8],

@@ -8,8 +8,8 @@
     etcd        a key in etcd says who tries
     memory      a node without storage, for tests
 
-The third is the default of every node, where nobody tries by itself, and what all have in common, which is
-answering questions and requests for promises: :mod:`kvrep.runtime.voting`.
+The third, ``manual``, is what every node has by default: nobody tries by itself. It is in :mod:`kvrep.runtime.voting`,
+together with what all three have in common: answering questions and requests for promises.
 
 Importing this package imports nothing; only ``etcd`` imports grpc.
 """

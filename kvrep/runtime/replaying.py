@@ -16,6 +16,7 @@ from kvrep.errors import (
     NotPrimary,
     OpenError,
     ProtocolError,
+    ReplicationError,
     StorageFailed,
     UpgradeRequired,
 )
@@ -269,7 +270,13 @@ class Replaying:
     def _check_seeds(self, connection: Connection) -> None:
         """Compare this new node's options with its group's before it joins: it might vote at once."""
         try:
-            status = connection.call("status", {}, self.options.heartbeat_timeout_s)["status"]
+            answer = connection.call("status", {}, self.options.heartbeat_timeout_s)
+        except (
+            Error
+        ) as error:  # the peer's, whatever it is: what fails here ends us, what fails there does not
+            raise ReplicationError(f"{connection.address} does not say where it stands: {error}") from error
+        try:
+            status = answer["status"]
             if status["role"] != Role.PRIMARY:
                 return  # it will say so, and who is
             if not status["voters"]:
