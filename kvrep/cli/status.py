@@ -166,7 +166,18 @@ def _source(source: dict[str, Any]) -> list[str]:
 
 
 def _followers(followers: list[dict[str, Any]]) -> list[str]:
-    headers = "follower address state vote durability synced visible lag bytes seconds".split()
+    headers = [
+        "follower",
+        "address",
+        "state",
+        "vote",
+        "durability",
+        "synced",
+        "visible",
+        "lag",
+        "bytes",
+        "seconds",
+    ]
     rows = [
         (
             f["name"] or f["store_id"][:8],

@@ -10,6 +10,7 @@ import pytest
 
 import kvrep
 from kvrep import ConfigurationMismatch
+from kvrep.runtime.node import Node
 from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 GROUP: dict[str, Any] = {"acks": 1, "ack_timeout_s": 4.0}
@@ -105,3 +106,31 @@ def test_a_group_that_is_not_there_yet(tmp_path: Path) -> None:
         until(lambda: (s := c.status().source) is not None and s.state == "waiting")
         with kvrep.open(tmp_path / "a", name="a", listen=address, **FAST):
             assert "acks=1" in refused(c).problem
+
+
+@pytest.mark.parametrize("failure", [kvrep.StorageFailed("its disk"), ConfigurationMismatch("its own")])
+def test_a_failure_of_the_primary_is_not_ours(
+    tmp_path: Path, failure: kvrep.Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the primary cannot say what its group goes by, a new follower waits, and then joins."""
+
+    def fail(node: Node) -> kvrep.Status:
+        del node
+        raise failure
+
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", follow=a.address, **FAST),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr("kvrep.runtime.service.status_of", fail)
+        with kvrep.open(tmp_path / "c", name="c", follow=a.address, acks=1, **FAST) as c:
+
+            def waits() -> bool:
+                source = c.status().source
+                assert source is not None
+                return source.state == "waiting" and failure.message in source.problem
+
+            until(waits)
+            patch.undo()
+            voters(a, "a", "b", "c")
