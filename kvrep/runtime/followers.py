@@ -241,9 +241,26 @@ class Followers:
             return tracker.missing(self.joined)
 
     def check_enough(self, tracker: CommitTracker) -> None:
-        """:class:`NotEnoughFollowers` when fewer copies can be made now than a user's write needs."""
+        """:class:`NotEnoughFollowers` when fewer copies can be made now than a user's write needs, or it would be
+        too far ahead of voters none of which is there."""
+        too_far = None
         with self.lock:
             missing = tracker.missing(self.joined)
+            if tracker.bounded:
+                too_far = tracker.too_far(self.joined, self._engine.committer.ordered + 1)
+        if too_far is not None:
+            furthest, allowed = too_far
+            known = (
+                f"the furthest holds records through {furthest}"
+                if furthest
+                else "none has joined in this epoch"
+            )
+            raise NotEnoughFollowers(
+                f"no other voter is connected, {known}, and lag_records_max is {allowed}",
+                hint="start one of the other voters, or go on without them with promote(force=True)",
+                needed=2,
+                connected=1,
+            )
         if missing:
             needed = max(rule.copies_wanted for rule in tracker.rules)
             raise NotEnoughFollowers(
