@@ -167,6 +167,10 @@ class CommitTracker:
         if synced is not None and any(store_id in rule.others for rule in self._rules()):
             self._kept[store_id] = synced
 
+    def forget(self, store_id: bytes) -> None:
+        """A voter that had left is given another copy: what it confirmed before, it may not hold any more."""
+        self._kept.pop(store_id, None)
+
     # Configurations.
 
     def _rule(self, configuration: Configuration) -> _Rule:
@@ -246,8 +250,7 @@ class CommitTracker:
 
     def too_far(self, connected: Collection[bytes], offset: int) -> tuple[int, int] | None:
         """(the last offset that some other voter is known to hold, how far ahead of it is allowed), where a
-        record at ``offset`` would be further ahead and nobody who could catch up is ``connected``; else ``None``.
-        """
+        record at ``offset`` is further ahead and nobody who could catch up is ``connected``; else ``None``."""
         for rule in self._rules():
             if isinstance(rule, _BoundedRule) and not any(i in connected for i in rule.others):
                 furthest = rule.furthest(self._synced)

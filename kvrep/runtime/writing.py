@@ -174,15 +174,11 @@ class Writing:
         position = write.position if write.offset else None
         shipping = self._node.shipping
         reached = shipping.followers.copies_at(write.offset) if shipping is not None and position else 1
-        configuration = self._engine.configuration
-        needed, allowed = configuration.copies, configuration.lag_records_max
-        what = (
-            f"no other voter came within {allowed} records of it in time (lag_records_max)"
-            if allowed
-            else f"{reached} of {needed} copies confirmed it in time"
-        )
+        needed = self._engine.configuration.copies
+        ahead = shipping.followers.too_far(write.offset) if shipping is not None and position else ""
         raise AckTimeout(
-            f"the write at {position} is logged here; {what}",
+            f"the write at {position} is logged here;"
+            f" {ahead or f'{reached} of {needed} copies confirmed it in time'}",
             position=position,
             reached=reached,
             needed=needed,

@@ -15,6 +15,10 @@ from test_quorum import Group
 
 import kvrep
 from kvrep import Outcome
+from kvrep.replication.acks import CommitTracker
+from kvrep.replication.join import JoinPlan, LogView
+from kvrep.replication.messages import Hello, NeedBootstrap
+from kvrep.runtime import session
 from kvrep.storage.rescue import load_rescue
 
 LAG = 5
@@ -75,7 +79,7 @@ def test_exactly_so_many_writes_succeed_without_the_follower(tmp_path: Path) -> 
             lambda: a.submit_put(b"k", b"v"),
             lambda: a.compare_and_set(b"alone0", expected=b"v", value=b"w"),
         ):
-            with pytest.raises(kvrep.NotEnoughFollowers, match="no other voter is connected") as refused:
+            with pytest.raises(kvrep.NotEnoughFollowers, match="none is connected") as refused:
                 write()
             assert "promote(force=True)" in refused.value.hint
         assert "lag_records_max is 5" in a.status().not_writable
@@ -168,7 +172,7 @@ def test_writers_wait_for_a_follower_that_is_slow(tmp_path: Path, monkeypatch: p
             for i in range(LAG):
                 a.put(b"%d" % i, b"v")
             assert not a.status().not_writable
-            with pytest.raises(kvrep.AckTimeout, match="within 5 records") as late:
+            with pytest.raises(kvrep.AckTimeout, match="lag_records_max is 5") as late:
                 a.put(b"late", b"v", timeout_s=0.2)
             assert a.get(b"late") is None
             assert a.resolve(late.value.position) is Outcome.PENDING
@@ -209,7 +213,7 @@ def test_after_a_restart_another_voter_has_to_join(tmp_path: Path) -> None:
         stop(a, b)
         a.close()
         a = start("a")
-        with pytest.raises(kvrep.NotEnoughFollowers, match="none has joined in this epoch"):
+        with pytest.raises(kvrep.NotEnoughFollowers, match="no other voter has joined in this epoch"):
             a.put(b"k", b"w")
         assert a[b"k"] == b"v"
         b = start("b", follow=a.address)
@@ -235,6 +239,41 @@ def test_a_primary_goes_on_alone_by_force(tmp_path: Path) -> None:
         b = start("b", follow=a.address)
         voters(a, "a", "b")
         b.wait_for(a.position, WAIT_S)
+        same(a, b)
+
+
+def test_a_copy_that_is_replaced_counts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower comes back with a log that differs, so it gets another copy: what it had confirmed is void."""
+    plan_join, asked = session.plan_join, threading.Event()
+
+    def differs(hello: Hello, view: LogView) -> JoinPlan:
+        if asked.is_set():
+            return plan_join(hello, view)
+        asked.set()
+        return NeedBootstrap(first=view.first, reason="checksum")
+
+    with group(tmp_path) as (start, (a, b)):
+        for _ in range(LAG):
+            a.put(b"k", b"v")
+        until(lambda: not a.status().followers[0].lag_records)
+        tracker = a._node.shipping.followers.tracker
+        stop(a, b)
+        last = a.status().last_offset
+        assert tracker.too_far((), last + LAG) is None
+        monkeypatch.setattr(session, "plan_join", differs)
+        forgotten: list[Any] = []
+        forget = CommitTracker.forget
+
+        def spy(self: CommitTracker, store_id: bytes) -> None:
+            forget(self, store_id)
+            forgotten.append(self.too_far((), last))
+
+        monkeypatch.setattr(CommitTracker, "forget", spy)
+        b = start("b", follow=a.address)
+        until(lambda: forgotten)
+        assert forgotten == [(0, LAG)]
+        until(lambda: not a.status().followers[0].lag_records)
+        b.wait_for(a.put(b"k", b"v"), WAIT_S)
         same(a, b)
 
 

@@ -389,6 +389,8 @@ class Session:
         elif isinstance(plan, Continue):
             self._welcome(plan)
         else:
+            if feeding.tracker is not None:
+                feeding.tracker.forget(hello.store_id)
             self._stream.to_follower(plan)
             self.end(broken=False)
 
