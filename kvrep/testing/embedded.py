@@ -31,7 +31,7 @@ from kvrep.errors import Error, PeerUnavailable
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE
 from kvrep.status import Outcome
-from kvrep.testing.nodes import CALL_S, ProcessNode, status_of
+from kvrep.testing.nodes import CALL_S, PYTHON, ProcessNode, status_of
 from kvrep.testing.storecheck import content
 from kvrep.transport.faults import decode_fault, encode_fault
 
@@ -105,14 +105,15 @@ class EmbeddedNode(ProcessNode):
     def _program(self) -> list[str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         options = {k: _plain(v) for k, v in self.options.items() if v is not None}
-        return [sys.executable, "-m", "kvrep.testing.embedded", str(self.path), json.dumps(options)]
+        return [*PYTHON, "-m", "kvrep.testing.embedded", str(self.path), json.dumps(options)]
 
-    def _reap(self) -> None:
-        super()._reap()
+    def _reap(self) -> bool:
+        ended = super()._reap()
         with self._idle_lock:
             idle, self._idle = self._idle, []
         for sock in idle:
             sock.close()
+        return ended
 
     def ask(self, do: str, within_s: float = CALL_S, **arguments: Any) -> Any:
         """Have the application do something, and return or raise what came of it."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Result, Served, command, pair, run_here, run_process
 
 import kvrep
 from kvrep.cli import describe, serve
@@ -26,6 +25,7 @@ from kvrep.cli.console import Live, Progress, clip, duration, table
 from kvrep.cli.exits import Exit, exit_code
 from kvrep.cli.forms import pair_from_json, pair_to_json, visible
 from kvrep.options import Options
+from tests.cli_kit import Result, Served, command, pair, run_here, run_process
 
 COMMANDS = ["demo", "serve", "status", "get", "put", "delete", "scan", "load", "dump", "verify"]
 Kvrep = Callable[..., Result]

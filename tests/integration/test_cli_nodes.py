@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Result, Served, pair, run_here, wait_until
 
 import kvrep
 from kvrep.cli.exits import Exit
+from tests.cli_kit import Result, Served, pair, run_here, wait_until
 
 Kvrep = Callable[..., Result]
 NOBODY = "127.0.0.1:1"

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, Open, same, stores, until, voters, writable
 
 import kvrep
 from kvrep import EventKind, Outcome, Role
 from kvrep.storage.rescue import load_rescue
+from tests.replication_kit import FAST, WAIT_S, Open, same, stores, until, voters, writable
 
 
 @contextmanager
