@@ -242,6 +242,20 @@ def test_a_primary_goes_on_alone_by_force(tmp_path: Path) -> None:
         same(a, b)
 
 
+def test_force_may_say_another_rule(tmp_path: Path) -> None:
+    """With acks=1 there is nothing to bound any more; every write waits for b then."""
+    with group(tmp_path) as (start, (a, b)):
+        stop(a, b)
+        for i in range(LAG):
+            a.put(b"%d" % i, b"v")
+        a.promote(force=True, voters=["a", "b"], acks=1, timeout_s=WAIT_S)
+        assert (a.status().acks, a.status().lag_records_max) == (1, 0)
+        b = start("b", follow=a.address)
+        writable(a)
+        a.put(b"k", b"v")
+        same(a, b)
+
+
 def test_a_copy_that_is_replaced_counts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A follower comes back with a log that differs, so it gets another copy: what it had confirmed is void."""
     plan_join, asked = session.plan_join, threading.Event()
