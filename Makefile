@@ -52,7 +52,7 @@ tools: ## install what the fault tests use, as root on Debian
 	@.ci/install-tools
 
 prove: .venv tools ## run the long fault and model runs behind the guarantees
-	.venv/bin/python -m pytest -m prove $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m prove $(PYTEST_ARGS)
 
 bench: .venv ## measure (BENCH_ARGS=... is passed on)
 	.venv/bin/python -m benchmarks $(BENCH_ARGS)

@@ -42,7 +42,7 @@ __all__ = ["Node"]
 
 log = logging.getLogger("kvrep")
 
-SEEDS = ("acks", "ack_timeout_s", "degrade_after_s")
+SEEDS = ("acks", "ack_timeout_s", "degrade_after_s", "lag_records_max")
 """Options that make the configuration of a new group. In one that is there, they must be what it says."""
 LOOK_UP_S = 0.05
 """How often those who wait for a lock look whether there is still something to wait for."""
@@ -139,6 +139,13 @@ class Node:
                     given=options.degrade_after_s,
                     hint='say acks="majority", too',
                 )
+            if options.lag_records_max and options.acks is None and options.coordinator is not None:
+                raise ConfigurationMismatch(
+                    'lag_records_max bounds what acks=0 may lose, and a new group has acks="majority"',
+                    option="lag_records_max",
+                    given=options.lag_records_max,
+                    hint="say acks=0, too, or leave it out: nothing acknowledged is lost",
+                )
             return
         self.check_configuration()
 
@@ -150,10 +157,11 @@ class Node:
     def check_seeds(self, stored: Mapping[str, Any]) -> None:
         """The same, of what its group says that it goes by."""
         for name in SEEDS:
-            given, kept = getattr(self.options, name), stored[name]
+            given, kept = getattr(self.options, name), stored.get(name)
+            if given is None or kept is None:  # an older node does not tell of every one
+                continue
             # Times are kept in whole milliseconds.
-            same = given == kept or (isinstance(given, float) and round(given * 1000) == round(kept * 1000))
-            if given is not None and not same:
+            if given != kept and not (isinstance(given, float) and round(given * 1000) == round(kept * 1000)):
                 raise ConfigurationMismatch(
                     f"the log's configuration says {name}={kept!r}, open() was given {given!r}",
                     option=name,
@@ -270,6 +278,7 @@ class Node:
             acks=options.acks if options.acks is not None else 0,
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
             degrade_after_s=options.degrade_after_s or 0.0,
+            lag_records_max=options.lag_records_max or 0,
         )
         return seed.with_voter(home.store_id, home.name, self.address)
 

@@ -350,8 +350,8 @@ def main() -> None:
     logging.basicConfig(
         stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    over = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: over.set())
+    over, told = threading.Event(), list[int]()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     path = Path(sys.argv[1])
     with kvrep.open(path, **_options(sys.argv[2])) as store, socket.socket(socket.AF_UNIX) as listener:
         (path.parent / SOCKET).unlink(missing_ok=True)
@@ -362,7 +362,9 @@ def main() -> None:
         threading.Thread(target=_accept, args=(application, listener), name="app-accept", daemon=True).start()
         print(json.dumps({"address": store.address}), flush=True)
         threading.Thread(target=_watch_stdin, args=(over,), name="app-stdin", daemon=True).start()
-        over.wait()
+        # A signal that the kernel gives to another thread interrupts no wait of this one, where handlers run.
+        while not told and not over.wait(0.1):
+            pass
 
 
 def _watch_stdin(over: threading.Event) -> None:

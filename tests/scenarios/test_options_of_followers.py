@@ -30,7 +30,13 @@ def state(status: kvrep.Status) -> tuple[tuple[str, ...], int, str]:
 
 @pytest.mark.parametrize(
     ("option", "given", "kept"),
-    [("acks", 0, 1), ("acks", "all", 1), ("ack_timeout_s", 2.0, 4.0), ("degrade_after_s", 9.0, 0.0)],
+    [
+        ("acks", 0, 1),
+        ("acks", "all", 1),
+        ("ack_timeout_s", 2.0, 4.0),
+        ("degrade_after_s", 9.0, 0.0),
+        ("lag_records_max", 5, 0),
+    ],
 )
 def test_a_new_follower_of_another_rule_is_refused(
     tmp_path: Path, option: str, given: Any, kept: Any
