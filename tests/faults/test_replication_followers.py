@@ -407,7 +407,7 @@ def test_a_stopped_follower_costs_bounded_memory(tmp_path: Path) -> None:
         p.run("exec('while len(db.status().voters) < 2: time.sleep(0.01)')")
         write = "for i in range({0}): db.put(b'%d' % (i % 64), b'x' * 100_000)"
         p.run("exec(" + repr(write.format(200)) + ")", 60)
-        os.kill(f.pid, signal.SIGSTOP)
+        f.pause()
         p.run("exec(" + repr(write.format(100)) + ")", 60)
         before = _rss(p.pid)
         p.run("exec(" + repr(write.format(1000)) + ")", 60)
