@@ -10,16 +10,14 @@ goes on where it was; without the file it begins anew, and the repeats are dropp
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,7 +35,7 @@ from kvrep.errors import (
     UpgradeRequired,
 )
 from kvrep.model.codec import decode
-from kvrep.model.position import ZERO, EpochTable, Position
+from kvrep.model.position import Position
 from kvrep.model.record import Kind
 from kvrep.replication.envelope import Envelope, EnvelopeKind, History, encode_envelope
 from kvrep.replication.messages import (
@@ -50,14 +48,14 @@ from kvrep.replication.messages import (
 )
 from kvrep.replication.receiver import AckNow, Action, Append, Cut, Grant, Join, MakePromise, Receiver, Stop
 from kvrep.runtime.description import Description
-from kvrep.storage.home import write_atomically
+from kvrep.runtime.relay_place import Place
 from kvrep.transport.interface import SnapshotChunk, SnapshotInfo, SnapshotRequest, StreamEnded
 
 if TYPE_CHECKING:
     from kvrep.brokers.interface import Publisher
     from kvrep.transport.interface import Connection, Stream
 
-__all__ = ["Place", "Relay", "RelayStatus"]
+__all__ = ["Relay", "RelayStatus"]
 
 log = logging.getLogger("kvrep.replication")
 
@@ -74,58 +72,6 @@ PUBLISH_WAIT_S = 1.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 2.0
 SNAPSHOT_TIMEOUT_S = 3600.0
 _FINAL = (AuthenticationFailed, PermissionDenied, LineageMismatch, UpgradeRequired, OpenError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """How far a relay is: what it says in a Hello."""
-
-    store_id: bytes
-    lineage: bytes = b""
-    branches: tuple[bytes, ...] = ()
-    """All that the log has had, in order."""
-    last: Position = ZERO
-    running: int = 0
-    epochs: EpochTable = field(default_factory=EpochTable)
-    promised: int = 0
-
-    @classmethod
-    def load(cls, path: Path | None) -> Place:
-        """What the file says, or a beginning; ``OpenError`` when it is not readable."""
-        if path is None or not path.exists():
-            return cls(store_id=os.urandom(16))
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                store_id=bytes.fromhex(raw["store_id"]),
-                lineage=bytes.fromhex(raw["lineage"]),
-                branches=tuple(map(bytes.fromhex, raw["branches"])),
-                last=Position(*map(int, raw["last"])),
-                running=int(raw["running"]),
-                epochs=EpochTable(raw["epochs"]),
-                promised=int(raw["promised"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise OpenError(
-                f"{path} does not say where publishing stopped: {error!r}",
-                hint="remove it to begin anew: what was published before is recognised as a repeat",
-            ) from error
-
-    def save(self, path: Path | None) -> None:
-        """Replace the file, durably; its folder is made if missing."""
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raw = {
-            "store_id": self.store_id.hex(),
-            "lineage": self.lineage.hex(),
-            "branches": [branch.hex() for branch in self.branches],
-            "last": list(self.last),
-            "running": self.running,
-            "epochs": list(self.epochs),
-            "promised": self.promised,
-        }
-        write_atomically(path, json.dumps(raw).encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -471,26 +417,9 @@ class Relay:
                 self._flush_piece(place, piece_first, record.offset - 1, bytes(view[piece:at]))
                 piece, piece_first = at, record.offset
             starts.append(at)
-            place = self._after(place, record, int.from_bytes(view[at + 1 : at + 5], "big"))
+            place = place.after(record, int.from_bytes(view[at + 1 : at + 5], "big"))
             at += size
         self._flush_piece(place, piece_first, last, bytes(view[piece:]))
-
-    @staticmethod
-    def _after(place: Place, record: Any, running: int) -> Place:
-        epochs, branches = place.epochs, place.branches
-        if record.epoch != epochs.last_epoch:
-            epochs = epochs.with_epoch(record.epoch, record.offset)
-        if record.kind == Kind.EPOCH:
-            branch = bytes(record.payload["branch"])
-            if branch not in branches:
-                branches = (*branches, branch)
-        return replace(
-            place,
-            last=Position(record.epoch, record.offset),
-            running=running,
-            epochs=epochs,
-            branches=branches,
-        )
 
     def _flush_piece(self, place: Place, first: int, last: int, data: bytes) -> None:
         if last < first:

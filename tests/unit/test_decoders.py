@@ -31,7 +31,7 @@ from kvrep.replication.envelope import Envelope, EnvelopeKind, History, decode_e
 from kvrep.replication.messages import Promise
 from kvrep.runtime.bootstrapping import _Arrived
 from kvrep.runtime.description import Description
-from kvrep.runtime.relaying import Place
+from kvrep.runtime.relay_place import Place
 from kvrep.runtime.slots import Slots
 from kvrep.storage.home import Home, _Identity
 from kvrep.storage.log import Tail
