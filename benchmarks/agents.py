@@ -123,10 +123,11 @@ def snapshot(bench: Bench) -> Outcome:
     """All rows of a store, against COPY of the same rows from a list, in the binary format that the agent uses."""
     count = bench.size(300_000, 2000)
     with _server(bench) as server, bench.path("store") as path, kvrep.open(path) as db:
+        rows = [(key(number), VALUE) for number in range(count)]
         for start in range(0, count, BATCH):
             with db.batch() as batch:
-                for number in range(start, start + BATCH):
-                    batch.put(key(number), VALUE)
+                for row in rows[start : start + BATCH]:
+                    batch.put(*row)
         db.flush()
 
         def agent() -> float:
@@ -142,8 +143,8 @@ def snapshot(bench: Bench) -> Outcome:
                 with connection.cursor() as cursor:
                     with cursor.copy("COPY bare.t (key, value) FROM STDIN (FORMAT BINARY)") as copy:
                         copy.set_types(("bytea", "bytea"))
-                        for number in range(count):
-                            copy.write_row((key(number), VALUE))
+                        for row in rows:
+                            copy.write_row(row)
                 connection.commit()
                 return count / (time.perf_counter() - began)
 
