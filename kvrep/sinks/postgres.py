@@ -54,7 +54,12 @@ _HEADS = [b"\0\2" + length for length in _LENGTHS[: KEY_BYTES_MAX + 1]]
 class PostgresSink(SqlSink):
     """Tables in one schema of a database. Snapshots go in by COPY, changes as one upsert for each batch."""
 
-    rejecting = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+    rejecting = (
+        psycopg.DataError,
+        psycopg.IntegrityError,
+        psycopg.errors.ProgramLimitExceeded,
+        psycopg.errors.RaiseException,  # of a trigger: a rule of the user's, like a constraint
+    )
     mark: ClassVar[str] = "%s"
     snapshot_batches, snapshot_bytes = 64, 8 << 20  # every commit waits for the server to come to its end
 
@@ -133,7 +138,7 @@ class PostgresSink(SqlSink):
         )
 
     def commit(self, place: Place) -> None:
-        with self._errors():
+        with self._whole():
             self._store_place(place)  # which ends a COPY first, as every statement does
             self._need().commit()
         self._version += 1
@@ -440,10 +445,12 @@ def _mapped(error: psycopg.Error, url: str, *, broken: bool) -> Error:
         return PeerUnavailable(
             text, address=url, hint="that server is a standby: give the address of its primary"
         )
+    function = "a function there fails, perhaps that of a trigger on the table: see the context in the text"
+    inside = bool(error.diag.context and "function" in error.diag.context)
     if state == "42501":
-        return PermissionDenied(text, hint="grant CREATE on the database (or schema) to the agent's user")
+        hint = "grant CREATE on the database (or schema) to the agent's user"
+        return PermissionDenied(text, hint=function if inside else hint)
     if broken or state[:2] in ("08", "57", "40", "55") or isinstance(error, psycopg.OperationalError):
         return PeerUnavailable(text, address=url, hint="the agent tries again by itself")
-    return ConfigurationMismatch(
-        text, option="to", given=url, hint="a table there does not have the columns that the keyspace needs"
-    )
+    hint = "a table there does not have the columns that the keyspace needs"
+    return ConfigurationMismatch(text, option="to", given=url, hint=function if inside else hint)
