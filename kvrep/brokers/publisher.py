@@ -32,6 +32,8 @@ __all__ = ["BasePublisher", "Window"]
 MESSAGE_OVERHEAD_BYTES = 256
 """What a message is counted for besides its content: objects, frames, headers."""
 NEVER = 1 << 62
+LOW_PERCENT = 85
+"""How full a window still is when those who wait for room are woken."""
 
 
 class Window(NamedTuple):
@@ -56,9 +58,11 @@ class BasePublisher(ABC):
         changed: threading.Condition | None = None,
     ) -> None:
         self._messages_max, self._bytes_max = window
+        self._messages_low, self._bytes_low = (most * LOW_PERCENT // 100 for most in window)
         self._message_bytes_max = min(message_bytes_max or window.bytes, window.bytes)
         # Protects what follows and all that a broker keeps of its messages; announces confirms and the end.
         self._changed = changed or threading.Condition()
+        self._acquire, self._release = self._changed.acquire, self._changed.release
         self.published = 0
         self.confirmed = 0
         self.closed = False
@@ -91,11 +95,10 @@ class BasePublisher(ABC):
         """The next ``count`` messages are safe, ``size`` bytes in all. The lock is held."""
         self.confirmed += count
         self._bytes -= size
-        # Those who wait for room are woken at half of the window, not at every confirm.
-        half = (
-            self._bytes * 2 <= self._bytes_max and (self.published - self.confirmed) * 2 <= self._messages_max
-        )
-        if self._waiters and (half or self.confirmed >= self._wanted):
+        # Those who wait for room are woken once there is some, not at every confirm; a window that were allowed to run
+        # half empty would leave the broker without work.
+        some = self._bytes <= self._bytes_low and self.published - self.confirmed <= self._messages_low
+        if self._waiters and (some or self.confirmed >= self._wanted):
             self._wanted = NEVER
             self._changed.notify_all()
 
@@ -109,10 +112,12 @@ class BasePublisher(ABC):
 
     def publish(self, message: Message, timeout_s: float = 30.0) -> int:
         size = _size(message, self._message_bytes_max)
-        with self._changed:
-            if not self._has_room(size):
+        self._acquire()  # "with" would go through two functions of the condition's
+        try:
+            if self._bytes + size > self._bytes_max or self.published - self.confirmed >= self._messages_max:
                 self._await_room(size, timeout_s)
-            self._need_alive()
+            if self.closed or self._ended is not None:
+                self._need_alive()
             # Counted first: it may be confirmed before _send() returns.
             self.published += 1
             self._bytes += size
@@ -123,6 +128,8 @@ class BasePublisher(ABC):
                 self._bytes -= size
                 raise
             return self.published
+        finally:
+            self._release()
 
     def wait(self, number: int, timeout_s: float) -> bool:
         with self._changed:
