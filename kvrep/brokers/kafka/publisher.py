@@ -80,9 +80,7 @@ class KafkaPublisher(BasePublisher):
             headers += message.headers.items()
         try:
             # By position, since keywords cost a dictionary: partition, callback, its other name, timestamp, headers.
-            self._producer.produce(
-                self._topic, message.body, message.key, -1, on_delivery, None, 0, headers
-            )
+            self._producer.produce(self._topic, message.body, message.key, -1, on_delivery, None, 0, headers)
         except BufferError as error:
             raise Overloaded(f"{self._cluster.shown}: librdkafka's buffer is full") from error
         except ck.KafkaException as error:
