@@ -24,6 +24,7 @@ from kvrep.brokers.interface import (
     Message,
     PublisherStatus,
     Unconfirmed,
+    headers_chars,
 )
 from kvrep.errors import ClosedError, Error, Overloaded, ValueTooLarge, again
 
@@ -223,7 +224,7 @@ def _size(message: Message, bytes_max: int) -> int:
         raise TypeError("a message's body and key are bytes")
     size = len(body) + len(key) + len(message.id) + MESSAGE_OVERHEAD_BYTES
     if headers:
-        size += sum(len(name) + len(value) for name, value in headers.items())
+        size += headers_chars(headers)
     if size > bytes_max:
         raise ValueTooLarge(f"a message of {size} bytes is above the bound of {bytes_max}")
     return size
