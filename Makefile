@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Tests that run at the same time: most of them wait for disks, servers and deadlines.
+TEST_JOBS ?= 2
 BENCH_ARGS ?=
 # The oldest supported runtime and the newest of each major version that applications pin.
 PROTOBUF_VERSIONS ?= 4.25 5 6 7
@@ -44,13 +46,13 @@ demo: .venv ## show kvrep at work
 	.venv/bin/kvrep demo
 
 test: .venv tools ## run the tests (PYTEST_ARGS=... is passed on)
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 tools: ## install what the fault tests use, as root on Debian
 	@.ci/install-tools
 
 prove: .venv tools ## run the long fault and model runs behind the guarantees
-	.venv/bin/python -m pytest -m prove $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m prove $(PYTEST_ARGS)
 
 bench: .venv ## measure (BENCH_ARGS=... is passed on)
 	.venv/bin/python -m benchmarks $(BENCH_ARGS)
@@ -108,7 +110,7 @@ protobuf-matrix: ## test the wheel on every supported protobuf, each in a throw-
 		"$$venv/bin/python" $(PIP_INSTALL) "protobuf==$$version.*" pytest-timeout hypothesis \
 			"$$scratch"/kvrep-*.whl; \
 		echo "== $$("$$venv/bin/pip" freeze | grep '^protobuf==')"; \
-		"$$venv/bin/python" -P -m pytest -q -p no:cacheprovider --import-mode=importlib \
+		"$$venv/bin/python" -P -m pytest -q -p no:cacheprovider --import-mode=importlib --noconftest \
 			tests/unit/test_protobuf_runtime.py; \
 	done
 

@@ -31,6 +31,7 @@ acks="majority", with the default settings of kvrep.Quorum and of the store, und
   cut         the same with the primary cut off from both others
   blink       SIGSTOP for half a second: does the primary stay the primary?
   switchover  the longest time between two acknowledged writes around a switchover
+  forwarding  the same with forward_writes=True, as each node's own writer sees it: the longest of the three
   promote     promote() by hand, the old primary just killed (no coordinator)
   cost        puts per second with and without kvrep.Quorum, in turn, and processor time per put; heartbeats
               come ten times as often as by default, so that their cost stands out: a tenth of it is what counts
@@ -79,14 +80,22 @@ class Writers:
         return min((t - since for t in later if t), default=0.0)
 
     def gap(self, since: float, until: float) -> float:
-        """The longest time without an acknowledgement between the two moments."""
-        moments = sorted(t for times in self.acked.values() for t in list(times) if since <= t <= until)
-        return max((b - a for a, b in zip([since, *moments], [*moments, until], strict=True)), default=0.0)
+        """The longest time without an acknowledgement anywhere between the two moments."""
+        return _gap([t for times in self.acked.values() for t in list(times)], since, until)
+
+    def longest_gap(self, since: float, until: float) -> float:
+        """The same as the writer of one node sees it who waited longest."""
+        return max(_gap(list(times), since, until) for times in self.acked.values())
 
     def stop(self) -> None:
         self._over.set()
         for thread in self._threads:
             thread.join(WAIT_S)
+
+
+def _gap(moments: list[float], since: float, until: float) -> float:
+    inside = sorted(t for t in moments if since <= t <= until)
+    return max(b - a for a, b in zip([since, *inside], [*inside, until], strict=True))
 
 
 BEATS = 10
@@ -188,9 +197,10 @@ def blinks(rounds: int) -> str:
     return f"{'blink':11} {lost} elections in {rounds} pauses of 0.5 s"
 
 
-def switchovers(rounds: int) -> Times:
+def switchovers(rounds: int, *, forwarding: bool = False) -> Times:
     took: list[float] = []
-    with group() as cluster, loaded(cluster) as writers:
+    name = "forwarding" if forwarding else "switchover"
+    with group(forward_writes=forwarding) as cluster, loaded(cluster) as writers:
         for number in range(rounds):
             settle(cluster, writers)
             old = cluster.primary
@@ -202,9 +212,10 @@ def switchovers(rounds: int) -> Times:
                 lambda o=old.name, b=began: writers.first_elsewhere(o, b), "until there are writes elsewhere"
             )
             settle(cluster, writers, 0.3)
-            took.append(writers.gap(began - 0.1, time.monotonic()))
-            progress(f"switchover {number + 1}/{rounds}: {took[-1] * 1000:.0f} ms")
-    return Times("switchover", took)
+            gap = writers.longest_gap if forwarding else writers.gap
+            took.append(gap(began - 0.1, time.monotonic()))
+            progress(f"{name} {number + 1}/{rounds}: {took[-1] * 1000:.0f} ms")
+    return Times(name, took)
 
 
 def promotions(rounds: int) -> Times:
@@ -291,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         "cut": lambda: failovers("cut", rounds),
         "blink": lambda: blinks(rounds),
         "switchover": lambda: switchovers(rounds),
+        "forwarding": lambda: switchovers(rounds, forwarding=True),
         "promote": lambda: promotions(rounds),
         "cost": lambda: cost(options.pairs, options.seconds),
     }

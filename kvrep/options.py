@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 from kvrep.coordinators import CoordinatorChoice, Etcd, Quorum
 from kvrep.errors import ConfigurationMismatch
 from kvrep.model.configuration import Acks, check_acks
+from kvrep.model.position import OFFSET_MAX
 
 __all__ = ["KEY_BYTES_MAX", "OpenOptions", "Options", "check_keyspace_name"]
 
@@ -37,6 +38,7 @@ class OpenOptions(TypedDict, total=False):
     acks: Acks | None
     ack_timeout_s: float | None
     degrade_after_s: float | None
+    lag_records_max: int | None
     durability: Literal["sync", "os"]
     sync_interval_s: float
     create: bool
@@ -92,6 +94,10 @@ class Options:
     """Seeds the configuration of a new store (default 0, never): once too few voters have been there for so
     long, writes are acknowledged without the copies that are missing, if most voters (a witness or etcd counts)
     agree and remember it; loudly, see ``docs/failover.md``."""
+    lag_records_max: int | None = None
+    """Seeds the configuration of a new store (default 0, no bound): with ``acks=0``, how many acknowledged records
+    the furthest other voter may lack, hence how many a failover onto it can lose. A write beyond that waits, or
+    is refused while no other voter is connected."""
     durability: Literal["sync", "os"] = "sync"
     """``"sync"``: a write that returned is flushed to the disk. ``"os"``: it is with the operating system."""
     sync_interval_s: float = 1.0
@@ -160,7 +166,7 @@ class Options:
         for low, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
-                if value is None and name in ("ack_timeout_s", "degrade_after_s"):
+                if value is None and name in _SEEDS:
                     continue
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
                     _reject(name, value, f"a number of at least {low}")
@@ -170,6 +176,13 @@ class Options:
             if self.acks == 0:
                 _reject(
                     "degrade_after_s", self.degrade_after_s, "together with acks= that waits for followers"
+                )
+        if self.lag_records_max:
+            if self.lag_records_max > OFFSET_MAX:
+                _reject("lag_records_max", self.lag_records_max, f"at most {OFFSET_MAX}")
+            if self.acks not in (None, 0):
+                _reject(
+                    "lag_records_max", self.lag_records_max, "together with acks=0 only: others lose nothing"
                 )
         if not 1 <= self.keyspaces_max <= 1024:
             _reject("keyspaces_max", self.keyspaces_max, "1 to 1024")
@@ -192,6 +205,8 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 _reject(name, getattr(self, name), "True or False")
         for name, given in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if given is None and name in _SEEDS:
+                continue
             if name.endswith(("_bytes", "_bytes_max", "s_max")) and not name.endswith("_s_max"):
                 if isinstance(given, bool) or not isinstance(given, int):
                     _reject(name, given, "a whole number")
@@ -229,13 +244,15 @@ def _reject(option: str, given: Any, wanted: str) -> None:
     )
 
 
+_SEEDS = ("ack_timeout_s", "degrade_after_s", "lag_records_max")
+"""Numbers that may be left out, because the log's configuration has them."""
 _AT_LEAST: dict[float, tuple[str, ...]] = {
     0.001: (
         "ack_timeout_s", "sync_interval_s", "flush_interval_s", "snapshot_age_max_s",
         "transaction_age_max_s", "close_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s",
         "reconnect_backoff_max_s",
     ),
-    0: ("retention_age_s", "retention_bytes", "degrade_after_s"),
+    0: ("retention_age_s", "retention_bytes", "degrade_after_s", "lag_records_max"),
     1: ("value_bytes_max", "record_bytes_max", "followers_max", "readers_max"),
     64 * KIB: (
         "log_file_bytes", "memtable_bytes", "memtable_bytes_max", "uncommitted_bytes_max",

@@ -144,6 +144,8 @@ class Status:
     The newest 16 spans, the oldest first."""
     degrade_after_s: float
     """See :func:`kvrep.open`; 0: never."""
+    lag_records_max: int
+    """See :func:`kvrep.open`; 0: no bound."""
     not_writable: str
     """Why a write would be refused now; empty when it would not."""
     primary_address: str

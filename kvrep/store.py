@@ -277,7 +277,8 @@ class Store(Keyspace[bytes]):
         It asks the other voters, collects the promises of so many that they meet every set that can have
         acknowledged a write, takes over what it lacks, and begins a new epoch. Raises
         :class:`UnsafePromotion` that names who did not answer and what could be lost; nothing changes then.
-        Returns the position at which reads stand. On a node that is primary already, nothing happens.
+        Returns the position at which reads stand. On a node that is primary already, nothing happens, unless it
+        is forced and refuses writes for want of copies.
 
         ``force`` goes on without the missing promises: what only they acknowledged is lost (they save it to
         rescue files when they come back). It begins a new branch of the history with a new configuration:
@@ -326,16 +327,17 @@ class Store(Keyspace[bytes]):
         acks: Acks | None = None,
         ack_timeout_s: float | None = None,
         degrade_after_s: float | None = None,
+        lag_records_max: int | None = None,
         priorities: Mapping[str, int] | None = None,
         addresses: Mapping[str, str] | None = None,
         timeout_s: float = 10.0,
     ) -> Position:
         """Change the configuration, on the primary: a record that holds once committed under both rules.
 
-        ``acks``, ``ack_timeout_s`` and ``degrade_after_s`` are the commit rule. ``priorities`` and
-        ``addresses`` are those of voters, by name; a voter that joins from another address is noted without
-        being asked. One change at a time, never before this epoch's first record is committed: until then it
-        waits.
+        ``acks``, ``ack_timeout_s``, ``degrade_after_s`` and ``lag_records_max`` are the commit rule; say the last
+        two, too, where another ``acks`` does not allow them. ``priorities`` and ``addresses`` are those of
+        voters, by name; a voter that joins from another address is noted without being asked. One change at a
+        time, never before this epoch's first record is committed: until then it waits.
 
         Returns its position. ``ValueError`` for a rule that does not exist, or a name that is no voter's;
         refusals as of ``put``.
@@ -343,11 +345,16 @@ class Store(Keyspace[bytes]):
         self._node.engine.need_alive()
         for address in (addresses or {}).values():
             check_address(address)
+        rule = {
+            "acks": acks,
+            "ack_timeout_s": ack_timeout_s,
+            "degrade_after_s": degrade_after_s,
+            "lag_records_max": lag_records_max,
+        }
+        given: dict[str, Any] = {name: value for name, value in rule.items() if value is not None}
 
         def change(now: Configuration) -> Configuration:
-            new = now if acks is None else replace(now, acks=acks)
-            new = new if ack_timeout_s is None else replace(new, ack_timeout_s=ack_timeout_s)
-            new = new if degrade_after_s is None else replace(new, degrade_after_s=degrade_after_s)
+            new = replace(now, **given)  # at once: one alone may make no sense
             for name, priority in (priorities or {}).items():
                 new = new.changed(new.need(name).store_id, priority=int(priority))
             for name, address in (addresses or {}).items():

@@ -8,9 +8,8 @@ from __future__ import annotations
 import ast
 import sys
 
-from replication_kit import until
-
 import kvrep
+from tests.replication_kit import until
 
 
 def main() -> None:

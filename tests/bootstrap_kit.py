@@ -11,9 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from replication_kit import WAIT_S, until
-
 import kvrep
+from tests.replication_kit import WAIT_S, until
 
 OPTIONS: dict[str, Any] = {
     "log_file_bytes": 256 << 10,

@@ -16,6 +16,17 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# Fixtures that tests of several files share: here they are one, so that their servers are started once.
+from tests.broker_kit import site
+from tests.etcd_kit import etcd_server, shared_etcd
+from tests.kafka_kit import shared_kafka
+from tests.postgres_kit import postgres_server, shared_postgres
+from tests.rabbit_kit import shared_rabbitmq
+
+__all__ = [
+    "etcd_server", "postgres_server", "shared_etcd", "shared_kafka", "shared_postgres", "shared_rabbitmq", "site",
+]  # fmt: skip
+
 LEFT_OVER_S = 5.0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.lifeline import Lifeline
+from tests.ports import free_port
 
 ETCD = shutil.which("etcd")
 START_S = 30.0
@@ -35,13 +36,13 @@ class EtcdServer:
             self._start(self.endpoint)
             return
         for _ in range(5):
-            if self._start(f"127.0.0.1:{_free_port()}"):
+            if self._start(f"127.0.0.1:{free_port()}"):
                 return
         raise AssertionError("etcd does not start")
 
     def _start(self, endpoint: str) -> bool:
         assert ETCD is not None
-        peer = f"http://127.0.0.1:{_free_port()}"
+        peer = f"http://127.0.0.1:{free_port()}"
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -88,13 +89,6 @@ class EtcdServer:
             process.send_signal(signal.SIGCONT)
             process.kill()
             process.wait(10)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def _answers(endpoint: str) -> bool:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from replication_kit import Open, stores, voters
-
 import kvrep
+from tests.replication_kit import Open, stores, voters
 
 __all__ = ["forwarded_records", "group", "stores"]
 

@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.lifeline import Lifeline
+from tests.ports import free_port
 
 START_S = 60.0
 USER, PASSWORD = "kvrep", "secret"
@@ -86,7 +86,7 @@ class PostgresServer:
             assert self._start(self.port), "PostgreSQL does not start again"
             return
         for _ in range(5):
-            if self._start(_free_port()):
+            if self._start(free_port()):
                 return
         raise AssertionError("PostgreSQL does not start")
 
@@ -120,13 +120,6 @@ class PostgresServer:
         if process is not None and process.poll() is None:
             process.send_signal(number)
             process.wait(30)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def _answers(port: int) -> bool:

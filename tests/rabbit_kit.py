@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.lifeline import Lifeline
+from tests.ports import free_port
 
 SERVER = next(
     (path for path in ("/usr/lib/rabbitmq/bin/rabbitmq-server",) if os.access(path, os.X_OK)),
@@ -54,7 +55,7 @@ class RabbitServer:
             assert self._start(), self._log()
             return
         for _ in range(3):
-            self.port, self._distribution, epmd = _free_ports(3)
+            self.port, self._distribution, epmd = (free_port() for _ in range(3))
             self._environment = self._make_environment(epmd)
             self._epmd = subprocess.Popen(
                 ["epmd", "-port", str(epmd), "-address", "127.0.0.1"],
@@ -182,18 +183,6 @@ class RabbitServer:
         if epmd is not None:
             epmd.kill()
             epmd.wait(10)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different ports that are free now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _stands_still(group: int) -> bool:

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from replication_kit import until
-
 import kvrep
 from kvrep import brokers
 from kvrep.runtime.relaying import Relay
 from kvrep.transport.network import GrpcTransport
+from tests.replication_kit import until
 
 
 class Publishing:

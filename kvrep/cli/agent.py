@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from kvrep.cli.arguments import add_security, count, seconds, size, tls_of, toke
 from kvrep.cli.console import key_values, log_to_stderr, number, style, table
 from kvrep.cli.exits import Exit, UsageError
 from kvrep.cli.frugal import be_frugal
+from kvrep.cli.stopping import Stop, stoppable
 
 __all__ = ["configure", "run"]
 
@@ -126,15 +126,11 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"not understood: {' '.join(args.numbers)}")
     log_to_stderr(args.log_level)
     made = _publication(args) if is_broker(args.to) else _agent(args)
-    with _signals() as stop:
+    with stoppable(stdin=args.until_stdin_closes) as stop:
         try:
             made.start()
             with _served(made, args.http) as address:
                 _say_ready(made, address, as_json=args.json)
-                if args.until_stdin_closes:
-                    threading.Thread(
-                        target=_watch_stdin, args=(stop,), name="kvrep-stdin", daemon=True
-                    ).start()
                 _wait(made, stop, until_current=args.until_current)
         finally:
             made.close()
@@ -200,30 +196,6 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
     return dict(parse_table(text) for text in args.table)
 
 
-class _Stop(threading.Event):
-    """Set by SIGTERM and SIGINT; the second one ends the process at once, which loses nothing."""
-
-    signal = 0
-
-    def on_signal(self, number: int, frame: object) -> None:
-        del frame
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        self.set()
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @contextmanager
 def _served(made: Any, listen: str | None) -> Iterator[str]:
     from kvrep.sinks.metrics import StatusServer
@@ -248,14 +220,7 @@ def _say_ready(made: Any, address: str, *, as_json: bool) -> None:
         print(f"ready: {status['source']} to {to}{f', status at {address}' if address else ''}", flush=True)
 
 
-def _watch_stdin(stop: _Stop) -> None:
-    """Whoever started this process holds our standard input open; its end is the end of that process."""
-    while os.read(0, 4096):
-        pass
-    stop.set()
-
-
-def _wait(made: Any, stop: _Stop, *, until_current: bool) -> None:
+def _wait(made: Any, stop: Stop, *, until_current: bool) -> None:
     """Until told to end, or the agent has ended, whose error is raised then."""
     while not stop.wait(0.05 if until_current else 0.25):
         status = made.status()

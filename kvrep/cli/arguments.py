@@ -158,6 +158,7 @@ OPTION_FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("acks", acks, 'copies on followers that a write waits for: 0, a number, "majority" or "all"'),
         Flag("ack_timeout_s", seconds, "how long a write waits for them"),
         Flag("degrade_after_s", seconds, "without enough voters for so long, fewer copies do (0: never)"),
+        Flag("lag_records_max", count, "with acks 0: records the furthest follower may lack (0: no bound)"),
     ),
     "durability": (
         Flag("durability", ("sync", "os"), "sync: on the disk before a write returns; os: with the system"),

@@ -26,6 +26,7 @@ takes over what it lacks, and begins. If too few answer it says who is missing a
 --force goes on without them: what only they acknowledged is lost to the group (each saves it to a rescue
 file when it comes back). The history gets a new branch and a new configuration: --voters (this node alone if
 not given) and --acks. Be sure that the missing nodes are really gone, or fenced off from all clients.
+On a primary --force acts only if that one refuses writes because too few others are there.
 
 examples:
   kvrep promote 127.0.0.1:7401

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import threading
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvrep.cli.arguments import add_security, is_address, tls_of, token_of
 from kvrep.cli.console import log_to_stderr
 from kvrep.cli.exits import Exit, UsageError
+from kvrep.cli.stopping import Stop, stoppable
 
 if TYPE_CHECKING:
     from kvrep.brokers.interface import Broker
@@ -92,31 +91,16 @@ def _publish(args: argparse.Namespace, sources: list[str], broker: Broker) -> in
         sources, broker, name=args.name, state=args.state, snapshot=args.snapshot,
         transactional_id=args.transactional_id, tls=tls_of(args), token=token_of(args),
     )  # fmt: skip
-    stop = threading.Event()
-    interrupted: list[int] = []
-
-    def on_signal(number: int, frame: object) -> None:
-        del frame
-        interrupted.append(number)
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with publication:
-            if args.until_stdin_closes:
-                threading.Thread(target=_watch_stdin, args=(stop,), name="kvrep-stdin", daemon=True).start()
-            _watch(args, publication, stop)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stoppable(stdin=args.until_stdin_closes) as stop, publication:
+        _watch(args, publication, stop)
     publication.raise_error()
     _report(args, publication)
-    return Exit.INTERRUPTED if signal.SIGINT in interrupted else Exit.OK
+    return Exit.INTERRUPTED if stop.signal == signal.SIGINT else Exit.OK
 
 
-def _watch(args: argparse.Namespace, publication: LogPublication, stop: threading.Event) -> None:
+def _watch(args: argparse.Namespace, publication: LogPublication, stop: Stop) -> None:
     told_s, told = 0.0, ""
-    while not stop.is_set() and not publication.wait_over(POLL_S):
+    while not stop.wait(POLL_S) and not publication.wait_over(0.0):
         status = publication.status()
         there = status.state == "publishing" and status.source_last and not status.lag_records
         if args.until_caught_up and there:
@@ -135,9 +119,3 @@ def _report(args: argparse.Namespace, publication: LogPublication) -> None:
     text = f"{status.state} from {status.address or '-'}: through {status.published}, {status.lag_records} behind"
     problem = status.broker_problem or status.problem
     print(f"{text}{f' ({problem})' if problem else ''}", flush=True)
-
-
-def _watch_stdin(stop: threading.Event) -> None:
-    while os.read(0, 4096):  # sys.stdin's lock, held here, would abort the end of the interpreter
-        pass
-    stop.set()

@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import signal
-import threading
 from typing import TYPE_CHECKING, Any
 
 from kvrep.cli.arguments import add_options, add_security, options_of, tls_of, token_of
 from kvrep.cli.console import log_to_stderr
 from kvrep.cli.exits import Exit
+from kvrep.cli.stopping import stoppable
 
 if TYPE_CHECKING:
     from kvrep.store import Store
@@ -76,36 +76,13 @@ def configure(parser: argparse.ArgumentParser, name: str) -> None:
     add_security(parser)
 
 
-class _Stop:
-    """Which signal ended the process, if any; the second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.event = threading.Event()
-
-    def on_signal(self, number: int, frame: object) -> None:
-        del frame
-        if self.signal:  # not the event: the end of standard input sets that, too
-            os._exit(128 + number)
-        self.signal = number
-        self.event.set()
-
-
 def run(args: argparse.Namespace) -> int:
     import kvrep
 
     log_to_stderr(args.log_level)
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with kvrep.open(args.path, **_options(args)) as store:
-            _say_ready(store, as_json=args.json)
-            if args.until_stdin_closes:
-                threading.Thread(target=_watch_stdin, args=(stop,), name="kvrep-stdin", daemon=True).start()
-            stop.event.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stoppable(stdin=args.until_stdin_closes) as stop, kvrep.open(args.path, **_options(args)) as store:
+        _say_ready(store, as_json=args.json)
+        stop.wait()
     return Exit.INTERRUPTED if stop.signal == signal.SIGINT else Exit.OK
 
 
@@ -154,10 +131,3 @@ def _say_ready(store: Store, *, as_json: bool) -> None:
         name = f" {status.name}" if status.name else ""
         line = f"ready: {status.role}{name} at {store.address}"
     print(line, flush=True)
-
-
-def _watch_stdin(stop: _Stop) -> None:
-    """Whoever started this process holds our standard input open; its end is the end of that process."""
-    while os.read(0, 4096):
-        pass
-    stop.event.set()

@@ -120,7 +120,9 @@ def _facts(status: dict[str, Any]) -> list[tuple[str, str]]:
 def _rule(status: dict[str, Any]) -> str:
     voters = ", ".join(status["voters"]) or "none yet"
     timeout = f"within {status['ack_timeout_s']:g} s"
-    return f"acks={status['acks']}: {status['copies']} copies {timeout}; voters: {voters}"
+    lag = status.get("lag_records_max", 0)  # an older node does not tell
+    bound = f", {number(lag)} records ahead of the furthest other voter at the most" if lag else ""
+    return f"acks={status['acks']}: {status['copies']} copies {timeout}{bound}; voters: {voters}"
 
 
 def _protection(status: dict[str, Any]) -> str:

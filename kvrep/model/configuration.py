@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvrep.errors import ProtocolError
-from kvrep.model.position import EPOCH_MEMBERS
+from kvrep.model.position import EPOCH_MEMBERS, OFFSET_MAX
 
 __all__ = ["OPEN", "Acks", "Configuration", "Voter", "in_force"]
 
@@ -74,6 +74,9 @@ class Configuration:
     unprotected: tuple[tuple[int, int], ...] = ()
     """(from, to): what was acknowledged with fewer copies than ``acks`` asks for, the newest span last. ``to``
     is ``OPEN`` while it goes on."""
+    lag_records_max: int = 0
+    """With ``acks=0``: how many records the newest one that is acknowledged may be ahead of the furthest other
+    data voter; 0: there is no bound."""
 
     def __post_init__(self) -> None:
         check_acks(self.acks)
@@ -86,6 +89,14 @@ class Configuration:
         if self.degrade_after_s and self.acks == 0:
             raise ValueError("degrade_after_s lowers a rule that waits for followers; acks=0 does not")
         object.__setattr__(self, "degrade_after_s", round(self.degrade_after_s * 1000) / 1000)
+        if type(self.lag_records_max) is not int or not 0 <= self.lag_records_max <= OFFSET_MAX:
+            raise ValueError(
+                f"lag_records_max must be a whole number from 0 on, not {self.lag_records_max!r}"
+            )
+        if self.lag_records_max and self.acks != 0:
+            raise ValueError(
+                f"lag_records_max bounds what acks=0 may lose, and acks={self.acks!r} loses nothing: make it 0"
+            )
         if type(self.next_member) is not int or not 0 < self.next_member <= EPOCH_MEMBERS:
             raise ValueError(f"next_member {self.next_member!r} is not in 1..{EPOCH_MEMBERS}")
         if any(not 0 < v.member < self.next_member for v in self.voters):
@@ -205,6 +216,7 @@ class Configuration:
             "degrade_after_ms": round(self.degrade_after_s * 1000),
             "away": [v.store_id for v in self.away],
             "unprotected": [list(span) for span in self.unprotected],
+            "lag_records_max": self.lag_records_max,
         }
         return {
             **{name: value for name, value in seldom.items() if value},
@@ -230,6 +242,7 @@ class Configuration:
                 removed=_stores(data, "removed"),
                 degrade_after_s=data.get("degrade_after_ms", 0) / 1000,
                 unprotected=tuple(_span(*span) for span in data.get("unprotected", ())),
+                lag_records_max=data.get("lag_records_max", 0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a configuration: {error}") from error

@@ -7,6 +7,11 @@ them from a rival with a newer epoch.
 
 A configuration that is proposed at offset c changes W and the voters: offsets from c on need both the old
 rule and the new one, until c is committed; from then on only the new one.
+
+With ``acks=0`` W is 1, so nothing says how far the others may be behind. With ``lag_records_max`` an offset is
+committed only when, besides, the furthest other data voter has all but so many of the records through it. A
+voter that has left keeps its copy, so what it confirmed in this epoch still counts for that; it counts for
+nothing else, and until the epoch's first ack nothing is known of anybody.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ class _Rule:
     no data voter: then the copy of one is waited for, because a promotion fences only voters.
     """
 
-    __slots__ = ("configuration", "index", "voters", "wanted")
+    __slots__ = ("configuration", "index", "others", "slack", "voters", "wanted")
 
     def __init__(self, configuration: Configuration, store_id: bytes) -> None:
         self.configuration = configuration
@@ -37,6 +42,12 @@ class _Rule:
         self.wanted = configuration.copies_wanted
         self.index = len(self.voters) - configuration.copies
         """Of d synced offsets in ascending order, the one that W of them have reached."""
+        self.others = tuple(
+            v.store_id for v in configuration.voters if not v.witness and v.store_id != store_id
+        )
+        """Those of whom one may be the next primary."""
+        self.slack = configuration.lag_records_max if self.others else 0
+        """How far an offset may be ahead of all of these; 0: there is no bound."""
 
     def reached(self, synced: dict[bytes, int]) -> int:
         get = synced.get
@@ -50,6 +61,25 @@ class _Rule:
         return max(0, self.wanted - self.present(stores))
 
 
+class _BoundedRule(_Rule):
+    """The same with ``lag_records_max``; of its own, so that no other rule pays for it."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, configuration: Configuration, store_id: bytes, kept: dict[bytes, int]) -> None:
+        super().__init__(configuration, store_id)
+        self._kept = kept
+        """What voters had synced when they left."""
+
+    def reached(self, synced: dict[bytes, int]) -> int:
+        return min(super().reached(synced), self.furthest(synced) + self.slack)
+
+    def furthest(self, synced: dict[bytes, int]) -> int:
+        """The last offset that some other data voter holds; 0 while that is not known."""
+        kept = self._kept
+        return max([synced[i] if i in synced else kept.get(i, 0) for i in self.others])
+
+
 class CommitTracker:
     """One per epoch of this node as primary. Invariant: ``committed`` never goes back.
 
@@ -60,9 +90,11 @@ class CommitTracker:
     __slots__ = (
         "_durable",
         "_effective",
+        "_kept",
         "_others",
         "_proposed",
         "_self",
+        "_slack",
         "_synced",
         "committed",
         "epoch_start",
@@ -83,8 +115,12 @@ class CommitTracker:
         nobody proposes before the one before is committed.
         """
         self._self = store_id
-        self._effective = _Rule(configuration, store_id)
+        self._kept: dict[bytes, int] = {}
+        """What voters that left had synced then. They keep it, which only the bound on the lag asks for."""
+        self._effective = self._rule(configuration)
         self._proposed: list[tuple[int, _Rule]] = []
+        self._slack = self._effective.slack
+        """How far what is committed may be ahead of an ack that moves it: the most under any rule."""
         self._durable = 0
         self._synced: dict[bytes, int] = {}
         self._others: dict[bytes, tuple[int, int]] = {}
@@ -107,7 +143,7 @@ class CommitTracker:
         """A follower confirmed so much; returns what is committed now."""
         self._others[store_id] = (written, visible)
         self._synced[store_id] = synced
-        return self._advance() if synced > self.committed else self.committed
+        return self._advance() if synced + self._slack > self.committed else self.committed
 
     def _advance(self) -> int:
         reached = min(self._durable, self._effective.reached(self._synced))
@@ -120,15 +156,32 @@ class CommitTracker:
         self.committed = reached
         if self._proposed and reached >= self._proposed[0][0]:
             self._effective = self._proposed.pop(0)[1]
+            self._note_slack()
             return self._advance()
         return reached
 
     def left(self, store_id: bytes) -> None:
         """A stream ended: its acks no longer count. What was committed stays committed."""
-        self._synced.pop(store_id, None)
+        synced = self._synced.pop(store_id, None)
         self._others.pop(store_id, None)
+        if synced is not None and any(store_id in rule.others for rule in self._rules()):
+            self._kept[store_id] = synced
+
+    def forget(self, store_id: bytes) -> None:
+        """A voter that had left is given another copy: what it confirmed before, it may not hold any more."""
+        self._kept.pop(store_id, None)
 
     # Configurations.
+
+    def _rule(self, configuration: Configuration) -> _Rule:
+        rule = _Rule(configuration, self._self)
+        return _BoundedRule(configuration, self._self, self._kept) if rule.slack else rule
+
+    def _rules(self) -> list[_Rule]:
+        return [self._effective, *(rule for _, rule in self._proposed)]
+
+    def _note_slack(self) -> None:
+        self._slack = max(rule.slack for rule in self._rules())
 
     def propose(self, offset: int, configuration: Configuration) -> None:
         """The log holds a new configuration at ``offset``. Call it before that offset can commit.
@@ -140,7 +193,8 @@ class CommitTracker:
             raise ValueError(f"the configuration at {self._proposed[-1][0]} is not committed yet")
         if offset <= self.committed:
             raise ValueError(f"offset {offset} is committed already")
-        self._proposed.append((offset, _Rule(configuration, self._self)))
+        self._proposed.append((offset, self._rule(configuration)))
+        self._note_slack()
 
     def proposed_reached(self) -> int:
         """How far the newest proposed rule by itself would let us commit; 0 without one."""
@@ -154,6 +208,7 @@ class CommitTracker:
         if self._proposed:
             self._effective = self._proposed[-1][1]
             self._proposed.clear()
+            self._note_slack()
             return self._advance()
         return self.committed
 
@@ -176,7 +231,7 @@ class CommitTracker:
     @property
     def rules(self) -> tuple[Configuration, ...]:
         """The one in effect, and those that are not committed yet."""
-        return (self._effective.configuration, *(rule.configuration for _, rule in self._proposed))
+        return tuple(rule.configuration for rule in self._rules())
 
     # What the door asks before a user's write is logged.
 
@@ -187,6 +242,21 @@ class CommitTracker:
         for _, rule in self._proposed:
             missing = max(missing, rule.missing(stores))
         return missing
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some rule says how far a record may be ahead of the other voters."""
+        return self._slack > 0
+
+    def too_far(self, connected: Collection[bytes], offset: int) -> tuple[int, int] | None:
+        """(the last offset that some other voter is known to hold, how far ahead of it is allowed), where a
+        record at ``offset`` is further ahead and nobody who could catch up is ``connected``; else ``None``."""
+        for rule in self._rules():
+            if isinstance(rule, _BoundedRule) and not any(i in connected for i in rule.others):
+                furthest = rule.furthest(self._synced)
+                if offset > furthest + rule.slack:
+                    return furthest, rule.slack
+        return None
 
     def reachable(self, connected: Collection[bytes]) -> int:
         """How many copies that count this node and ``connected`` can make."""

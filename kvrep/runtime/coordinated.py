@@ -118,6 +118,7 @@ class CoordinatedNode:
             acks=options.acks if options.acks is not None else "majority",
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
             degrade_after_s=options.degrade_after_s or 0.0,
+            lag_records_max=options.lag_records_max or 0,
             voters=order.founding,
             next_member=max(v.member for v in order.founding) + 1,
         )

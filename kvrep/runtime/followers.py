@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,12 @@ class Followers:
             del self._streams[stream.store_id]
             self._forget(stream.store_id)
             return True
+
+    def replace_copy(self, stream: FollowerSession) -> None:
+        """The follower cannot go on from what it holds now."""
+        with self.lock:
+            if self.tracker is not None and self._streams.get(stream.store_id) is stream:
+                self.tracker.forget(stream.store_id)
 
     def _forget(self, store_id: bytes) -> None:
         """Its copy no longer counts. The lock is held."""
@@ -241,9 +247,20 @@ class Followers:
             return tracker.missing(self.joined)
 
     def check_enough(self, tracker: CommitTracker) -> None:
-        """:class:`NotEnoughFollowers` when fewer copies can be made now than a user's write needs."""
+        """:class:`NotEnoughFollowers` when fewer copies can be made now than a user's write needs, or it would be
+        too far ahead of other voters, none of whom is there."""
+        ahead = ""
         with self.lock:
             missing = tracker.missing(self.joined)
+            if tracker.bounded:
+                ahead = _ahead(tracker, self.joined, self._engine.committer.ordered + 1)
+        if ahead:
+            raise NotEnoughFollowers(
+                f"{ahead}; none is connected",
+                hint="start one of the other voters, or go on without them with promote(force=True)",
+                needed=2,
+                connected=1,
+            )
         if missing:
             needed = max(rule.copies_wanted for rule in tracker.rules)
             raise NotEnoughFollowers(
@@ -251,6 +268,14 @@ class Followers:
                 needed=needed,
                 connected=needed - missing,
             )
+
+    def too_far(self, offset: int) -> str:
+        """How far ahead of the other voters a record at ``offset`` is, where that keeps it back; else empty."""
+        tracker = self.tracker
+        if tracker is None or not tracker.bounded:
+            return ""
+        with self.lock:
+            return _ahead(tracker, (), offset)
 
     def _asked(self, acks: Acks | None) -> int:
         """How many copies a write asks for that says ``acks``: never fewer than the rule wants."""
@@ -355,3 +380,18 @@ class Followers:
         stream = self.joined.get(store_id)
         progress = stream.progress if stream is not None else None
         return progress.synced if progress is not None else 0
+
+
+def _ahead(tracker: CommitTracker, connected: Collection[bytes], offset: int) -> str:
+    """What keeps a record at ``offset`` back for being too far ahead of the other voters, of whom only
+    ``connected`` can catch up; empty when nothing does."""
+    found = tracker.too_far(connected, offset)
+    if found is None:
+        return ""
+    furthest, allowed = found
+    known = (
+        f"the furthest other voter holds records through {furthest}"
+        if furthest
+        else "no other voter has joined in this epoch"
+    )
+    return f"{known}, and lag_records_max is {allowed}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvrep.errors import (
     Error,
     Fenced,
+    NotEnoughFollowers,
     NotPrimary,
     StaleRead,
     StorageFailed,
@@ -127,13 +128,26 @@ class Leadership:
         tracker = self._followers.tracker
         if tracker is None:
             raise self._not_yet()
-        if tracker.configuration.acks == 0 and tracker.proposed is None:
+        configuration = tracker.configuration
+        if configuration.acks == 0 and tracker.proposed is None:
             coordinator = self._node.coordinator
             if coordinator is not None and time.monotonic() > coordinator.confirmed_until:
                 raise NotPrimary("most voters have not confirmed this primary for too long",
                                  hint="reach the other voters", primary_address=None, epoch=self.epoch)  # fmt: skip
-            return
+            if not configuration.lag_records_max:
+                return
         self._followers.check_enough(tracker)
+
+    @property
+    def short_of_copies(self) -> bool:
+        """Whether this node leads, and refuses writes because too few others are there."""
+        try:
+            self.check_writable()
+        except NotEnoughFollowers:
+            return self.leading
+        except Error:
+            return False
+        return False
 
     def _not_yet(self) -> NotPrimary:
         return NotPrimary(

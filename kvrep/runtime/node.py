@@ -133,11 +133,19 @@ class Node:
                     given=options.degrade_after_s,
                     hint='say acks="majority", too',
                 )
+            if options.lag_records_max and options.acks is None and options.coordinator is not None:
+                raise ConfigurationMismatch(
+                    'lag_records_max bounds what acks=0 may lose, and a new group has acks="majority"',
+                    option="lag_records_max",
+                    given=options.lag_records_max,
+                    hint="say acks=0, too, or leave it out: nothing acknowledged is lost",
+                )
             return
         for name, given, kept in (
             ("acks", options.acks, stored.acks),
             ("ack_timeout_s", options.ack_timeout_s, stored.ack_timeout_s),
             ("degrade_after_s", options.degrade_after_s, stored.degrade_after_s),
+            ("lag_records_max", options.lag_records_max, stored.lag_records_max),
         ):
             if given is not None and given != kept:
                 raise ConfigurationMismatch(
@@ -263,6 +271,7 @@ class Node:
             acks=options.acks if options.acks is not None else 0,
             ack_timeout_s=options.ack_timeout_s if options.ack_timeout_s is not None else 5.0,
             degrade_after_s=options.degrade_after_s or 0.0,
+            lag_records_max=options.lag_records_max or 0,
         )
         return seed.with_voter(home.store_id, home.name, self.address)
 

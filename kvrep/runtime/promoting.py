@@ -217,8 +217,13 @@ def _forced_configuration(node: Node, effective: Configuration, force: Force) ->
                          f" {', '.join(v.name for v in effective.voters)}")  # fmt: skip
     voters = tuple(v for v in effective.voters if v.name in names)
     acks = force.acks if force.acks is not None else (effective.acks if len(voters) > 1 else 0)
-    degrade_after_s = effective.degrade_after_s if acks else 0.0
-    return replace(effective, voters=voters, acks=acks, degrade_after_s=degrade_after_s).with_all_copies()
+    return replace(
+        effective,
+        voters=voters,
+        acks=acks,
+        degrade_after_s=effective.degrade_after_s if acks else 0.0,
+        lag_records_max=effective.lag_records_max if not acks else 0,
+    ).with_all_copies()
 
 
 def _promotion(

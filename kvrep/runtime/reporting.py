@@ -44,6 +44,7 @@ def status_of(node: Node, *, reading: bool = True) -> Status:
         away=tuple(v.name or v.store_id.hex()[:8] for v in effective.away),
         unprotected=effective.unprotected,
         degrade_after_s=configuration.degrade_after_s,
+        lag_records_max=configuration.lag_records_max,
         not_writable=_not_writable(node),
         primary_address=node.primary_address,
         followers=_followers(engine, shipping, reading) if shipping is not None else (),

@@ -78,8 +78,11 @@ class Roles:
         self._need_transport()
         with self.changing(timeout_s):
             shipping = node.shipping
-            if shipping is not None and shipping.leadership.leading:
-                return shipping.leadership.epoch
+            leadership = shipping.leadership if shipping is not None else None
+            if leadership is not None and leadership.leading:
+                if force is None or not leadership.short_of_copies:
+                    return leadership.epoch
+                log.warning("%s: goes on by force without the copies that are missing", node.label)
             if shipping is None and node.replaying is None:
                 raise NotPrimary("this store is not part of a group; it takes writes as it is",
                                  primary_address=None, epoch=None)  # fmt: skip

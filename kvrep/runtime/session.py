@@ -269,6 +269,7 @@ class FollowerSession:
         else:
             if isinstance(plan, NeedBootstrap):
                 self._shipping.reserve(self)
+            self._shipping.followers.replace_copy(self)
             self._outbox.append(plan)
             self._last_message = True  # after a Truncate or a bootstrap the follower opens a new stream
             self._signal.set()

@@ -38,6 +38,8 @@ __all__ = ["Shipping"]
 log = logging.getLogger("kvrep.replication")
 
 ASYNC_LINGER_S = 0.008
+GATHER_RECORDS_MIN = 2000
+"""A bound on the lag below this does not leave room for segments to gather: writers would wait for them."""
 
 
 class Shipping:
@@ -125,7 +127,9 @@ class Shipping:
     def linger_s(self) -> float:
         """How far apart segments shall be: an asynchronous primary lets them gather."""
         tracker = self.followers.tracker
-        return 0.0 if tracker is None or tracker.configuration.synchronous else ASYNC_LINGER_S
+        if tracker is None or tracker.configuration.synchronous:
+            return 0.0
+        return 0.0 if 0 < tracker.configuration.lag_records_max < GATHER_RECORDS_MIN else ASYNC_LINGER_S
 
     def shippable(self) -> int:
         return self.engine.tail.offset

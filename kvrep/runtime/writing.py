@@ -175,8 +175,10 @@ class Writing:
         shipping = self._node.shipping
         reached = shipping.followers.copies_at(write.offset) if shipping is not None and position else 1
         needed = self._engine.configuration.copies
+        ahead = shipping.followers.too_far(write.offset) if shipping is not None and position else ""
         raise AckTimeout(
-            f"the write at {position} is logged here; {reached} of {needed} copies confirmed it in time",
+            f"the write at {position} is logged here;"
+            f" {ahead or f'{reached} of {needed} copies confirmed it in time'}",
             position=position,
             reached=reached,
             needed=needed,

@@ -601,6 +601,13 @@ class Committer:
         return bool(self._ordered) or self._group is not None
 
     @property
+    def ordered(self) -> int:
+        """The offset of the last write in order; without a lock, so one that is moving may be missed."""
+        group = self._group
+        taken = len(group.writes) if group is not None and not group.written(self.log) else 0
+        return self.log.tail.offset + taken + len(self._ordered) + len(self._behind)
+
+    @property
     def durable(self) -> int:
         """The last offset that counts as durable here under the store's durability."""
         return self.log.synced if self.sync else self.log.tail.offset

@@ -31,7 +31,7 @@ from kvrep.errors import Error, PeerUnavailable
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE
 from kvrep.status import Outcome
-from kvrep.testing.nodes import CALL_S, ProcessNode, status_of
+from kvrep.testing.nodes import CALL_S, PYTHON, ProcessNode, status_of
 from kvrep.testing.storecheck import content
 from kvrep.transport.faults import decode_fault, encode_fault
 
@@ -105,14 +105,15 @@ class EmbeddedNode(ProcessNode):
     def _program(self) -> list[str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         options = {k: _plain(v) for k, v in self.options.items() if v is not None}
-        return [sys.executable, "-m", "kvrep.testing.embedded", str(self.path), json.dumps(options)]
+        return [*PYTHON, "-m", "kvrep.testing.embedded", str(self.path), json.dumps(options)]
 
-    def _reap(self) -> None:
-        super()._reap()
+    def _reap(self) -> bool:
+        ended = super()._reap()
         with self._idle_lock:
             idle, self._idle = self._idle, []
         for sock in idle:
             sock.close()
+        return ended
 
     def ask(self, do: str, within_s: float = CALL_S, **arguments: Any) -> Any:
         """Have the application do something, and return or raise what came of it."""
@@ -349,8 +350,8 @@ def main() -> None:
     logging.basicConfig(
         stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    over = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: over.set())
+    over, told = threading.Event(), list[int]()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     path = Path(sys.argv[1])
     with kvrep.open(path, **_options(sys.argv[2])) as store, socket.socket(socket.AF_UNIX) as listener:
         (path.parent / SOCKET).unlink(missing_ok=True)
@@ -361,7 +362,9 @@ def main() -> None:
         threading.Thread(target=_accept, args=(application, listener), name="app-accept", daemon=True).start()
         print(json.dumps({"address": store.address}), flush=True)
         threading.Thread(target=_watch_stdin, args=(over,), name="app-stdin", daemon=True).start()
-        over.wait()
+        # A signal that the kernel gives to another thread interrupts no wait of this one, where handlers run.
+        while not told and not over.wait(0.1):
+            pass
 
 
 def _watch_stdin(over: threading.Event) -> None:

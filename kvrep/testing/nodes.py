@@ -33,6 +33,9 @@ from kvrep.transport.interface import Connection, Server, Service, Transport
 __all__ = ["ClusterNode", "LocalNode", "ProcessNode", "open_offline", "status_of"]
 
 START_S = 20.0
+END_S = 20.0
+PYTHON = (sys.executable, "-X", "faulthandler")
+"""How nodes are run: one that has to be aborted tells where each of its threads stands."""
 _ROLE = ("listen", "advertise", "follow", "coordinator")
 """Options that make a store more than one directory."""
 CALL_S = 10.0
@@ -68,7 +71,10 @@ class ClusterNode(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Close it in order. Idempotent."""
+        """Close it in order. Idempotent.
+
+        ``TimeoutError`` when it did not come to an end and was killed.
+        """
 
     @abstractmethod
     def kill(self) -> None:
@@ -294,6 +300,14 @@ def _stands_still(pid: int) -> bool:
 # -- processes -------------------------------------------------------------------------------------
 
 
+def _ends(process: subprocess.Popen[str]) -> bool:
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 class ProcessNode(ClusterNode):
     """A node run by ``python -m kvrep serve``, asked over gRPC past the links.
 
@@ -326,7 +340,7 @@ class ProcessNode(ClusterNode):
 
     def _program(self) -> list[str]:
         """The command; it says its address in a line of JSON when it is ready."""
-        command = [sys.executable, "-m", "kvrep", "serve", str(self.path), "--json", "--until-stdin-closes"]
+        command = [*PYTHON, "-m", "kvrep", "serve", str(self.path), "--json", "--until-stdin-closes"]
         for option, value in self.options.items():
             if option == "voter":
                 command += [] if value else ["--no-vote"]
@@ -374,32 +388,40 @@ class ProcessNode(ClusterNode):
         assert process.stderr is not None
         for line in process.stderr:
             # "2026-01-02 03:04:05,678 INFO logger: text": the timeline has a time of its own
-            self.timeline.add(self.name, line.rstrip().split(" ", 2)[-1])
+            self.timeline.add(
+                self.name, line.rstrip().split(" ", 2)[-1] if line[0].isdigit() else line.rstrip()
+            )
 
-    def _reap(self) -> None:
-        """Wait for the process, which has been told to end, and let go of all that belongs to it."""
+    def _reap(self) -> bool:
+        """Wait for the process, which has been told to end, and let go of all that belongs to it. Returns
+        whether it ended by itself."""
         process, self._process = self._process, None
         if process is None:
-            return
+            return True
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         self._end_slowing()
-        try:
-            process.wait(START_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        ended = _ends(process)
+        if not ended:
+            process.send_signal(signal.SIGABRT)
+            if not _ends(process):
+                process.kill()
+                process.wait()
         if self._reader is not None:
             self._reader.join()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
+        return ended
 
     def stop(self) -> None:
         self._signal(signal.SIGCONT)
         self._signal(signal.SIGTERM)
-        self._reap()
+        if not self._reap():
+            raise TimeoutError(
+                f"node {self.name} did not end within {END_S:.0f} s of SIGTERM; see the timeline for its threads"
+            )
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)

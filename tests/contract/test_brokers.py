@@ -8,15 +8,11 @@ import time
 import weakref
 
 import pytest
-from broker_kit import WAIT_S, Site, in_order, numbered, numbers, read, site
-from kafka_kit import shared_kafka
-from rabbit_kit import shared_rabbitmq
 
 from kvrep import brokers
 from kvrep.brokers import EARLIEST, LATEST, STORED, Message, Unconfirmed
 from kvrep.errors import ClosedError, ConfigurationMismatch, OpenError, Overloaded, ValueTooLarge
-
-__all__ = ["shared_kafka", "shared_rabbitmq", "site"]
+from tests.broker_kit import WAIT_S, Site, in_order, numbered, numbers, read
 
 
 def test_what_goes_in_comes_out(site: Site) -> None:

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from etcd_kit import EtcdServer, etcd_server, shared_etcd
 
 from kvrep.coordination import make_coordinator
 from kvrep.coordination.memory import MemoryDisk, MemoryNode
@@ -21,8 +20,7 @@ from kvrep.replication.election import WhyGone
 from kvrep.transport.interface import Transport
 from kvrep.transport.memory import MemoryTransport
 from kvrep.transport.network import GrpcTransport
-
-__all__ = ["etcd_server", "shared_etcd"]
+from tests.etcd_kit import EtcdServer
 
 WAIT_S = 20.0
 LINEAGE = b"L" * 16

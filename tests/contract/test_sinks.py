@@ -15,7 +15,6 @@ from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.store import LocalStore, RemoteStore, StoreSink
 from kvrep.sinks.tables import Table
-from tests.postgres_kit import shared_postgres  # noqa: F401
 from tests.warehouse_kit import EAGER, need_warehouse
 
 Make = Callable[..., Sink]

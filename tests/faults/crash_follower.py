@@ -23,8 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from replication_kit import until
-
 import kvrep
 from kvrep.model.position import Position
 from kvrep.options import Options
@@ -36,6 +34,7 @@ from kvrep.storage.rescue import load_rescue
 from kvrep.testing.crash import Image, mark, state_hash
 from kvrep.testing.storecheck import check_store, content, log_records
 from kvrep.transport.memory import MemoryTransport
+from tests.replication_kit import until
 
 OPTIONS: dict[str, Any] = {
     "log_file_bytes": 65536, "map_bytes": 16 << 20, "flush_interval_s": 600.0, "readers_max": 16, "keyspaces_max": 4,

@@ -13,8 +13,8 @@ from kvrep.sinks.cursor import FileCursor
 from kvrep.testing.cluster import Cluster
 from kvrep.testing.nodes import ClusterNode, ProcessNode
 from tests.agent_kit import copy_of, wait_until
-from tests.postgres_kit import PostgresServer, guarded, need_postgres, shared_postgres  # noqa: F401
-from tests.rabbit_kit import RabbitServer, need_rabbitmq, shared_rabbitmq  # noqa: F401
+from tests.postgres_kit import PostgresServer, guarded, need_postgres
+from tests.rabbit_kit import RabbitServer, need_rabbitmq
 
 need_postgres()
 need_rabbitmq()
@@ -80,8 +80,8 @@ def put(node: ClusterNode, count: int) -> None:
 
 def test_a_primary_killed_in_the_middle_of_the_stream(
     tmp_path: Path,
-    shared_postgres: PostgresServer,  # noqa: F811
-    shared_rabbitmq: RabbitServer,  # noqa: F811
+    shared_postgres: PostgresServer,
+    shared_rabbitmq: RabbitServer,
 ) -> None:
     """SIGKILL of the primary: the stream goes on at another node, and nothing acknowledged is missing or doubled."""
     url, queue = shared_postgres.new_url(), shared_rabbitmq.url("failover")

@@ -13,13 +13,7 @@ import pytest
 
 import kvrep
 from tests.agent_kit import agent_of, content, copy_of, wait_current, wait_until
-from tests.postgres_kit import (  # noqa: F401
-    PostgresServer,
-    guarded,
-    need_postgres,
-    postgres_server,
-    shared_postgres,
-)
+from tests.postgres_kit import PostgresServer, guarded, need_postgres
 
 need_postgres()
 
@@ -74,7 +68,7 @@ def run_until_killed(source: str, secondary: str, commits: int, writer: Writer) 
 
 def test_an_agent_killed_at_any_point_applies_everything_once(
     tmp_path: Path,
-    shared_postgres: PostgresServer,  # noqa: F811
+    shared_postgres: PostgresServer,
 ) -> None:
     """SIGKILL after so many commits, five times: nothing is missing, nothing goes backwards, transactions are whole."""
     chance = random.Random(5)
@@ -96,7 +90,7 @@ def test_an_agent_killed_at_any_point_applies_everything_once(
 
 def test_a_server_that_goes_away_and_comes_back(
     tmp_path: Path,
-    postgres_server: PostgresServer,  # noqa: F811
+    postgres_server: PostgresServer,
 ) -> None:
     """PostgreSQL ends at once in mid-stream, twice: the agent waits, says so, and goes on without a snapshot."""
     url = postgres_server.url("copy")
@@ -121,7 +115,7 @@ def test_a_server_that_goes_away_and_comes_back(
         assert copy_of(PostgresSink(url)) == content(db)
 
 
-def test_mistakes_are_named_at_once(shared_postgres: PostgresServer) -> None:  # noqa: F811
+def test_mistakes_are_named_at_once(shared_postgres: PostgresServer) -> None:
     """A wrong password, user, database, host, port and schema each raise an error that says what to fix."""
     url = shared_postgres.url("x")
     cases: list[tuple[str, type[kvrep.Error], str]] = [
@@ -145,7 +139,7 @@ def test_mistakes_are_named_at_once(shared_postgres: PostgresServer) -> None:  #
             PostgresSink(shared_postgres.url(schema.replace("%", "%25")))
 
 
-def test_a_user_without_rights_and_a_table_that_does_not_fit(shared_postgres: PostgresServer) -> None:  # noqa: F811
+def test_a_user_without_rights_and_a_table_that_does_not_fit(shared_postgres: PostgresServer) -> None:
     """Missing rights and foreign tables end in errors that name them; the foreign table stays as it is."""
     import psycopg
 
@@ -271,7 +265,7 @@ def test_a_snapshot_that_a_trigger_refuses(
 
 def test_no_transaction_stays_open_while_the_agent_is_idle(
     tmp_path: Path,
-    shared_postgres: PostgresServer,  # noqa: F811
+    shared_postgres: PostgresServer,
 ) -> None:
     """An idle agent holds no transaction, which would keep the database from cleaning up."""
     import psycopg
@@ -292,7 +286,7 @@ def test_no_transaction_stays_open_while_the_agent_is_idle(
             wait_until(idle, "no transaction is open")
 
 
-def test_a_snapshot_keeps_what_people_built_on_a_table(shared_postgres: PostgresServer) -> None:  # noqa: F811
+def test_a_snapshot_keeps_what_people_built_on_a_table(shared_postgres: PostgresServer) -> None:
     """A new snapshot changes rows, not tables: a view and an index of the users stay, and readers see no gap."""
     import psycopg
 

@@ -26,8 +26,8 @@ from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.cli_kit import command
 from tests.faults.test_agents_postgres import Writer, run_until_killed
-from tests.postgres_kit import PostgresServer, guarded, need_postgres, shared_postgres  # noqa: F401
-from tests.rabbit_kit import RabbitServer, need_rabbitmq, shared_rabbitmq  # noqa: F401
+from tests.postgres_kit import PostgresServer, guarded, need_postgres
+from tests.rabbit_kit import RabbitServer, need_rabbitmq
 from tests.scenarios.test_agents import MemoryView
 
 need_postgres()
@@ -55,7 +55,7 @@ def rabbit() -> Iterator[RabbitServer]:
 def test_a_broker_killed_and_started_again_in_the_middle(
     tmp_path: Path,
     rabbit: RabbitServer,
-    shared_postgres: PostgresServer,  # noqa: F811
+    shared_postgres: PostgresServer,
 ) -> None:
     """SIGKILL of RabbitMQ under load: nothing is lost or goes backwards, transactions stay whole in the tables."""
     url = shared_postgres.new_url()
@@ -89,8 +89,8 @@ def test_a_broker_killed_and_started_again_in_the_middle(
 
 def test_an_agent_killed_at_any_point_applies_everything_once(
     tmp_path: Path,
-    shared_rabbitmq: RabbitServer,  # noqa: F811
-    shared_postgres: PostgresServer,  # noqa: F811
+    shared_rabbitmq: RabbitServer,
+    shared_postgres: PostgresServer,
 ) -> None:
     """SIGKILL after so many commits, five times: the queue brings it again, and everything takes effect once."""
     chance = random.Random(9)
@@ -114,7 +114,7 @@ def test_an_agent_killed_at_any_point_applies_everything_once(
 
 def test_a_publisher_killed_at_any_point(
     tmp_path: Path,
-    shared_rabbitmq: RabbitServer,  # noqa: F811
+    shared_rabbitmq: RabbitServer,
 ) -> None:
     """SIGKILL of the publishing process, three times under load: what it sends again is dropped, nothing is missing."""
     chance = random.Random(7)

@@ -9,7 +9,9 @@ from io import RawIOBase
 from pathlib import Path
 
 import pytest
-from bootstrap_kit import (
+
+import kvrep
+from tests.bootstrap_kit import (
     alike,
     follower,
     gate,
@@ -21,9 +23,7 @@ from bootstrap_kit import (
     trimmed,
     write,
 )
-from replication_kit import until
-
-import kvrep
+from tests.replication_kit import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="not root: no small disk can be mounted")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from bootstrap_kit import (
+
+from tests.bootstrap_kit import (
     OPTIONS,
     alike,
     follower,
@@ -23,8 +24,8 @@ from bootstrap_kit import (
     trimmed,
     write,
 )
-from replication_kit import WAIT_S, NodeProcess, processes, until
-from strace_kit import DISK_CALLS, STRACE, Point, points_of, run, strike
+from tests.replication_kit import WAIT_S, NodeProcess, processes, until
+from tests.strace_kit import DISK_CALLS, STRACE, Point, points_of, run, strike
 
 CHILD = Path(__file__).parent.parent / "bootstrap_child.py"
 NOWHERE = "127.0.0.1:9"

@@ -10,11 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_kit import WAIT_S, Site, numbers, read
-from kafka_kit import REAL, KafkaCluster, shared_kafka
-from rabbit_kit import RabbitServer, shared_rabbitmq
-from relay_kit import far, publishing
-from replication_kit import FAST, same, until
 
 import kvrep
 from kvrep import brokers
@@ -29,8 +24,11 @@ from kvrep.errors import (
     PeerUnavailable,
     PermissionDenied,
 )
-
-__all__ = ["shared_kafka", "shared_rabbitmq"]
+from tests.broker_kit import WAIT_S, Site, numbers, read
+from tests.kafka_kit import REAL, KafkaCluster
+from tests.rabbit_kit import RabbitServer
+from tests.relay_kit import far, publishing
+from tests.replication_kit import FAST, same, until
 
 AT_ONCE_S = 8.0
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import lmdb
 import pytest
-from replication_kit import opened, stores, until, voters
 
 import kvrep
 from kvrep.storage.rescue import load_rescue
+from tests.replication_kit import opened, stores, until, voters
 
 OPTIONS: dict[str, Any] = {"log_file_bytes": 64 << 10, "map_bytes": 16 << 20, "flush_interval_s": 3600.0}
 STRACE = shutil.which("strace")

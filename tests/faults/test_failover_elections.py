@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 import pytest
-from failover_kit import WAIT_S, Clients, clients
 
 from kvrep.testing.checkers import assert_none
 from kvrep.testing.cluster import Cluster
 from kvrep.testing.nodes import ClusterNode
+from tests.failover_kit import WAIT_S, Clients, clients
 
 Make = Callable[..., Cluster]
 FAULTS = ("kill", "pause", "cut", "deaf", "mute", "walled")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import WAIT_S, NodeProcess, processes, same, until, voters
 
 import kvrep
 from kvrep import Outcome, Role
+from tests.replication_kit import WAIT_S, NodeProcess, processes, same, until, voters
 
 OPTIONS: dict[str, Any] = {
     "heartbeat_interval_s": 0.1,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failover_kit import WAIT_S, clients, promote_one_of
 
 from kvrep.testing.checkers import assert_none
 from kvrep.testing.cluster import Cluster
+from tests.failover_kit import WAIT_S, clients, promote_one_of
 
 FAULTS = ("kill", "pause", "partition", "deaf", "mute")
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from strace_kit import DISK_CALLS, STRACE, Point, points_of, run, strike
 
 import kvrep
+from tests.strace_kit import DISK_CALLS, STRACE, Point, points_of, run, strike
 
 OPTIONS = {
     "log_file_bytes": 64 << 10,

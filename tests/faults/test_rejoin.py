@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import processes, same, until
 
 import kvrep
 from kvrep.storage.rescue import load_rescue
 from kvrep.testing.proxy import Proxy
+from tests.replication_kit import processes, same, until
 
 VALUE = bytes(range(256)) * 40
 BATCH = 500

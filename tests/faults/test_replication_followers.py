@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, opened, processes, proxy, same, until, voters, writable
 
 import kvrep
 from kvrep.errors import ProtocolError, ReplicationError
@@ -23,6 +22,8 @@ from kvrep.model.position import EpochTable, Position
 from kvrep.replication.messages import Ack, Credit, Hello, Promise, Refused, Segment, Welcome
 from kvrep.transport.interface import StreamEnded
 from kvrep.transport.network import GrpcTransport
+from tests.ports import free_address
+from tests.replication_kit import FAST, WAIT_S, opened, processes, proxy, same, until, voters, writable
 
 STRACE = shutil.which("strace")
 
@@ -356,8 +357,7 @@ def test_a_token_is_needed_where_one_is_set(tmp_path: Path) -> None:
 def test_a_wrong_address_first_and_a_bad_one_at_open(tmp_path: Path) -> None:
     """Of several sources the one that answers is used; an address that cannot be is refused at open."""
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **FAST) as p:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            closed = f"127.0.0.1:{probe.getsockname()[1]}"
+        closed = free_address()
         with kvrep.open(tmp_path / "b", name="b", follow=(closed, p.address), **FAST) as f:
             f.wait_for(p.put(b"k", b"v"), WAIT_S)
             assert f.status().source.address == p.address
@@ -383,8 +383,7 @@ def test_a_follower_asked_to_feed_names_the_primary(tmp_path: Path) -> None:
 
 def test_a_primary_that_is_away_for_a_while(tmp_path: Path) -> None:
     """The follower keeps trying with a bounded backoff, serves reads meanwhile, and resumes."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        listen = f"127.0.0.1:{probe.getsockname()[1]}"
+    listen = free_address()
     with kvrep.open(tmp_path / "b", name="b", follow=listen, **FAST) as f:
         until(lambda: f.status().source.problem)
         assert f.status().source.state == "waiting"

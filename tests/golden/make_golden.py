@@ -2,6 +2,7 @@
 
 ``log-1.log``     one log file, with every kind of record, a transaction over keyspaces and a mark
 ``log-1-forwarded.log``  the same with forwarded writes, and a rule that went on with fewer copies
+``log-1-bounded.log``  the same with a bound on what acks=0 may lose, and without it again
 ``store-1.tar.gz``  the directory of a closed store: data in LMDB, in the log alone, and in several keyspaces
 ``store-2.tar.gz``  the same with a named feed, messages, former values, forwarded writes and a follower's slot
 ``messages-1.json``  a message of every kind that goes over the wire or into a broker, in hexadecimal
@@ -16,6 +17,7 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -99,9 +101,21 @@ FORWARDED: list[tuple[int, Any]] = [
 ]
 ORIGINS = {2: Origin(b"t" * 16, 0x0123456789ABCD, 7, 5), 3: Origin(b"t" * 16, 0x0123456789ABCD, 8, 8)}
 """Who forwarded records 2 and 3 of ``log-1-forwarded.log``."""
+BOUNDED = (
+    Configuration(acks=0, lag_records_max=1000)
+    .with_voter(b"s" * 16, "a", "host-a:7400")
+    .with_voter(b"t" * 16, "b", "host-b:7400")
+)
+BOUNDED_RECORDS: list[tuple[int, Any]] = [
+    (Kind.EPOCH, {**RECORDS[0][1], "configuration": BOUNDED.to_wire()}),
+    *RECORDS[1:3],
+    (Kind.CONFIGURATION, replace(BOUNDED, lag_records_max=0).to_wire()),
+    (Kind.CONFIGURATION, replace(BOUNDED, lag_records_max=2**40).to_wire()),
+]
 LOGS: dict[str, tuple[list[tuple[int, Any]], dict[int, Origin]]] = {
     "log-1": (RECORDS, {}),
     "log-1-forwarded": (FORWARDED, ORIGINS),
+    "log-1-bounded": (BOUNDED_RECORDS, {}),
 }
 
 

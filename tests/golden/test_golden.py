@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from make_golden import EPOCH, FORWARDED, HERE, LINEAGE, LOGS, MESSAGES, RECORDS, write_log, write_rescue
+from make_golden import (
+    BOUNDED_RECORDS,
+    EPOCH,
+    FORWARDED,
+    HERE,
+    LINEAGE,
+    LOGS,
+    MESSAGES,
+    RECORDS,
+    write_log,
+    write_rescue,
+)
 
 import kvrep
 from kvrep.codecs import MSGPACK
 from kvrep.model.codec import decode
 from kvrep.model.configuration import Configuration
+from kvrep.model.record import Kind
 from kvrep.model.sessions import RequestId
 from kvrep.replication.envelope import Envelope, EnvelopeKind
 from kvrep.replication.messages import FromFollower, FromPrimary
@@ -70,6 +82,14 @@ def test_a_lowered_rule_is_read() -> None:
     assert [(c.copies, c.unprotected) for c in configurations] == [(1, ((4, 0),)), (2, ((4, 4),))]
     assert [[v.name for v in c.away] for c in configurations] == [["b"], []]
     assert configurations[0].degrade_after_s == 1.5
+
+
+def test_a_bounded_rule_is_read() -> None:
+    """How much acks=0 may lose: in the epoch start, and as it was changed; an older log sets no bound."""
+    start, *changes = (payload for kind, payload in BOUNDED_RECORDS if kind != Kind.WRITE)
+    read = [Configuration.from_wire(data) for data in (start["configuration"], *changes)]
+    assert [c.lag_records_max for c in read] == [1000, 0, 2**40]
+    assert Configuration.from_wire(RECORDS[0][1]["configuration"]).lag_records_max == 0
 
 
 @pytest.mark.parametrize("name", MESSAGES)

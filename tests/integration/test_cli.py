@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Result, Served, command, pair, run_here, run_process
 
 import kvrep
-from kvrep.cli import describe, serve
+from kvrep.cli import describe
 from kvrep.cli.arguments import OPTION_FLAGS, acks, is_address, seconds, size
 from kvrep.cli.console import Live, Progress, clip, duration, table
 from kvrep.cli.exits import Exit, exit_code
 from kvrep.cli.forms import pair_from_json, pair_to_json, visible
 from kvrep.options import Options
+from tests.cli_kit import Result, Served, command, pair, run_here, run_process
 
 COMMANDS = ["demo", "serve", "status", "get", "put", "delete", "scan", "load", "dump", "verify"]
 Kvrep = Callable[..., Result]
@@ -497,18 +497,6 @@ def test_serve_ends_in_order(memory_path: Path) -> None:
             assert run_process("put", served.address, "k", str(number)).code == 0
             assert served.end(number) == (code, "")
         assert run_process("get", memory_path / "store", "k").out == b"%d" % number
-
-
-def test_a_signal_after_the_end_of_stdin_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parent that sends SIGTERM and is gone at once does not make its node leave without closing."""
-    left: list[int] = []
-    monkeypatch.setattr("os._exit", left.append)
-    stop = serve._Stop()
-    stop.event.set()
-    stop.on_signal(signal.SIGTERM, None)
-    assert left == []
-    stop.on_signal(signal.SIGTERM, None)
-    assert left == [128 + signal.SIGTERM]
 
 
 def test_serve_ends_with_its_parent(memory_path: Path) -> None:

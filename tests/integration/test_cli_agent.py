@@ -70,6 +70,7 @@ def test_an_agent_process_from_a_node_into_sqlite(tmp_path: Path, capfdbinary: A
     with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0") as db:
         db.put(b"a", b"1")
         with Running("--from", db.address, "--to", f"sqlite:{path}", "--name", "far") as agent:
+            wait_until(lambda: agent.status()["state"] == "current", "its snapshot is there")
             db.keyspace("users").put(b"u", b"2")
             wait_until(lambda: agent.status()["position"] == str(db.position), "it has arrived")
             wait_until(lambda: agent.status()["state"] == "current", "it is current")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import pair, run_here, wait_until
 
 import kvrep
 from kvrep.cli.exits import Exit
 from kvrep.storage.log_file import fsync_directory
+from tests.cli_kit import pair, run_here, wait_until
 
 FAST: dict[str, Any] = {
     "heartbeat_interval_s": 0.1,

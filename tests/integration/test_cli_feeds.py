@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import WAIT_S, command, pair, run_here, wait_until
 
 import kvrep
 from kvrep.cli.exits import Exit
 from kvrep.model.event import Event
+from tests.cli_kit import WAIT_S, command, pair, run_here, wait_until
 
 FAST: dict[str, Any] = {
     "heartbeat_interval_s": 0.1,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cli_kit import Served, pair, run_here, wait_until
-
 import kvrep
 from kvrep.cli.exits import Exit
+from tests.cli_kit import Served, pair, run_here, wait_until
 
 
 def test_linearizable_reads(memory_path: Path, capfdbinary: Any) -> None:

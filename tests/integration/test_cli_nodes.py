@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Result, Served, pair, run_here, wait_until
 
 import kvrep
 from kvrep.cli.exits import Exit
+from tests.cli_kit import Result, Served, pair, run_here, wait_until
 
 Kvrep = Callable[..., Result]
 NOBODY = "127.0.0.1:1"
@@ -168,6 +168,34 @@ def test_unknown_outcome(run: Kvrep, memory_path: Path) -> None:
             assert a.get(b"k") is None
             os.kill(b.process.pid, signal.SIGCONT)
             wait_until(lambda: a.get(b"k") == b"v", "the write is committed after all")
+
+
+def test_a_bounded_primary(run: Kvrep, memory_path: Path) -> None:
+    """serve --lag-records-max: shown in status, held by put, and left behind by promote --force."""
+    with Served(memory_path / "a", "--name", "a", "--acks", "0", "--lag-records-max", "2") as a:
+
+        def followers() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = run("status", a.address, "--json").json["followers"]
+            return found
+
+        with kvrep.open(memory_path / "b", name="b", listen="127.0.0.1:0", follow=a.address) as b:
+            wait_until(lambda: len(b.status().voters) == 2, "b is a voter")
+            b.wait_for(kvrep.Position.parse(run("put", a.address, "k", "v").text.strip()))
+            wait_until(lambda: [f["lag_records"] for f in followers()] == [0], "b holds all")
+        wait_until(lambda: not any(f["connected"] for f in followers()), "b is gone")
+        status = run("status", a.address)
+        assert (
+            "acks=0: 1 copies within 5 s, 2 records ahead of the furthest other voter at the most"
+            in status.text
+        )
+        assert run("status", a.address, "--json").json["lag_records_max"] == 2
+        assert [run("put", a.address, "k", f"{i}").code for i in range(3)] == [0, 0, Exit.REFUSED]
+        refused = run("put", a.address, "k", "v")
+        assert "none is connected" in refused.err
+        assert "promote(force=True)" in refused.err
+        assert "lag_records_max is 2" in run("status", a.address).text
+        assert run("promote", a.address, "--force").code == 0
+        assert run("put", a.address, "k", "v").code == 0
 
 
 def test_stale_and_unknown_positions(run: Kvrep, nodes: tuple[kvrep.Store, kvrep.Store]) -> None:

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_kit import Site
-from cli_kit import command, run_here
-from kafka_kit import KafkaCluster, shared_kafka
-from rabbit_kit import RabbitServer, shared_rabbitmq
-from relay_kit import far
-from replication_kit import FAST, same, until
 
 import kvrep
 from kvrep.cli.exits import Exit
-
-__all__ = ["shared_kafka", "shared_rabbitmq"]
+from tests.broker_kit import Site
+from tests.cli_kit import command, run_here
+from tests.kafka_kit import KafkaCluster
+from tests.rabbit_kit import RabbitServer
+from tests.relay_kit import far
+from tests.replication_kit import FAST, same, until
 
 
 @contextmanager

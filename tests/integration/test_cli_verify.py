@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Result, pair, run_here, wait_until
 
 import kvrep
 from kvrep.cli import verify_store
@@ -20,6 +19,7 @@ from kvrep.options import Options
 from kvrep.storage.home import Home
 from kvrep.storage.log import log_paths
 from kvrep.storage.tree import State, Tree
+from tests.cli_kit import Result, pair, run_here, wait_until
 
 Kvrep = Callable[..., Result]
 MARKER = b"a value that is easy to find in the data file"

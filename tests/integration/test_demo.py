@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_kit import WAIT_S, command, pair, run_process, wait_until
 
 import kvrep
 from kvrep.cli.demo.checking import compare_with_files, equal_digests, resolve
 from kvrep.cli.demo.loading import KEYSPACE, Batch, Load, Unknown, batches_of, find_files
 from kvrep.cli.exits import Exit
 from kvrep.cli.target import RemoteTarget
+from tests.cli_kit import WAIT_S, command, pair, run_process, wait_until
 
 
 def processes_in(folder: Path) -> list[int]:

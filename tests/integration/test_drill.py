@@ -24,8 +24,8 @@ from kvrep.sinks.sqlite import SqliteSink
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import agent_of, content, wait_current, wait_until
 from tests.cli_kit import run_here, run_process
-from tests.postgres_kit import PostgresServer, shared_postgres  # noqa: F401
-from tests.rabbit_kit import RabbitServer, shared_rabbitmq  # noqa: F401
+from tests.postgres_kit import PostgresServer
+from tests.rabbit_kit import RabbitServer
 from tests.relay_kit import publishing
 from tests.replication_kit import FAST
 from tests.warehouse_kit import current, need_warehouse
@@ -241,7 +241,7 @@ def test_a_follower_behind_a_broker(tmp_path: Path, server: MemoryServer) -> Non
 
 def test_a_follower_behind_rabbitmq_on_the_command_line(
     tmp_path: Path,
-    shared_rabbitmq: RabbitServer,  # noqa: F811
+    shared_rabbitmq: RabbitServer,
     capfdbinary: Any,
 ) -> None:
     """The same through a real broker, by the command: passed, nothing lost, RPO and RTO in JSON and in words."""
@@ -348,7 +348,7 @@ def looked_at(to: str, words: str, folder: Path, capfdbinary: Any) -> None:
 
 def test_a_schema_of_nobody(
     tmp_path: Path,
-    shared_postgres: PostgresServer,  # noqa: F811
+    shared_postgres: PostgresServer,
     capfdbinary: Any,
 ) -> None:
     """A mistyped schema is named, with those that hold a copy, and is not made."""

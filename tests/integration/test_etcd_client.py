@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from etcd_kit import EtcdServer, etcd_server, shared_etcd
 
 from kvrep.errors import ClosedError, PeerUnavailable, ReplicationError
 from kvrep.transport.etcd import Compacted, EtcdClient, LeaseExpired
-
-__all__ = ["etcd_server", "shared_etcd"]
+from tests.etcd_kit import EtcdServer
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forward_kit import forwarded_records
-from replication_kit import FAST, WAIT_S, until, voters
 
 import kvrep
 import kvrep.aio
 from kvrep import Outcome
+from tests.forward_kit import forwarded_records
+from tests.replication_kit import FAST, WAIT_S, until, voters
 
 
 @asynccontextmanager

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, Proxy, proxy, voters
 
 import kvrep
 import kvrep.aio
 from kvrep.runtime.node import Node
+from tests.replication_kit import FAST, Proxy, proxy, voters
 
 WAIT_S = 30.0
 BEATS = 50

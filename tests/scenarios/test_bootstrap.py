@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bootstrap_kit import (
+
+import kvrep
+from kvrep.replication.messages import NeedBootstrap
+from kvrep.runtime import bootstrapping, session, spooling
+from kvrep.runtime import node as node_module
+from kvrep.storage.copying import open_received
+from kvrep.storage.rescue import load_rescue
+from tests.bootstrap_kit import (
     OPTIONS,
     alike,
     all_of,
@@ -27,14 +34,7 @@ from bootstrap_kit import (
     trimmed,
     write,
 )
-from replication_kit import WAIT_S, until
-
-import kvrep
-from kvrep.replication.messages import NeedBootstrap
-from kvrep.runtime import bootstrapping, session, spooling
-from kvrep.runtime import node as node_module
-from kvrep.storage.copying import open_received
-from kvrep.storage.rescue import load_rescue
+from tests.replication_kit import WAIT_S, until
 
 HALF = 2 << 20
 """Bytes after which a gate stops: well inside of a copy of 5000 pairs."""

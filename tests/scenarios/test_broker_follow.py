@@ -7,11 +7,6 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from broker_kit import make_site
-from kafka_kit import shared_kafka
-from rabbit_kit import shared_rabbitmq
-from relay_kit import far, publishing
-from replication_kit import FAST, same, until, voters, writable
 
 import kvrep
 from kvrep import brokers
@@ -19,8 +14,9 @@ from kvrep.brokers.memory import Faults, MemoryBrokers, MemoryServer
 from kvrep.model.position import OFFSET_MAX
 from kvrep.transport.interface import SnapshotInfo, SnapshotRequest
 from kvrep.transport.network import GrpcTransport
-
-__all__ = ["shared_kafka", "shared_rabbitmq"]
+from tests.broker_kit import make_site
+from tests.relay_kit import far, publishing
+from tests.replication_kit import FAST, same, until, voters, writable
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forward_kit import stores
-from replication_kit import WAIT_S, same, until, voters
 from test_quorum import Group
 
 import kvrep
 from kvrep import EventKind, Role
 from kvrep.runtime.degrading import Degrading
+from tests.forward_kit import stores
+from tests.replication_kit import WAIT_S, same, until, voters
 
 AFTER_S = 0.5
 

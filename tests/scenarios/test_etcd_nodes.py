@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,17 +11,10 @@ from typing import Any
 import pytest
 
 import kvrep
-from tests.etcd_kit import EtcdServer, etcd_server, shared_etcd
-
-__all__ = ["etcd_server", "shared_etcd"]
+from tests.etcd_kit import EtcdServer
+from tests.ports import free_address
 
 DEADLINE_S = 30.0
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def start(

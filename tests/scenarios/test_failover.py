@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, Open, same, stores, until, voters, writable
 
 import kvrep
 from kvrep import EventKind, Outcome, Role
 from kvrep.storage.rescue import load_rescue
+from tests.replication_kit import FAST, WAIT_S, Open, same, stores, until, voters, writable
 
 
 @contextmanager
@@ -357,6 +357,36 @@ def test_force_after_a_lost_majority_in_synchronous_mode(tmp_path: Path) -> None
             again.wait_for(b.position, WAIT_S)
             assert again[b"k"] == b"2"
         voters(b, "a", "b", "c")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_primary_that_lost_its_followers_goes_on_by_force(tmp_path: Path, restarted: bool) -> None:
+    """It refuses writes for want of copies, so force makes it a group of its own; else it changes nothing."""
+    with group(tmp_path, 1, "ab") as (start, (a, b)):
+        a.put(b"k", b"1")
+        epoch = a.status().epoch
+        a.promote(force=True, timeout_s=WAIT_S)
+        assert (a.status().epoch, a.status().voters) == (epoch, ("a", "b"))
+        b.close()
+        until(lambda: a.status().not_writable)
+        if restarted:
+            a.close()
+            a = start("a")
+            until(lambda: a.status().epoch > epoch)
+        with pytest.raises(kvrep.NotEnoughFollowers):
+            a.put(b"k", b"2")
+        a.promote(timeout_s=WAIT_S)
+        with pytest.raises(kvrep.NotEnoughFollowers):
+            a.put(b"k", b"2")
+        a.promote(force=True, timeout_s=WAIT_S)
+        assert a.status().voters == ("a",)
+        position = a.put(b"k", b"2")
+        a.promote(force=True, timeout_s=WAIT_S)
+        assert a.status().epoch == position.epoch, "once is enough"
+        b = start("b", follow=a.address)
+        b.wait_for(position, WAIT_S)
+        voters(a, "a", "b")
+        same(a, b)
 
 
 def test_two_forced_histories_do_not_join(tmp_path: Path) -> None:

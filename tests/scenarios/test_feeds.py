@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import WAIT_S, opened, processes, until, voters
 from test_failover import group, put, role, stores
 
 import kvrep
 from kvrep import Change, Position, Role
 from kvrep.testing.checkers import assert_none, check_feed
+from tests.replication_kit import WAIT_S, opened, processes, until, voters
 
 Copy = dict[tuple[str, bytes], bytes]
 

@@ -7,13 +7,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from forward_kit import group
-from replication_kit import FAST, WAIT_S, until
 
 import kvrep
 import kvrep.aio
 from kvrep import Change
 from kvrep.testing.checkers import assert_none, check_feed
+from tests.forward_kit import group
+from tests.replication_kit import FAST, WAIT_S, until
 
 
 def all_of(db: kvrep.Store) -> list[Change]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Served
-from forward_kit import forwarded_records, group
-from replication_kit import WAIT_S, processes, proxy, same, until
 from test_quorum import free_address
 
 import kvrep
 from kvrep import Outcome, Role
 from kvrep.runtime.executing import Forwarded
+from tests.cli_kit import Served
+from tests.forward_kit import forwarded_records, group
+from tests.replication_kit import WAIT_S, processes, proxy, same, until
 
 
 def test_every_write_of_a_follower_is_readable_there_when_it_returns(tmp_path: Path) -> None:

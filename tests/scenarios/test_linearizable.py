@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forward_kit import group, stores
-from replication_kit import FAST, WAIT_S, processes, proxy, until
 
 import kvrep
 from kvrep import Role
@@ -24,6 +22,8 @@ from kvrep.runtime.shared import Shared
 from kvrep.testing.checkers import assert_none, check_linearizable
 from kvrep.testing.cluster import Cluster
 from kvrep.testing.history import History
+from tests.forward_kit import group, stores
+from tests.replication_kit import FAST, WAIT_S, processes, proxy, until
 
 
 @pytest.mark.parametrize("acks", [1, "majority", "all"])

@@ -6,11 +6,6 @@ import logging
 from pathlib import Path
 
 import pytest
-from broker_kit import make_site
-from kafka_kit import KafkaCluster, shared_kafka
-from rabbit_kit import RabbitServer, shared_rabbitmq
-from relay_kit import far
-from replication_kit import FAST, same
 
 import kvrep
 from kvrep import brokers
@@ -20,9 +15,12 @@ from kvrep.sinks.feed import FeedSource
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.upstream import Local
 from tests.agent_kit import agent_of, content, copy_of, wait_until
+from tests.broker_kit import make_site
+from tests.kafka_kit import KafkaCluster
+from tests.rabbit_kit import RabbitServer
+from tests.relay_kit import far
+from tests.replication_kit import FAST, same
 from tests.scenarios.test_agents import MemoryView
-
-__all__ = ["shared_kafka", "shared_rabbitmq"]
 
 URL = "memory://site/orders"
 WAIT_S = 30.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,9 @@ import kvrep
 from kvrep.coordination.driver import Driver
 from kvrep.runtime.coordinated import CoordinatedNode
 from kvrep.runtime.roles import Roles
+from tests.ports import free_address
 
 DEADLINE_S = 20.0
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 class Group:

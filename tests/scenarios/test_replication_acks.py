@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from replication_kit import FAST, WAIT_S, NodeProcess, processes, proxy, until, voters, writable
 
 import kvrep
 from kvrep import AckTimeout, NotEnoughFollowers, Outcome
+from tests.replication_kit import FAST, WAIT_S, NodeProcess, processes, proxy, until, voters, writable
 
 
 def test_acks_0_needs_nobody_and_followers_get_everything(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 import kvrep
 from kvrep.errors import UpgradeRequired
 from kvrep.model.record import Kind
 from kvrep.runtime.leadership import Leadership
 from kvrep.storage.write import Write
+from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 
 @pytest.mark.parametrize("acks", [0, 1])

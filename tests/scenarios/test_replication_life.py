@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, processes, proxy, same, until, voters, writable
 
 import kvrep
 from kvrep import ConfigurationMismatch, NotEnoughFollowers, RolledBack, StaleRead
 from kvrep.runtime import compression
+from tests.replication_kit import FAST, WAIT_S, processes, proxy, same, until, voters, writable
 
 LAZY = {**FAST, "heartbeat_timeout_s": 30.0}
 

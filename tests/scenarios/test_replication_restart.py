@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, acknowledged, processes, proxy, same, until, voters, writable
 
 import kvrep
 from kvrep import NotEnoughFollowers, NotPrimary, Outcome
 from kvrep.replication.promotion import Promotion
 from kvrep.runtime.leadership import Leadership
+from tests.ports import free_address
+from tests.replication_kit import FAST, WAIT_S, acknowledged, processes, proxy, same, until, voters, writable
 
 QUIET = {**FAST, "heartbeat_timeout_s": 30.0}
-
-
-def free_port() -> int:
-    """A port that was free a moment ago: a restarted primary must come back at its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("acks", [1, "majority", "all"])
 def test_kill_9_of_the_primary_loses_no_acknowledged_write(tmp_path: Path, acks: Any) -> None:
     """Killed under load and restarted, the primary has every acknowledged write, in a higher epoch."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = free_address()
     options: dict[str, Any] = {"name": "a", "listen": listen, **FAST}
     with processes() as start:
         p = start(tmp_path / "a", acks=acks, **options).ready()
@@ -60,7 +52,7 @@ def test_kill_9_of_the_primary_loses_no_acknowledged_write(tmp_path: Path, acks:
 
 def test_a_tail_that_the_primary_lost_is_cut_from_its_followers(tmp_path: Path) -> None:
     """What a follower got and the primary lost was never acknowledged: it is cut, saved and reported."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = free_address()
     slow = {**FAST, "flush_interval_s": 600.0}
     with kvrep.open(tmp_path / "a", name="a", listen=listen, acks="all", ack_timeout_s=0.3, **QUIET) as p:
         with proxy(listen) as between, kvrep.open(tmp_path / "b", name="b", follow=listen, **slow) as b:
@@ -96,7 +88,7 @@ def test_a_tail_that_the_primary_lost_is_cut_from_its_followers(tmp_path: Path) 
 
 def test_a_primary_that_lost_acknowledged_writes_does_not_begin(tmp_path: Path) -> None:
     """Restored from an older copy, a synchronous primary sees what it lost, says so, and cuts nobody."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = free_address()
     with kvrep.open(tmp_path / "a", name="a", listen=listen, acks=1, **FAST) as p:
         with kvrep.open(tmp_path / "b", name="b", follow=listen, **FAST) as f:
             voters(p, "a", "b")
@@ -115,7 +107,7 @@ def test_a_primary_that_lost_acknowledged_writes_does_not_begin(tmp_path: Path) 
 
 def test_a_primary_that_lost_writes_that_its_voters_know_asks_and_stops(tmp_path: Path) -> None:
     """Where promises are needed, the loss shows before the epoch begins."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = free_address()
     with kvrep.open(tmp_path / "a", name="a", listen=listen, acks=1, **FAST) as p:
         b = kvrep.open(tmp_path / "b", name="b", follow=listen, **FAST)
         c = kvrep.open(tmp_path / "c", name="c", follow=listen, **FAST)
@@ -152,7 +144,7 @@ def _restore(path: Path, older: Path) -> None:
 
 def test_an_asynchronous_primary_that_lost_its_tail_asks_first(tmp_path: Path) -> None:
     """With acks=0 and durability "os" the visible state of a follower rolls back with the primary's."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = free_address()
     options: dict[str, Any] = {"name": "a", "listen": listen, "durability": "os", **FAST}
     with kvrep.open(tmp_path / "a", acks=0, **options) as p:
         with kvrep.open(tmp_path / "b", name="b", follow=listen, **FAST) as b:

@@ -68,6 +68,10 @@ def configuration() -> Any:
     return made.with_voter(b"w" * 16, "w", witness=True).without([OTHER], 4).to_wire()
 
 
+def bounded() -> Any:
+    return Configuration(lag_records_max=1000).with_voter(ID, "a", "host-a:7400").to_wire()
+
+
 STATE = State(
     applied=Tail(7, 2001, 99), epochs=TABLE, configured_at=3, branches=[(1, ID)], digests={"default": 5},
     counts={"default": 2}, mark=4, mark_digests={"default": 3}, verified=4, logged_in="x/gen-000001",
@@ -189,6 +193,7 @@ DECODERS: dict[str, Decoder] = {
     ),
     "sessions": Decoder(sessions(), plain(Sessions.from_wire), REFUSED),
     "a configuration": Decoder(configuration(), plain(Configuration.from_wire), REFUSED),
+    "a bounded configuration": Decoder(bounded(), plain(Configuration.from_wire), REFUSED),
     "LMDB's state record": Decoder(msgpack.unpackb(STATE.pack()), packed(lambda b: State.unpack(b).pack()), DAMAGED),
     "IDENTITY": Decoder(IDENTITY, read_identity, DAMAGED),
     "CURRENT": Decoder(CURRENT, read_home("CURRENT"), (CorruptionError, NotAStore)),

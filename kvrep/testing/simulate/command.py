@@ -107,7 +107,8 @@ def _tell(at: float, name: str, text: str) -> str:
 def _described(settings: Settings) -> str:
     who = f"nodes {' '.join(settings.names + settings.observers)}"
     how = "elected" if settings.elects else "promoted by hand"
-    return f"{who}, acks={settings.acks}, primaries {how}, segments up to {settings.segment_bytes_max} bytes"
+    lag = f", lag_records_max={settings.lag_records_max}" if settings.lag_records_max else ""
+    return f"{who}, acks={settings.acks}{lag}, primaries {how}, segments up to {settings.segment_bytes_max} bytes"
 
 
 def _one(seed: int, plant: str, *, trace: bool) -> int:

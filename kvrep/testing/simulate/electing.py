@@ -248,6 +248,7 @@ class Electing:
         return Configuration(
             acks=node.world.settings.acks,
             degrade_after_s=node.world.settings.degrade_after_s,
+            lag_records_max=node.world.settings.lag_records_max,
             voters=action.founding,
             next_member=max(v.member for v in action.founding) + 1,
         )

@@ -264,6 +264,10 @@ def _old_rule_forgotten() -> list[Change]:
     return [(CommitTracker, "propose", propose)]
 
 
+def _bound_ignored() -> list[Change]:
+    return [(CommitTracker, "_rule", lambda self, configuration: acks._Rule(configuration, self._self))]
+
+
 def _configure_too_early() -> list[Change]:
     return [(CommitTracker, "may_propose", property(lambda self: not self._proposed))]
 
@@ -297,6 +301,7 @@ PLANTS: dict[str, Plant] = {
     "configure-too-early": Plant(
         "a configuration changes before the epoch start is committed", _configure_too_early
     ),
+    "bound-ignored": Plant("with acks=0 nobody looks how far the other voters are behind", _bound_ignored),
     "lowered-in-silence": Plant(
         "a rule goes on with fewer copies before most voters know", _lowered_in_silence
     ),

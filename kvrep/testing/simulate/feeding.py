@@ -165,6 +165,8 @@ class Feeding:
             return False
         if node.electing is not None and not node.world.synchronous and node.electing.unconfirmed:
             return False
+        if tracker.bounded and tracker.too_far(self.joined, node.disk.end + 1):
+            return False
         return self._log(Kind.WRITE, write_payload([(DEFAULT_KEYSPACE, key, value)]))
 
     def configure(self, change: Callable[[Configuration], Configuration | None]) -> bool:
@@ -387,6 +389,8 @@ class Session:
         elif isinstance(plan, Continue):
             self._welcome(plan)
         else:
+            if feeding.tracker is not None:
+                feeding.tracker.forget(hello.store_id)
             self._stream.to_follower(plan)
             self.end(broken=False)
 

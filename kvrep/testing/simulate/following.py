@@ -373,7 +373,7 @@ class Inbound:
 
     def send_ack(self) -> None:
         ack = self.receiver.ack(min(self._node.committed, self.receiver.last.offset))
-        self._node.world.check.acks(self._node, ack)
+        self._node.world.check.acks(self._node, ack, self.receiver.epoch)
         self._stream.to_primary(ack)
 
     def probe(self) -> None:

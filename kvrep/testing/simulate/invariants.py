@@ -31,22 +31,33 @@ class Violation(AssertionError):
 class _Begun:
     """An epoch: whose it is, where it starts, and the history before it."""
 
-    __slots__ = ("epochs", "name", "start")
+    __slots__ = ("acked", "acknowledged", "epoch", "epochs", "name", "start")
 
-    def __init__(self, name: str, start: int, epochs: EpochTable) -> None:
+    def __init__(self, name: str, epoch: int, start: int, epochs: EpochTable) -> None:
         self.name = name
+        self.epoch = epoch
         self.start = start
         self.epochs = epochs
+        self.acked = 0
+        """Through where another voter has ever said, in this epoch, that it holds its history."""
+        self.acknowledged = 0
+        """Through where it was acknowledged to users."""
+
+    def at(self, offset: int) -> Position:
+        """The record at ``offset`` of its history."""
+        return Position(self.epoch if offset >= self.start else self.epochs.epoch_at(offset), offset)
 
     def holds(self, position: Position) -> bool:
         return position.offset < self.start and self.epochs.epoch_at(position.offset) == position.epoch
 
 
 class Invariants:
-    """``synchronous``: the ack rule is not 0, so nothing committed may ever be lost."""
+    """``synchronous``: the ack rule is not 0, so nothing committed may ever be lost. Else ``lag_records_max``
+    bounds what may be; 0: it does not."""
 
-    def __init__(self, *, synchronous: bool) -> None:
+    def __init__(self, *, synchronous: bool, lag_records_max: int = 0) -> None:
         self.synchronous = synchronous
+        self._lag_records_max = lag_records_max
         self.ledger: dict[int, Entry] = {}
         """What any primary ever took for committed, by offset."""
         self.acknowledged: dict[int, tuple[float, int]] = {}
@@ -68,7 +79,9 @@ class Invariants:
         rival = self._begun.get(epoch)
         if rival is not None:
             raise Violation("one primary per epoch", f"{node.name} and {rival.name} in epoch {epoch}")
-        self._begun[epoch] = _Begun(node.name, start, node.disk.epochs.cut(start - 1))
+        begun = self._begun[epoch] = _Begun(node.name, epoch, start, node.disk.epochs.cut(start - 1))
+        for older in self._begun.values():
+            self._bounded(older, begun)
         # Raft's leader completeness (Ongaro, section 3.6.3): what was committed in epochs below. A primary that
         # was frozen after it got its promises may begin late, and lack what a newer epoch has committed.
         end = self._end
@@ -92,6 +105,20 @@ class Invariants:
         return next(
             (o for o in range(disk.first, end + 1) if disk.running_at(o) != self.ledger[o].running), 0
         )
+
+    def _bounded(self, older: _Begun, newer: _Begun) -> None:
+        """A failover onto all that the furthest other voter ever said it held loses so many records at most."""
+        allowed = self._lag_records_max
+        kept = older.acknowledged - allowed
+        if not allowed or older.epoch >= newer.epoch or kept <= 0 or not newer.holds(older.at(older.acked)):
+            return
+        if not newer.holds(older.at(kept)):
+            raise Violation(
+                "a failover loses no more than its bound",
+                f"{newer.name} becomes primary in epoch {newer.epoch} with all that another voter ever had of epoch"
+                f" {older.epoch} ({older.acked}), where {older.name} acknowledged through {older.acknowledged}:"
+                f" more than {allowed} are lost",
+            )
 
     # -- log matching ------------------------------------------------------------------------------
 
@@ -126,13 +153,17 @@ class Invariants:
 
     # -- acks and promises -------------------------------------------------------------------------
 
-    def acks(self, node: Node, ack: Ack) -> None:
-        """An ack never says more than is on the disk."""
+    def acks(self, node: Node, ack: Ack, epoch: int) -> None:
+        """An ack, of a stream of ``epoch``, never says more than is on the disk."""
         if ack.synced > node.disk.synced:
             raise Violation(
                 "an ack tells the truth",
                 f"{node.name} acks {ack.synced} as synced; its disk has {node.disk.synced}",
             )
+
+        begun = self._begun.get(epoch)
+        if begun is not None and node.voter:
+            begun.acked = max(begun.acked, ack.synced)
 
     def promises(self, node: Node, epoch: int, to: bytes) -> None:
         """``node`` answers that it has promised ``epoch`` to the store ``to``."""
@@ -162,6 +193,10 @@ class Invariants:
             if self.synchronous:
                 self._commits(node, epoch, entry)
         if not self.synchronous:
+            begun = self._begun[epoch]
+            begun.acknowledged = max(begun.acknowledged, through)
+            for newer in self._begun.values():
+                self._bounded(begun, newer)
             return
         if through < start:
             raise Violation(

@@ -42,6 +42,7 @@ def draw_settings(chance: Random) -> Settings:
         elects=elects,
         segment_bytes_max=chance.choice((120, 300, 1 << 20)),
         credit_bytes=chance.choice((400, 8 << 20)),
+        lag_records_max=chance.choice((0, 1, 3, 10)) if acks == 0 else 0,
     )
 
 

@@ -29,6 +29,8 @@ class Settings:
     acks: Acks = "majority"
     degrade_after_s: float = 0.0
     """How long copies may be missing before the rule goes on without them; 0: for ever."""
+    lag_records_max: int = 0
+    """With ``acks=0``: how many acknowledged records the furthest other voter may lack; 0: any."""
     elects: bool = True
     """The quorum coordinator decides who is primary; else people do, by ``promote()``."""
     segment_bytes_max: int = 1 << 20
@@ -50,7 +52,7 @@ class World:
         self.synchronous = settings.acks != 0
         self.time = Time()
         self.network = Network(self.time, self.chance)
-        self.check = Invariants(synchronous=self.synchronous)
+        self.check = Invariants(synchronous=self.synchronous, lag_records_max=settings.lag_records_max)
         self.nodes: dict[str, Node] = {}
         self.begun: list[tuple[float, str, int]] = []
         """(when, who, epoch) of every epoch start."""
@@ -203,7 +205,9 @@ class World:
         first = self.first
         first.disk.lineage = self.new_lineage()
         seed = Configuration(
-            acks=self.settings.acks, degrade_after_s=self.settings.degrade_after_s
+            acks=self.settings.acks,
+            degrade_after_s=self.settings.degrade_after_s,
+            lag_records_max=self.settings.lag_records_max,
         ).with_voter(first.store_id, first.name, first.address)
         assert first.following is not None
         first.following.stop()

@@ -203,6 +203,23 @@ def test_what_is_not_used_leaves_no_trace_in_the_log() -> None:
             Configuration.from_wire({**group(3).to_wire(), **wrong})
 
 
+def test_the_bound_of_the_asynchronous_mode() -> None:
+    """It goes through the log, leaves no trace when it is not used, and is for acks=0 alone."""
+    bounded = replace(group(2, acks=0), lag_records_max=100)
+    assert Configuration.from_wire(msgpack.unpackb(msgpack.packb(bounded.to_wire()))) == bounded
+    assert (bounded.copies, bounded.fence) == (1, 2), "copies and promises are those of acks=0"
+    assert "lag_records_max" not in group(2, acks=0).to_wire()
+    assert Configuration.from_wire(group(2, acks=0).to_wire()).lag_records_max == 0
+    for acks in (1, "majority", "all"):
+        with pytest.raises(ValueError, match="acks=0"):
+            Configuration(acks=acks, lag_records_max=1)  # type: ignore[arg-type]
+    for wrong in (-1, 1.0, True, "1", 2**63):
+        with pytest.raises(ValueError, match="lag_records_max"):
+            Configuration(lag_records_max=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ProtocolError):
+            Configuration.from_wire({**group(2, acks=0).to_wire(), "lag_records_max": wrong})
+
+
 def test_which_rule_is_in_force() -> None:
     """The newest, if it is known to be committed; else the one before is, and the newest may be."""
     none, old, new = Configuration(), group(3), group(3, acks="all")

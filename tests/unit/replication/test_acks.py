@@ -13,23 +13,26 @@ from kvrep.model.configuration import Acks, Configuration, Voter
 from kvrep.replication.acks import CommitTracker
 
 
-def group(names: str, acks: Acks = "majority") -> Configuration:
+def group(names: str, acks: Acks = "majority", lag: int = 0) -> Configuration:
     """Voters by letter; a capital letter is a witness."""
     voters = tuple(
         Voter(store_id=n.lower().encode(), name=n, member=ord(n.lower()) - 96, witness=n.isupper())
         for n in names
     )
-    return Configuration(acks=acks, voters=voters, next_member=27)
+    return Configuration(acks=acks, voters=voters, next_member=27, lag_records_max=lag)
 
 
 def play(tracker: CommitTracker, script: str) -> None:
-    """``a 5``: a is durable through 5; ``-b``: b left; ``propose 7 abc 1``; each with ``= committed``."""
+    """``a 5``: a is durable through 5; ``-b``: b left; ``~b``: b gets another copy; ``propose 7 abc 1`` (or
+    ``abc 0 3``, with a bound of 3); each with ``= committed``."""
     for line in script.strip().splitlines():
         event, _, expected = line.partition("=")
         words = event.split()
         if words[0] == "propose":
             rule: Acks = int(words[3]) if words[3].isdecimal() else words[3]  # type: ignore[assignment]
-            tracker.propose(int(words[1]), group(words[2], rule))
+            tracker.propose(int(words[1]), group(words[2], rule, int(words[4]) if len(words) > 4 else 0))
+        elif words[0].startswith("~"):
+            tracker.forget(words[0][1:].encode())
         elif words[0].startswith("-"):
             tracker.left(words[0][1:].encode())
         elif words[0] == "a":
@@ -62,6 +65,79 @@ def play(tracker: CommitTracker, script: str) -> None:
 def test_the_rule(names: str, acks: Acks, script: str) -> None:
     """W synced copies on data voters, ours always among those that must be durable; never back."""
     play(CommitTracker(group(names, acks), b"a", epoch_start=1, committed=0), script)
+
+
+@pytest.mark.parametrize(
+    ("names", "lag", "script"),
+    [
+        # The furthest other voter and so many more; never beyond what is durable here.
+        ("ab", 3, "a 9 = 3\n b 2 = 5\n b 4 = 7\n b 9 = 9\n a 20 = 12"),
+        ("abc", 3, "a 9 = 3\n b 2 = 5\n c 1 = 5\n c 4 = 7\n b 3 = 7"),
+        ("ab", 3, "b 9 = 0\n a 5 = 5\n a 13 = 12"),
+        ("ab", 10**15, "a 9 = 9"),
+        # Who has left keeps its copy; back with less (a disk put back, a new copy), that is what it has.
+        ("abc", 3, "a 9 = 3\n b 4 = 7\n -b = 7\n a 20 = 7\n c 2 = 7\n c 6 = 9\n b 5 = 9\n b 8 = 11"),
+        ("ab", 3, "a 20 = 3\n b 9 = 12\n -b = 12\n b 2 = 12\n -b = 12\n b 8 = 12\n b 11 = 14"),
+        ("abc", 3, "b 9 = 0\n a 5 = 5\n -b = 5\n a 8 = 8\n ~b = 8\n a 20 = 8\n c 6 = 9\n b 7 = 10"),
+        # Neither a witness nor a stranger could be promoted with it.
+        ("abC", 3, "a 9 = 3\n c 9 = 3\n x 9 = 3\n b 1 = 4"),
+        # Nobody else has data: nothing is bounded, as nothing could be saved.
+        ("a", 3, "a 9 = 9"),
+        ("aB", 3, "a 9 = 9"),
+        # This node does not vote: a voter's own copy is needed anyway.
+        ("bc", 3, "a 9 = 0\n b 4 = 4\n c 6 = 6"),
+    ],
+)
+def test_the_bound_on_the_lag(names: str, lag: int, script: str) -> None:
+    """With acks=0, what is committed is at most so many records ahead of the furthest other data voter."""
+    play(CommitTracker(group(names, 0, lag), b"a", epoch_start=1, committed=0), script)
+
+
+def test_a_restarted_primary_knows_nobody_s_copy() -> None:
+    """Nothing commits before another voter has told of its copy in this epoch, however little that is ahead."""
+    tracker = CommitTracker(group("ab", 0, 3), b"a", epoch_start=8, committed=6)
+    play(tracker, "a 8 = 6\n b 4 = 6\n b 5 = 8")
+
+
+@pytest.mark.parametrize(
+    ("before", "script"),
+    [
+        # No bound any more: by a record that is still bounded.
+        ("ab 3", "a 3 = 3\n propose 4 ab 0 = 3\n a 9 = 3\n b 1 = 9"),
+        # A wider one, a narrower one, another rule; and a first voter to be bounded by.
+        ("ab 3", "propose 4 ab 0 5 = 0\n a 9 = 3\n b 1 = 6"),
+        ("ab 5", "a 3 = 3\n propose 4 ab 0 1 = 3\n a 9 = 3\n b 2 = 3\n b 3 = 4\n b 5 = 6"),
+        ("ab 3", "a 3 = 3\n propose 4 ab 1 = 3\n a 9 = 3\n b 2 = 3\n b 5 = 5"),
+        ("ab 0", "a 3 = 3\n b 3 = 3\n -b = 3\n propose 4 ab 0 2 = 3\n a 9 = 5"),
+        ("a 3", "a 3 = 3\n propose 4 ab 0 3 = 3\n a 9 = 3\n b 2 = 5"),
+        # The only other voter is taken off: by a record that still needs it.
+        ("ab 3", "a 3 = 3\n propose 4 a 0 3 = 3\n a 9 = 3\n b 1 = 9"),
+    ],
+)
+def test_a_changed_bound_needs_both_rules(before: str, script: str) -> None:
+    """From its record on the old bound and the new one hold, until it is committed; then only the new one."""
+    names, lag = before.split()
+    tracker = CommitTracker(group(names, 0, int(lag)), b"a", epoch_start=1, committed=0)
+    play(tracker, script)
+    assert tracker.proposed is None
+
+
+def test_the_door_of_the_bound() -> None:
+    """A record too far ahead is refused while nobody is there to catch up, and waits while somebody is."""
+    tracker = CommitTracker(group("abC", 0, 3), b"a", epoch_start=1, committed=0)
+    assert tracker.bounded
+    assert tracker.too_far(set(), 3) is None
+    assert tracker.too_far({b"c", b"x"}, 4) == (0, 3)
+    assert tracker.too_far({b"b"}, 100) is None
+    play(tracker, "a 5 = 3\n b 4 = 5\n -b = 5")
+    assert tracker.too_far(set(), 7) is None
+    assert tracker.too_far(set(), 8) == (4, 3)
+    assert tracker.missing(set()) == 0
+    tracker.propose(6, group("abC", 0))
+    assert tracker.too_far(set(), 8) == (4, 3), "both rules"
+    play(tracker, "a 6 = 6")
+    assert not tracker.bounded
+    assert tracker.too_far(set(), 8) is None
 
 
 def test_older_records_commit_through_one_of_this_epoch() -> None:
@@ -197,6 +273,33 @@ def test_the_rule_against_its_words(size: int, acks: Acks, start: int, script: l
             and sum(synced.get(v.name, 0) >= o for v in configuration.voters) >= configuration.copies
         ]
         assert tracker.committed == max(allowed, default=0)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(1, 5),
+    st.lists(st.tuples(st.sampled_from("abcdx"), st.integers(-1, 30)), max_size=40),
+)
+def test_the_bound_against_its_words(size: int, lag: int, start: int, script: list[tuple[str, int]]) -> None:
+    """For any order of acks and partings (-1), committed is at any time what the words of the rule allow."""
+    tracker = CommitTracker(group("abcd"[:size], 0, lag), b"a", epoch_start=start, committed=0)
+    durable = committed = 0
+    held: dict[str, int] = {}
+    for name, offset in script:
+        if name == "a":
+            durable = max(durable, offset)
+            tracker.local_durable(durable)
+        elif offset < 0:
+            tracker.left(name.encode())
+        else:
+            held[name] = offset
+            tracker.acked(name.encode(), offset)
+        others = "bcd"[: size - 1]
+        furthest = max((held.get(other, 0) for other in others), default=1000)
+        allowed = min(durable, furthest + lag)
+        committed = max(committed, allowed if allowed >= start else 0)
+        assert tracker.committed == committed
 
 
 def test_a_proposal_that_most_voters_know_of_takes_effect_alone() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_kit import FAST, WAIT_S, same, until, voters
 
 import kvrep
 from kvrep import Role
@@ -25,6 +24,7 @@ from kvrep.runtime.promoting import answer_promise, answer_standing
 from kvrep.storage.home import Home
 from kvrep.store import Store
 from kvrep.transport.memory import MemoryTransport
+from tests.replication_kit import FAST, WAIT_S, same, until, voters
 
 Strike = Callable[[str, str, str, bool], None]
 

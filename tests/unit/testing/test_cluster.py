@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 import kvrep
+from kvrep.testing import nodes
 from kvrep.testing.cluster import Cluster, NotPrivileged, RecordedClient
-from kvrep.testing.nodes import ClusterNode, LocalNode, ProcessNode
+from kvrep.testing.nodes import PYTHON, ClusterNode, LocalNode, ProcessNode
+from kvrep.testing.timeline import Timeline
 
 Make = Callable[..., Cluster]
 
@@ -582,3 +584,32 @@ def test_nothing_is_left(tmp_path: Path) -> None:
 
     assert left == []
     assert str(tmp_path) not in mounts
+
+
+class Stubborn(ProcessNode):
+    """Is ready, and does not hear SIGTERM."""
+
+    def _program(self) -> list[str]:
+        text = (
+            "import signal, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+            'print(\'{"address": "127.0.0.1:1"}\', flush=True); threading.Event().wait(60)'
+        )
+        return [*PYTHON, "-c", text]
+
+
+def test_a_process_that_does_not_end_tells_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stop() of a node that goes on after SIGTERM ends it, raises, and its threads' stacks are in the timeline."""
+    monkeypatch.setattr(nodes, "END_S", 0.2)
+    timeline = Timeline()
+    node = Stubborn("a", tmp_path / "a", {}, timeline)
+    node.start()
+
+    with pytest.raises(TimeoutError, match="node a did not end"):
+        node.stop()
+
+    assert not node.running
+    assert "most recent call first" in str(timeline)
+    assert "in wait" in str(timeline)
+    node.stop()  # idempotent

@@ -44,6 +44,7 @@ FOUND_AT = {
     "acks-counted-twice": 0,
     "old-rule-forgotten": 3,
     "configure-too-early": 11,
+    "bound-ignored": 165,
     "lowered-in-silence": 121,
     "lowered-forgotten": 594,
     "empty-log-refused": 3,
