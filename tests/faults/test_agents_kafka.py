@@ -20,8 +20,8 @@ from kvrep.sinks.upstream import Local
 from tests.agent_kit import content, copy_of, wait_until
 from tests.broker_kit import WAIT_S, Site
 from tests.faults.test_agents_postgres import Writer, run_until_killed
-from tests.kafka_kit import KafkaCluster, shared_kafka  # noqa: F401
-from tests.postgres_kit import guarded, shared_postgres  # noqa: F401
+from tests.kafka_kit import KafkaCluster
+from tests.postgres_kit import guarded
 
 SECONDARIES = ["sqlite", "postgres"]
 
@@ -47,7 +47,7 @@ def agent_of(topic: str, secondary: str, **options: Any) -> Agent:
 
 def test_an_agent_killed_at_any_point_applies_everything_once(
     tmp_path: Path,
-    shared_kafka: KafkaCluster,  # noqa: F811
+    shared_kafka: KafkaCluster,
     secondary: str,
 ) -> None:
     """SIGKILL after so many commits, four times: nothing is missing, and everything takes effect once."""
@@ -67,7 +67,7 @@ def test_an_agent_killed_at_any_point_applies_everything_once(
 
 def test_what_is_published_again_takes_effect_once(
     tmp_path: Path,
-    shared_kafka: KafkaCluster,  # noqa: F811
+    shared_kafka: KafkaCluster,
     secondary: str,
 ) -> None:
     """A publication that goes on from an older place sends repeats; the agent drops and counts them."""
@@ -92,7 +92,7 @@ def test_what_is_published_again_takes_effect_once(
 
 def test_what_is_missing_is_asked_for(
     tmp_path: Path,
-    shared_kafka: KafkaCluster,  # noqa: F811
+    shared_kafka: KafkaCluster,
     secondary: str,
 ) -> None:
     """Events that another reader of the group took are missed, asked for over TOPIC.requests, and applied in order."""
@@ -131,7 +131,7 @@ def _steal(topic: str, last: bytes) -> None:
 
 def test_a_cluster_that_stands_still(
     tmp_path: Path,
-    shared_kafka: KafkaCluster,  # noqa: F811
+    shared_kafka: KafkaCluster,
     secondary: str,
 ) -> None:
     """While Kafka says nothing both sides wait; afterwards they go on, without a snapshot and without a gap."""

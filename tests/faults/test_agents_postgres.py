@@ -187,7 +187,7 @@ def with_trigger(server: PostgresServer, body: str, *, deferred: bool = False) -
     return url
 
 
-def test_what_a_trigger_refuses_is_put_aside(tmp_path: Path, shared_postgres: PostgresServer) -> None:  # noqa: F811
+def test_what_a_trigger_refuses_is_put_aside(tmp_path: Path, shared_postgres: PostgresServer) -> None:
     """A row that a trigger raises at is a dead letter with what the trigger said; the rest of the batch goes on."""
     url = with_trigger(shared_postgres, REFUSE)
     with kvrep.open(tmp_path / "a") as db, agent_of(db, PostgresSink(url)) as agent:
@@ -208,7 +208,7 @@ def test_what_a_trigger_refuses_is_put_aside(tmp_path: Path, shared_postgres: Po
     assert "no room for" in letter.reason
 
 
-def test_a_trigger_that_fails_itself_is_named(shared_postgres: PostgresServer) -> None:  # noqa: F811
+def test_a_trigger_that_fails_itself_is_named(shared_postgres: PostgresServer) -> None:
     """What is wrong in a trigger's function ends in an error that says where, and does not blame the columns."""
     import psycopg
 
@@ -242,7 +242,7 @@ def test_a_trigger_that_fails_itself_is_named(shared_postgres: PostgresServer) -
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["at the swap", "at the commit"])
 def test_a_snapshot_that_a_trigger_refuses(
-    shared_postgres: PostgresServer,  # noqa: F811
+    shared_postgres: PostgresServer,
     deferred: bool,
 ) -> None:
     """Where no single change can be put aside, the error says what refuses the rows, and the old copy stays."""
