@@ -111,7 +111,8 @@ class RabbitSubscriber:
             if self._arrived or self._widening or self._credit > 0 or full:
                 return
             self._widening = True
-        self._link.call(self._consume_anew)
+            generation = self._generation
+        self._link.call(partial(self._consume_anew, generation))
 
     def _ready(self) -> int:
         """How many may be handed out: a stream's chunks bring more than the prefetch count."""
@@ -190,10 +191,10 @@ class RabbitSubscriber:
             self._queue, self._on_message, arguments={OFFSET_HEADER: offset} if self._stream else None
         )
 
-    def _consume_anew(self) -> None:
+    def _consume_anew(self, generation: int) -> None:
         """The window counts for each consumer: a new one has all of it."""
         channel = self._channel
-        if channel is not None and channel.is_open:
+        if channel is not None and channel.is_open and generation == self._generation:
             channel.basic_cancel(self._consumer)
             self._consume(channel, self._last_offset + 1 if self._stream else None)
 
