@@ -65,6 +65,7 @@ def test_an_agent_killed_at_any_point_applies_everything_once(
         assert copy_of(sink_at(secondary)) == content(db)
 
 
+@pytest.mark.parametrize("secondary", ["sqlite"], indirect=True)
 def test_what_is_published_again_takes_effect_once(
     tmp_path: Path,
     shared_kafka: KafkaCluster,
@@ -129,6 +130,7 @@ def _steal(topic: str, last: bytes) -> None:
     broker.close()
 
 
+@pytest.mark.parametrize("secondary", ["postgres"], indirect=True)
 def test_a_cluster_that_stands_still(
     tmp_path: Path,
     shared_kafka: KafkaCluster,
