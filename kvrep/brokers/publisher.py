@@ -33,8 +33,6 @@ __all__ = ["BasePublisher", "Window"]
 MESSAGE_OVERHEAD_BYTES = 256
 """What a message is counted for besides its content: objects, frames, headers."""
 NEVER = 1 << 62
-LOW_PERCENT = 85
-"""How full a window still is when those who wait for room are woken."""
 
 
 class Window(NamedTuple):
@@ -59,7 +57,6 @@ class BasePublisher(ABC):
         changed: threading.Condition | None = None,
     ) -> None:
         self._messages_max, self._bytes_max = window
-        self._messages_low, self._bytes_low = (most * LOW_PERCENT // 100 for most in window)
         self._message_bytes_max = min(message_bytes_max or window.bytes, window.bytes)
         # Protects what follows and all that a broker keeps of its messages; announces confirms and the end.
         self._changed = changed or threading.Condition()
@@ -96,10 +93,11 @@ class BasePublisher(ABC):
         """The next ``count`` messages are safe, ``size`` bytes in all. The lock is held."""
         self.confirmed += count
         self._bytes -= size
-        # Those who wait for room are woken once there is some, not at every confirm; a window that were allowed to run
-        # half empty would leave the broker without work.
-        some = self._bytes <= self._bytes_low and self.published - self.confirmed <= self._messages_low
-        if self._waiters and (some or self.confirmed >= self._wanted):
+        # Those who wait for room are woken at half of the window, not at every confirm.
+        half = (
+            self._bytes * 2 <= self._bytes_max and (self.published - self.confirmed) * 2 <= self._messages_max
+        )
+        if self._waiters and (half or self.confirmed >= self._wanted):
             self._wanted = NEVER
             self._changed.notify_all()
 
