@@ -385,10 +385,10 @@ class Engine:
         with self.flusher.hold:
             if not pinned.of(self.tree):
                 return  # the next copy is live already
-            self.unverified = False
             pinned.correct(differing, received=self.home.received)
             if not differing:
                 self.home.trust()
+            self.unverified = False
         if differing:
             log.error("%s: keyspaces %s of the copy at record %d differ from their digests",
                       self.home.path, ", ".join(differing), pinned.state.applied.offset)  # fmt: skip

@@ -354,10 +354,10 @@ def test_a_schema_of_nobody(
     """A mistyped schema is named, with those that hold a copy, and is not made."""
     import psycopg
 
-    with Agent(f"{used_store(tmp_path / 'used')}", shared_postgres.url("used")) as agent:
+    with Agent(f"{used_store(tmp_path / 'used')}", shared_postgres.url("a_used")) as agent:
         wait_until(lambda: agent.status().consistent, "a copy")
     looked_at(shared_postgres.url("typo"), "in schema 'typo'", tmp_path, capfdbinary)
-    looked_at(shared_postgres.url("typo"), "used", tmp_path, capfdbinary)
+    looked_at(shared_postgres.url("typo"), "a_used", tmp_path, capfdbinary)
     with psycopg.connect(shared_postgres.url().partition("?")[0]) as connection:
         assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'typo'").fetchone() is None
 
