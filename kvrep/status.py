@@ -80,6 +80,9 @@ class FollowerStatus:
     state: str
     """``streaming``, ``bootstrapping``, ``fencing``, ``joining`` or ``gone``."""
     voter: bool
+    durability: str
+    """``sync`` or ``os``, as it said when it joined; empty while it is gone, or was not told. What it acks is synced
+    either way: with ``os`` it is its own copy, should it become primary, that counts before it is on its disk."""
     connected: bool
     sent: int
     written: int
@@ -89,7 +92,9 @@ class FollowerStatus:
     """Records that it has not confirmed as synced."""
     lag_bytes: int
     lag_s: float
-    """Age of the oldest record that it has not confirmed as synced."""
+    """Age of the oldest record that it has not confirmed as synced: this node's wall clock now, less that of whoever
+    was primary when the record was logged, and not below 0. Exact for records of this primary, unless its clock
+    jumped since; for older ones as good as the two clocks agree. For people: nothing is decided by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

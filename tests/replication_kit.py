@@ -149,6 +149,11 @@ class NodeProcess:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def pause(self) -> None:
+        """SIGSTOP; returns once the process stands still, which the signal alone does not say."""
+        self.signal(signal.SIGSTOP)
+        until(lambda: os.waitpid(self.pid, os.WUNTRACED | os.WNOHANG)[0], what="the process to stand still")
+
     def kill(self) -> None:
         """kill -9, and wait for the end."""
         with suppress(ProcessLookupError):

@@ -48,7 +48,7 @@ class FromPrimary(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., truncate: _Optional[_Union[Truncate, _Mapping]] = ..., need_bootstrap: _Optional[_Union[NeedBootstrap, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("store_id", "name", "lineage", "branch", "protocol_min", "protocol_max", "features", "voter", "address", "promised_epoch", "last", "running", "applied", "committed", "epochs", "credit_bytes")
+    __slots__ = ("store_id", "name", "lineage", "branch", "protocol_min", "protocol_max", "features", "voter", "address", "promised_epoch", "last", "running", "applied", "committed", "epochs", "credit_bytes", "durability")
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class Hello(_message.Message):
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     store_id: bytes
     name: str
     lineage: bytes
@@ -81,7 +82,8 @@ class Hello(_message.Message):
     committed: int
     epochs: EpochTable
     credit_bytes: int
-    def __init__(self, store_id: _Optional[bytes] = ..., name: _Optional[str] = ..., lineage: _Optional[bytes] = ..., branch: _Optional[bytes] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., voter: bool = ..., address: _Optional[str] = ..., promised_epoch: _Optional[int] = ..., last: _Optional[_Union[Position, _Mapping]] = ..., running: _Optional[int] = ..., applied: _Optional[int] = ..., committed: _Optional[int] = ..., epochs: _Optional[_Union[EpochTable, _Mapping]] = ..., credit_bytes: _Optional[int] = ...) -> None: ...
+    durability: str
+    def __init__(self, store_id: _Optional[bytes] = ..., name: _Optional[str] = ..., lineage: _Optional[bytes] = ..., branch: _Optional[bytes] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., voter: bool = ..., address: _Optional[str] = ..., promised_epoch: _Optional[int] = ..., last: _Optional[_Union[Position, _Mapping]] = ..., running: _Optional[int] = ..., applied: _Optional[int] = ..., committed: _Optional[int] = ..., epochs: _Optional[_Union[EpochTable, _Mapping]] = ..., credit_bytes: _Optional[int] = ..., durability: _Optional[str] = ...) -> None: ...
 
 class Promise(_message.Message):
     __slots__ = ("epoch", "last", "committed", "epochs", "lowered")

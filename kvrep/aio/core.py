@@ -354,7 +354,7 @@ class Core:
         wanted = Position(epoch, offset)
         deadline_s = time.monotonic() + timeout_s
         node = self.node
-        while not node.freshness.reached(wanted):
+        while not node.freshness.arrived(wanted):
             if node.engine.closed or self._closing is not None:
                 raise self.closed_error()
             left = deadline_s - time.monotonic()
@@ -385,6 +385,7 @@ class Core:
         while (staleness_s := replaying.staleness_s()) > max_staleness_s:
             left = deadline_s - time.monotonic()
             if left <= 0 or not replaying.connected:
+                self.node.freshness.need_following()
                 raise StaleRead(
                     f"this copy may be {staleness_s:.3f} s old, {max_staleness_s:g} s are allowed",
                     staleness_s=staleness_s,

@@ -168,13 +168,25 @@ def _source(source: dict[str, Any]) -> list[str]:
 
 
 def _followers(followers: list[dict[str, Any]]) -> list[str]:
-    headers = ("follower", "address", "state", "vote", "synced", "visible", "lag", "bytes", "seconds")
+    headers = [
+        "follower",
+        "address",
+        "state",
+        "vote",
+        "durability",
+        "synced",
+        "visible",
+        "lag",
+        "bytes",
+        "seconds",
+    ]
     rows = [
         (
             f["name"] or f["store_id"][:8],
             f["address"] or "-",
             f["state"],
             "yes" if f["voter"] else "no",
+            f.get("durability") or "-",
             number(f["synced"]),
             number(f["visible"]),
             number(f["lag_records"]),
@@ -183,4 +195,4 @@ def _followers(followers: list[dict[str, Any]]) -> list[str]:
         )
         for f in followers
     ]
-    return table(headers, rows, right=(4, 5, 6, 7, 8))
+    return table(headers, rows, right=(5, 6, 7, 8, 9))

@@ -3,12 +3,13 @@
 ::
 
     interface   Coordinator, and what it needs from a node (NodeView)
-    voting      what all have in common: answering questions and requests for promises
-    manual      the default: nobody tries by itself
     driver      an election (kvrep.replication.election) with its clock, threads and calls
     quorum      the nodes elect among themselves
     etcd        a key in etcd says who tries
     memory      a node without storage, for tests
+
+The third, ``manual``, is what every node has by default: nobody tries by itself. It is in :mod:`kvrep.runtime.voting`,
+together with what all three have in common: answering questions and requests for promises.
 
 Importing this package imports nothing; only ``etcd`` imports grpc.
 """
@@ -24,14 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["make_coordinator"]
 
 
-def make_coordinator(choice: CoordinatorChoice | None) -> Coordinator:
-    """The coordinator of a node, not started; what it needs is imported only here."""
+def make_coordinator(choice: CoordinatorChoice) -> Coordinator:
+    """The coordinator that was chosen for a node, not started; what it needs is imported only here."""
     from kvrep.coordinators import Etcd
 
-    if choice is None:
-        from kvrep.coordination.manual import ManualCoordinator
-
-        return ManualCoordinator()
     if isinstance(choice, Etcd):
         from kvrep.coordination.etcd import EtcdCoordinator
 

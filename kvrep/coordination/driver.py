@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvrep.coordination.interface import NodeView
-from kvrep.coordination.voting import Voting
 from kvrep.errors import ClosedError, Error, PeerUnavailable
 from kvrep.replication.ballots import Answer, PromiseReply
 from kvrep.replication.election import (
@@ -35,7 +34,8 @@ from kvrep.replication.election import (
     WhyGone,
 )
 from kvrep.replication.messages import Promise
-from kvrep.transport.interface import Connection
+from kvrep.runtime.voting import Voting
+from kvrep.transport.interface import Connection, ConnectionRefused, NoAnswer
 from kvrep.transport.workers import Workers
 
 __all__ = ["Driver", "why_gone"]
@@ -51,19 +51,17 @@ RESIGN_S = 0.3
 
 def why_gone(error: Exception) -> WhyGone:
     """What a failed call says about the peer."""
-    if isinstance(error, PeerUnavailable):
-        text = error.message.lower()
-        if "refused" in text:
-            return WhyGone.REFUSED
-        if "in time" not in text:
-            return WhyGone.BROKEN
-    return WhyGone.SILENT
+    if isinstance(error, ConnectionRefused):
+        return WhyGone.REFUSED
+    broken = isinstance(error, PeerUnavailable) and not isinstance(error, NoAnswer)
+    return WhyGone.BROKEN if broken else WhyGone.SILENT
 
 
 class Driver(Voting):
     """See :class:`kvrep.coordination.interface.Coordinator`."""
 
     kind = "quorum"
+    automatic = True
 
     def __init__(
         self,

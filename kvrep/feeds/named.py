@@ -44,7 +44,7 @@ class FeedInfo:
     """Records of this node's log that it has not acked, those that it leaves out included."""
     lag_bytes: int
     lag_s: float
-    """Age of the oldest of them."""
+    """Age of the oldest of them, by wall clocks: see :attr:`kvrep.FollowerStatus.lag_s`."""
     held: bool
     """Whether the log that it still needs is here and kept; else the reader gets ``LogTrimmed``."""
     created_s: float

@@ -78,6 +78,9 @@ class Hello:
     epochs: EpochTable = field(default_factory=EpochTable)
     credit_bytes: int = 0
     """How many bytes of segments may be sent before more credit arrives."""
+    durability: str = ""
+    """How it stores what it writes as a primary, ``"sync"`` or ``"os"``; empty: not told. What it acks is synced
+    either way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,9 +29,9 @@ FETCH_TIMEOUT_S = 60.0
 class CoordinatedNode:
     """Holds no state of its own."""
 
-    def __init__(self, node: Node, *, witness: bool) -> None:
+    def __init__(self, node: Node) -> None:
         self._node = node
-        self._witness = witness
+        self._witness = node.witness
 
     @property
     def label(self) -> str:
@@ -132,6 +132,8 @@ class CoordinatedNode:
 
     def step_down(self, reason: str, epoch: int) -> None:
         roles = self._node.roles
+        if not self._node.coordinator.automatic:
+            return  # by hand there is always a promise behind it, which has fenced this node: it looks for the other
         with roles.changing(FETCH_TIMEOUT_S):
             shipping = self._node.shipping
             if shipping is None:

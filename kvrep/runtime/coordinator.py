@@ -76,6 +76,10 @@ class Coordinator(Protocol):
     """Decides when a node tries to be primary and whom it follows. Made for one node; any thread may call."""
 
     @property
+    def automatic(self) -> bool:
+        """Whether it makes primaries, and finds them, by itself; else the node looks for one where it lost its own."""
+
+    @property
     def witness(self) -> bool:
         """Whether this node is to vote without data."""
 

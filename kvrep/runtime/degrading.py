@@ -160,7 +160,7 @@ class Degrading:
         if most(configuration, heard, outside=False):
             return ""
         outside = ""
-        if coordinator is not None and coordinator.outside_votes:
+        if coordinator.outside_votes:
             if most(configuration, heard, outside=True) and coordinator.remember(epoch, wanted) is not None:
                 return ""
             outside = f", {coordinator.status().kind}"

@@ -196,11 +196,9 @@ class Followers:
             return 0
         if self._announced < self._engine.tail.offset and self.joined:
             self.wake_for_write()  # a follower joined while the group was written
-        coordinator = self._node.coordinator
         if (
-            coordinator is not None
-            and not self._engine.configuration.synchronous
-            and time.monotonic() > coordinator.confirmed_until
+            not self._engine.configuration.synchronous
+            and time.monotonic() > self._node.coordinator.confirmed_until
         ):
             # Cut off from most voters for too long, another node may be primary: acknowledge nothing more.
             return tracker.committed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from kvrep.errors import ClosedError, Error, Fenced, NotPrimary, ProtocolError, RolledBack, StaleRead
+from kvrep.errors import ClosedError, Error, Fenced, NotPrimary, ProtocolError, RolledBack, StaleRead, again
 from kvrep.model.position import Position
 from kvrep.runtime.shared import Shared
 
@@ -48,14 +48,15 @@ class Freshness:
     def wait_for(self, position: Position, timeout_s: float) -> None:
         """Return once reads here show ``position``; :class:`StaleRead` after ``timeout_s``.
 
-        :class:`RolledBack` when this history cannot contain it any more.
+        :class:`RolledBack` when this history cannot contain it any more. On a follower that has given up, what
+        made it give up.
         """
         try:
             epoch, offset = position
         except (TypeError, ValueError):
             raise TypeError(f"expected a Position, not {type(position).__name__}") from None
         wanted = Position(epoch, offset)
-        if not self._node.moves.until(lambda: self.reached(wanted), time.monotonic() + timeout_s, LOOK_S):
+        if not self._node.moves.until(lambda: self.arrived(wanted), time.monotonic() + timeout_s, LOOK_S):
             raise ClosedError("the store is closed") if self._node.closing else self.stale(wanted, timeout_s)
 
     def reached(self, position: Position) -> bool:
@@ -70,6 +71,19 @@ class Freshness:
         if here > epoch:
             raise RolledBack(f"record {offset} of epoch {epoch} is not in this history", position=position)
         return offset <= shown and (here == epoch or not offset)
+
+    def arrived(self, position: Position) -> bool:
+        """As :meth:`reached`, for those who wait: raises why it never will on a node that follows nobody any more."""
+        if self.reached(position):
+            return True
+        self.need_following()
+        return False
+
+    def need_following(self) -> None:
+        """Raise why this node follows nobody any more, if it has given up."""
+        replaying = self._node.replaying
+        if replaying is not None and replaying.failure is not None:
+            raise again(replaying.failure)
 
     def stale(self, wanted: Position, timeout_s: float) -> StaleRead:
         """The error of a wait that ended without its position."""
@@ -94,6 +108,7 @@ class Freshness:
             )
         staleness = replaying.staleness_s()
         if staleness > max_staleness_s:
+            self.need_following()
             raise StaleRead(
                 f"this copy may be {staleness:.3f} s old, {max_staleness_s:g} s are allowed",
                 staleness_s=staleness,

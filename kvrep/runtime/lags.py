@@ -20,7 +20,8 @@ class Lag(NamedTuple):
     records: int
     bytes: int
     seconds: float
-    """Since the first record that it lacks was logged."""
+    """Since the first record that it lacks was logged, by wall clocks: ours now, and that in the record, which is ours,
+    too, if we logged it. Never below 0; 1 where the record cannot be read."""
 
 
 class _Seen(NamedTuple):

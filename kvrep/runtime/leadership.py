@@ -130,8 +130,7 @@ class Leadership:
             raise self._not_yet()
         configuration = tracker.configuration
         if configuration.acks == 0 and tracker.proposed is None:
-            coordinator = self._node.coordinator
-            if coordinator is not None and time.monotonic() > coordinator.confirmed_until:
+            if time.monotonic() > self._node.coordinator.confirmed_until:
                 raise NotPrimary("most voters have not confirmed this primary for too long",
                                  hint="reach the other voters", primary_address=None, epoch=self.epoch)  # fmt: skip
             if not configuration.lag_records_max:
@@ -452,8 +451,8 @@ class Leadership:
                 return
             self._promotion = None
             self._rival = _Rival(epoch, time.monotonic(), address)
-            self._problem = f"this node has promised epoch {epoch} to {address}"
-        log.warning("%s: promised epoch %d to %s", self._node.label, epoch, address)
+            self._problem = f"this node has promised epoch {epoch} to {address or 'another node'}"
+        log.warning("%s: promised epoch %d to %s", self._node.label, epoch, address or "another node")
         self._fence(epoch, address)
 
     def superseded(self, store_id: bytes, seen: int, *, written: int, follows: bool = False) -> None:

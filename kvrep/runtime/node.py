@@ -15,6 +15,7 @@ from kvrep.model.configuration import Configuration
 from kvrep.model.position import epoch_after
 from kvrep.options import Options
 from kvrep.runtime.compression import need_zstd
+from kvrep.runtime.coordinated import CoordinatedNode
 from kvrep.runtime.events import Events
 from kvrep.runtime.executing import Forwarded
 from kvrep.runtime.finding import PrimaryLink
@@ -23,6 +24,7 @@ from kvrep.runtime.freshness import Freshness
 from kvrep.runtime.horizon import HeldByFeeds
 from kvrep.runtime.roles import Roles
 from kvrep.runtime.signal import Moves
+from kvrep.runtime.voting import ManualCoordinator
 from kvrep.runtime.writing import Writing
 from kvrep.status import Event, EventKind, Role
 from kvrep.storage.engine import Engine
@@ -40,6 +42,8 @@ __all__ = ["Node"]
 
 log = logging.getLogger("kvrep")
 
+SEEDS = ("acks", "ack_timeout_s", "degrade_after_s", "lag_records_max")
+"""Options that make the configuration of a new group. In one that is there, they must be what it says."""
 LOOK_UP_S = 0.05
 """How often those who wait for a lock look whether there is still something to wait for."""
 CLOSE_GRACE_S = 0.5
@@ -48,7 +52,7 @@ CLOSE_MOMENT_S = 0.05
 """What each part of a node gets to end, even when the deadline of the close has passed."""
 
 
-def _no_coordinator(choice: Any) -> Coordinator:
+def _by_hand_only(choice: Any) -> Coordinator:
     raise OpenError(f"{choice!r} cannot be a coordinator here")
 
 
@@ -68,12 +72,13 @@ class Node:
         self.shipping: Shipping | None = None
         self.replaying: Replaying | None = None
         self.ack_timeout_s = engine.configuration.ack_timeout_s
+        self.unchecked = False
+        """Whether options that a group's configuration must agree with wait for a group to be compared with."""
         self._server: Server | None = None
         self._verification: Verification | None = None
         self.roles = Roles(self)
-        self.make_coordinator: Callable[[Any], Coordinator] = _no_coordinator
-        self.coordinator: Coordinator | None = None
-        """Who decides when this node tries to be primary; ``None``: people do."""
+        self.coordinator: Coordinator = ManualCoordinator(options.heartbeat_timeout_s)
+        """Who decides when this node tries to be primary. It runs while the node is part of a group."""
         self.events = Events(engine.home.name or engine.home.path.name)
         engine.committer.on_committed = self._on_committed
         engine.on_rollback = self._on_rollback
@@ -100,7 +105,7 @@ class Node:
         path: str | os.PathLike[str],
         options: Options,
         transport: Transport | None = None,
-        make_coordinator: Callable[[Any], Coordinator] | None = None,
+        make_coordinator: Callable[[Any], Coordinator] = _by_hand_only,
     ) -> Node:
         """Open the store at ``path`` and start its role; ``make_coordinator`` turns the option into one."""
         if options.compression is not None:
@@ -109,10 +114,10 @@ class Node:
         told = follower or options.coordinator is not None  # the lineage is made or adopted later
         engine = Engine.open(Path(path), options, lineage=b"" if told else os.urandom(16))
         node = cls(engine, options, transport)
-        if make_coordinator is not None:
-            node.make_coordinator = make_coordinator
         try:
-            node._check_configuration()
+            node._check_options()
+            if options.coordinator is not None:
+                node.coordinator = make_coordinator(options.coordinator)
             if options.listen is not None or follower:
                 node.transport = transport or _grpc(options)
             node._start(follower)
@@ -121,11 +126,12 @@ class Node:
             raise
         return node
 
-    def _check_configuration(self) -> None:
+    def _check_options(self) -> None:
         """A setting that contradicts the log's configuration stops the start."""
-        stored, options = self.engine.configuration, self.options
+        options = self.options
         if self.engine.tail.offset == 0:
             told = bool(options.sources) or options.coordinator is not None
+            self.unchecked = told and any(getattr(options, name) is not None for name in SEEDS)
             if options.degrade_after_s and options.acks is None and not told:
                 raise ConfigurationMismatch(
                     "degrade_after_s lowers an ack rule that waits for followers, and a new store has acks=0",
@@ -141,13 +147,21 @@ class Node:
                     hint="say acks=0, too, or leave it out: nothing acknowledged is lost",
                 )
             return
-        for name, given, kept in (
-            ("acks", options.acks, stored.acks),
-            ("ack_timeout_s", options.ack_timeout_s, stored.ack_timeout_s),
-            ("degrade_after_s", options.degrade_after_s, stored.degrade_after_s),
-            ("lag_records_max", options.lag_records_max, stored.lag_records_max),
-        ):
-            if given is not None and given != kept:
+        self.check_configuration()
+
+    def check_configuration(self) -> None:
+        """:class:`ConfigurationMismatch` where an option is not what the configuration in our log says."""
+        configuration = self.engine.configuration
+        self.check_seeds({name: getattr(configuration, name) for name in SEEDS})
+
+    def check_seeds(self, stored: Mapping[str, Any]) -> None:
+        """The same, of what its group says that it goes by."""
+        for name in SEEDS:
+            given, kept = getattr(self.options, name), stored.get(name)
+            if given is None or kept is None:  # an older node does not tell of every one
+                continue
+            # Times are kept in whole milliseconds.
+            if given != kept and not (isinstance(given, float) and round(given * 1000) == round(kept * 1000)):
                 raise ConfigurationMismatch(
                     f"the log's configuration says {name}={kept!r}, open() was given {given!r}",
                     option=name,
@@ -155,9 +169,10 @@ class Node:
                     stored=kept,
                     hint=f"leave {name} out, and change it with reconfigure() on the primary",
                 )
+        self.unchecked = False
 
     def _start(self, follower: bool) -> None:
-        coordinated = self.options.coordinator is not None
+        coordinated = self.coordinator.automatic
         if not follower and not coordinated:
             self.engine.home.drop_unfinished()
         if follower or coordinated:
@@ -174,18 +189,10 @@ class Node:
             self.roles.start_primary(self.shipping)
         elif self.replaying is not None:
             self.replaying.start()
-        if self.options.coordinator is not None:
-            self._coordinate(self.options.coordinator)
+        if self.transport is not None:
+            self.coordinator.start(CoordinatedNode(self))
         if self.engine.unverified:
             self.verify_copy()
-
-    def _coordinate(self, choice: Any) -> None:
-        """Let a coordinator decide from now on when this node tries to be primary, and whom it follows."""
-        from kvrep.runtime.coordinated import CoordinatedNode
-
-        coordinator = self.make_coordinator(choice)
-        self.coordinator = coordinator
-        coordinator.start(CoordinatedNode(self, witness=coordinator.witness))
 
     def verify_copy(self) -> None:
         """Have the copy, received or suspect, compared with its digests in the background."""
@@ -293,7 +300,7 @@ class Node:
     @property
     def witness(self) -> bool:
         """Whether this node votes without data."""
-        return self.coordinator is not None and self.coordinator.witness
+        return self.coordinator.witness
 
     @property
     def closing(self) -> bool:
@@ -359,8 +366,7 @@ class Node:
             return max(CLOSE_MOMENT_S, deadline - time.monotonic())
 
         self._closed = True
-        if self.coordinator is not None:
-            self.coordinator.stop(left())
+        self.coordinator.stop(left())
         self.engine.committer.refuse(ClosedError("the store is closed"))
         self.moves.end()
         self.link.stop()

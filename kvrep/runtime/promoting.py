@@ -235,7 +235,7 @@ def _promotion(
         epoch,
         promise_of(node, epoch),
         proposed=rules,
-        outside_votes=node.coordinator is not None and node.coordinator.outside_votes,
+        outside_votes=node.coordinator.outside_votes,
     )
     for peer in peers:
         promotion.on_promise(peer.voter.store_id, peer.promise)
@@ -272,7 +272,7 @@ def _collect(
 
     peers = ask_all(roles, "promise", request, deadline_s, enough)
     promotion = _promotion(node, effective, rules, epoch, peers)
-    if outside and promotion.needs_majority and not promotion.majority and node.coordinator is not None:
+    if outside and promotion.needs_majority and not promotion.majority:
         noted = node.coordinator.remember(epoch)
         if noted is not None:
             promotion.on_outside(noted)
@@ -286,13 +286,15 @@ def ask_all(
     deadline_s: float,
     enough: Callable[[list[Peer]], bool] | None = None,
 ) -> list[Peer]:
-    """Ask every other voter with a known address at once; those that answered in time, in no order.
+    """Ask every other voter with a known address at once, each on a thread of ``roles``; those that answered in
+    time, in no order.
 
     Once the answers are ``enough``, only those that come right behind are waited for: a voter that is cut off
     must not hold up the rest. Raises :class:`ClosedError` when this node is closing.
     """
     node = roles.node
     voters = [voter for voter in roles.other_voters() if voter.address]
+    deadline_s = min(deadline_s, time.monotonic() + ASK_TIMEOUT_S)
     found: list[Peer] = []
     # Protects the answers and announces each.
     answered = threading.Condition()
@@ -302,8 +304,9 @@ def ask_all(
         nonlocal left
         peer = None
         try:
-            timeout_s = min(ASK_TIMEOUT_S, deadline_s - time.monotonic())
-            peer = _peer(voter, roles.call(voter.address, method, request, timeout_s))
+            left_s = deadline_s - time.monotonic()
+            if left_s > 0:  # else it waited for a thread, and nobody waits for the answer any more
+                peer = _peer(voter, roles.call(voter.address, method, request, left_s))
         except (Error, ValueError) as error:
             log.debug("%s: %s at %s: %s", node.label, voter.name, voter.address, error)
         except Exception:
@@ -315,8 +318,8 @@ def ask_all(
             answered.notify_all()
 
     for voter in voters:
-        threading.Thread(target=ask, args=(voter,), name=f"kvrep-ask-{node.label}", daemon=True).start()
-    until = min(deadline_s, time.monotonic() + ASK_TIMEOUT_S) + 0.2
+        roles.ask(ask, voter)
+    until = deadline_s + 0.2
     sufficient = False
     with answered:
         while left and (now := time.monotonic()) < until:

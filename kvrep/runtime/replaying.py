@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrep.errors import (
+    ConfigurationMismatch,
     Error,
     LineageMismatch,
     NotPrimary,
     OpenError,
     ProtocolError,
+    ReplicationError,
     StorageFailed,
     UpgradeRequired,
 )
@@ -49,9 +51,9 @@ from kvrep.replication.receiver import (
 from kvrep.runtime.brokered import BrokerLink, check_broker_url, is_broker_url
 from kvrep.runtime.compression import decompressor, have_zstd
 from kvrep.runtime.spooling import Spools
-from kvrep.status import SourceStatus
+from kvrep.status import Role, SourceStatus
 from kvrep.transport.address import Address
-from kvrep.transport.interface import StreamEnded
+from kvrep.transport.interface import ConnectionRefused, StreamEnded
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
@@ -68,6 +70,8 @@ HURRIED_MAX = 5
 SYNC_BYTES = 4 << 20
 """A follower that catches up syncs its log at least this often."""
 SOURCES_MAX = 16
+HEARD_S = 0.02
+"""How often the coordinator is told that the primary lives: heartbeats may come with every commit."""
 
 
 class _Reconnect(Exception):
@@ -103,6 +107,8 @@ class Replaying:
         """Where to go at once, before anything else."""
         self._wake = threading.Event()
         """Ends a pause between two attempts."""
+        self.failure: Error | None = None
+        """Why this node follows nobody any more, until it is opened anew."""
         self._state = "connecting"
         self._problem = ""
         self._primary_name, self._primary_id = "", b""
@@ -119,6 +125,8 @@ class Replaying:
         self._unsynced_bytes = 0
         self._sync_bytes = min(SYNC_BYTES, node.options.credit_bytes // 2)
         """Unsynced bytes grant no credit: more of them than half of it would stop the primary."""
+        self._told_s = 0.0
+        """When the coordinator was told last that the primary lives; 0: not in this stream."""
         self._busy = False
         """Whether a message is being dealt with: meanwhile the silence is our own."""
         self._chance = random.SystemRandom()  # whoever seeds Python's own must not put followers in step
@@ -180,10 +188,7 @@ class Replaying:
             address = self._choose()
             try:
                 joined = self._one_stream(address)
-            except StorageFailed as error:
-                self._give_up(error)
-                return
-            except UpgradeRequired as error:
+            except (StorageFailed, UpgradeRequired, ConfigurationMismatch) as error:
                 self._give_up(error)
                 return
             except _Reconnect:
@@ -234,6 +239,8 @@ class Replaying:
     def _give_up(self, error: Error) -> None:
         self._say("refused", str(error))
         log.error("%s: replication stops: %s", self.node.label, error)
+        self.failure = error
+        self.node.moves.stir()
 
     def _say(self, state: str, problem: str = "") -> None:
         if problem and problem != self._problem:
@@ -248,6 +255,8 @@ class Replaying:
         try:
             if self._stop.is_set():
                 return False
+            if self.node.unchecked and not is_broker_url(address):
+                self._check_seeds(connection)
             stream = connection.open_stream()
             self._stream = stream
             return self._follow(connection, stream)
@@ -257,6 +266,24 @@ class Replaying:
             self._forget_receiver()
             connection.close()
             self._connection = None
+
+    def _check_seeds(self, connection: Connection) -> None:
+        """Compare this new node's options with its group's before it joins: it might vote at once."""
+        try:
+            answer = connection.call("status", {}, self.options.heartbeat_timeout_s)
+        except (
+            Error
+        ) as error:  # the peer's, whatever it is: what fails here ends us, what fails there does not
+            raise ReplicationError(f"{connection.address} does not say where it stands: {error}") from error
+        try:
+            status = answer["status"]
+            if status["role"] != Role.PRIMARY:
+                return  # it will say so, and who is
+            if not status["voters"]:
+                raise NotPrimary(f"{connection.address} has not begun", primary_address=None, epoch=None)
+            self.node.check_seeds(status)
+        except (KeyError, TypeError) as error:
+            raise ProtocolError(f"{connection.address} answered what is not a status: {error}") from error
 
     def _connect(self, address: str) -> Connection:
         assert self.node.transport is not None
@@ -304,18 +331,17 @@ class Replaying:
     def _tell_lost(self, error: Exception | None, silent: bool) -> None:
         """The coordinator wants to know how the stream ended."""
         coordinator = self.node.coordinator
-        if coordinator is None:
-            return
-        text = str(error).lower()
         if silent:
             coordinator.connection_lost(WhyGone.SILENT)
         else:
-            coordinator.connection_lost(WhyGone.REFUSED if "refused" in text else WhyGone.BROKEN)
+            refused = isinstance(error, ConnectionRefused)
+            coordinator.connection_lost(WhyGone.REFUSED if refused else WhyGone.BROKEN)
 
     def _tell_heard(self) -> None:
-        coordinator, receiver = self.node.coordinator, self._receiver
-        if coordinator is not None and receiver is not None and receiver.epoch:
-            coordinator.heard_from_primary(
+        receiver, now = self._receiver, time.monotonic()
+        if receiver is not None and receiver.epoch and now - self._told_s >= HEARD_S:
+            self._told_s = now
+            self.node.coordinator.heard_from_primary(
                 PrimarySeen(
                     store_id=self._primary_id,
                     name=self._primary_name,
@@ -340,7 +366,7 @@ class Replaying:
         if self._stop.is_set():
             return
         error = ended.error
-        if receiver.epoch or "refused" in str(error).lower():
+        if receiver.epoch or isinstance(error, ConnectionRefused):
             self._tell_lost(error, receiver.expired(time.monotonic()))
         if receiver.expired(time.monotonic()):
             text = f"the primary was silent for {self.options.heartbeat_timeout_s:g} s"
@@ -368,6 +394,7 @@ class Replaying:
             committed=engine.committer.committed,
             epochs=engine.epochs,
             credit_bytes=self.options.credit_bytes,
+            durability=self.options.durability,
         )
 
     def _on_message(
@@ -383,6 +410,8 @@ class Replaying:
             self._tell_heard()
             if message.slots:
                 self.slots = message.slots
+            if self.node.unchecked and message.last <= self.engine.tail.offset:
+                self.node.check_configuration()  # behind a broker nobody could be asked before
         with self._lock:
             actions = receiver.on_message(message, time.monotonic())
         self._do(receiver, stream, connection, actions, more)
@@ -425,6 +454,7 @@ class Replaying:
                     self.engine.adopt_lineage(welcome.lineage)
                     self.primary_address = self._connection_address()
                     self._primary_name, self._primary_id = welcome.name, welcome.store_id
+                    self._told_s = 0.0
                     self._tell_heard()
                     self._say("streaming")
                     self.node.link.knows(welcome.epoch)

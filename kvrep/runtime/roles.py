@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from kvrep.runtime.promoting import Force, ask_all, promote
 from kvrep.runtime.replaying import Replaying, check_address
 from kvrep.runtime.shipping import Shipping
 from kvrep.status import EventKind
+from kvrep.transport.workers import Workers
 
 if TYPE_CHECKING:
     from kvrep.runtime.node import Node
@@ -48,11 +49,13 @@ START_ASK_S = 1.0
 SETTLE_S = 3.0
 """How long a stream that arrives during a promotion waits for its end."""
 STOP_S = 5.0
+PEERS_THREADS_MAX = 64
+"""More than the voters of any sensible group times those who ask at once; what is beyond waits."""
 
 
 class Roles:
     """One per node. Its thread (``kvrep-seek-NAME``) looks for the new primary when this one was fenced, or
-    lost voters; it starts when it is first needed."""
+    lost voters; others (``kvrep-peers-NAME-N``) ask voters. All start when they are first needed."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -64,6 +67,7 @@ class Roles:
         # Protects the thread, the calls under way and ``_promoting``; announces its end.
         self._changed = threading.Condition()
         self._calls: set[Any] = set()
+        self._askers = Workers(f"kvrep-peers-{node.label}", PEERS_THREADS_MAX)
         self._promoting = False
 
     # -- roles -------------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ class Roles:
         """Whether another primary may be about: this one is none, was fenced, went on without promises, or
         lacks voters, who may have found another."""
         shipping = self.node.shipping
-        if shipping is None or self.node.coordinator is not None:
+        if shipping is None or self.node.coordinator.automatic:
             return False
         if not self.node.fenced:
             return True
@@ -499,6 +503,11 @@ class Roles:
                 self._calls.discard(connection)
             connection.close()
 
+    def ask(self, question: Callable[..., None], *arguments: Any) -> None:
+        """Run a question to one peer on a thread of its own, beside others; ``ClosedError`` at close."""
+        if self._askers.submit(question, *arguments).cancelled():
+            raise ClosedError("the store is closed")
+
     def _need_transport(self) -> Any:
         transport = self.node.transport
         if transport is None:
@@ -507,7 +516,7 @@ class Roles:
         return transport
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread and whatever change of roles is under way; there is none after this."""
+        """End the threads and whatever change of roles is under way; there is none after this."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._stop.set()
@@ -519,5 +528,6 @@ class Roles:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(max(0.1, deadline - time.monotonic()))
+        self._askers.stop(max(deadline, time.monotonic() + 0.1))
         if self.lock.acquire(timeout=max(0.1, deadline - time.monotonic())):
             self.lock.release()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvrep.errors import ClosedError, NotPrimary, Overloaded, ProtocolError
+from kvrep.errors import ClosedError, Overloaded, ProtocolError
 from kvrep.model.position import Position
 from kvrep.model.record import DEFAULT_KEYSPACE, Kind, Op, write_payload
 from kvrep.replication.messages import FromFollower, FromPrimary, Refused
@@ -52,8 +52,8 @@ class NodeService:
             "marks": self._marks,
             "keyspaces": self._keyspaces,
             "horizon": self._horizon,
-            "ask": lambda request: self._coordinator("ask", request),
-            "vote": lambda request: self._coordinator("vote", request),
+            "ask": lambda request: node.coordinator.call("ask", request),
+            "vote": lambda request: node.coordinator.call("vote", request),
             "forward": node.forwarded.answer,
             "forwarded": node.forwarded.settle,
             "read_position": self._read_position,
@@ -95,14 +95,6 @@ class NodeService:
         if self._node.engine.closed:
             raise ClosedError("the store is closed")
         return answer(request)
-
-    def _coordinator(self, method: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        coordinator = self._node.coordinator
-        if coordinator is None:
-            raise NotPrimary("this node has no coordinator: its roles are changed by hand",
-                             hint="open every node with the same coordinator=", primary_address=None,
-                             epoch=None)  # fmt: skip
-        return coordinator.call(method, request)
 
     # -- unary -------------------------------------------------------------------------------------
 

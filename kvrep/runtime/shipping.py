@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kvrep.errors import Error, ProtocolError
-from kvrep.replication.messages import Ack, SlotState
+from kvrep.replication.messages import Ack, Hello, SlotState
 from kvrep.replication.progress import State
 from kvrep.runtime.configuring import Configuring
 from kvrep.runtime.confirming import Confirming
@@ -87,7 +87,17 @@ class Shipping:
                 hello.store_id, name=hello.name, address=hello.address, voter=hello.voter, acked=at
             )
         self.spools.joined(hello.store_id)
+        self._judge(hello)
         self.node.tell(EventKind.FOLLOWER_JOINED, name=hello.name, address=hello.address)
+
+    def _judge(self, hello: Hello) -> None:
+        """Warn of a voter that would, as primary, count its own copy before it is on its disk; once for each."""
+        if hello.durability == "os" and hello.voter and hello.name and self.engine.configuration.synchronous:
+            self.complain(
+                f'{self.node.label}: the voter {hello.name} was opened with durability="os": what it acks is on its'
+                " disk, but should it become primary, its own copy counts before it is",
+                level=logging.WARNING,
+            )
 
     def on_ack(self, session: FollowerSession, ack: Ack) -> None:
         """A follower progressed: perhaps something is committed now."""
@@ -117,11 +127,11 @@ class Shipping:
         progress = stream.progress if stream is not None else None
         return progress is not None and progress.state is State.STREAMING
 
-    def complain(self, text: str) -> None:
+    def complain(self, text: str, *, level: int = logging.ERROR) -> None:
         """Log something that only people can mend; once, however often it is met."""
         if text not in self._complaints and len(self._complaints) < 100:
             self._complaints.add(text)
-            log.error("%s", text)
+            log.log(level, "%s", text)
 
     @property
     def linger_s(self) -> float:

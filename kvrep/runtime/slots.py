@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from kvrep.storage.home import write_atomically
@@ -32,10 +32,13 @@ class Slot:
     """Whether it was willing to vote when it last joined."""
     acked: int
     seen_s: float
-    """Wall clock of the last sign of life, for people."""
+    """Wall clock of the last sign of life, for people: nothing is decided by it."""
+    heard_s: float = field(compare=False)
+    """The same by the monotonic clock, as far as this process knows: of a slot from the file, when it was read."""
 
 
-_FIELDS = tuple(field.name for field in fields(Slot))
+_FIELDS = tuple(one.name for one in fields(Slot) if one.name != "heard_s")
+"""What is in the file."""
 
 
 class Slots:
@@ -55,7 +58,7 @@ class Slots:
         self._dirty = False
         try:
             for raw in json.loads(path.read_bytes()):
-                slot = Slot(**{name: raw[name] for name in _FIELDS})
+                slot = Slot(**{name: raw[name] for name in _FIELDS}, heard_s=time.monotonic())
                 if type(slot.acked) is not int or not isinstance(slot.seen_s, int | float):
                     raise ValueError(f"no place and time: {slot.acked!r}, {slot.seen_s!r}")
                 self._slots[bytes.fromhex(slot.store_id)] = slot
@@ -78,7 +81,9 @@ class Slots:
     def note(self, store_id: bytes, *, name: str, address: str, voter: bool, acked: int) -> None:
         """Remember a follower that has joined."""
         with self._lock:
-            self._slots[store_id] = Slot(store_id.hex(), name, address, voter, acked, time.time())
+            self._slots[store_id] = Slot(
+                store_id.hex(), name, address, voter, acked, seen_s=time.time(), heard_s=time.monotonic()
+            )
             self._dirty = True
 
     def acked(self, store_id: bytes, offset: int) -> None:
@@ -88,7 +93,7 @@ class Slots:
             return
         with self._lock:
             slot.acked = max(slot.acked, offset)
-            slot.seen_s = time.time()
+            slot.seen_s, slot.heard_s = time.time(), time.monotonic()
             self._dirty = True
 
     def drop(self, store_id: bytes) -> Slot | None:
@@ -99,10 +104,12 @@ class Slots:
 
     def expire(self, connected: set[bytes]) -> None:
         """Forget unnamed followers that have been away for long."""
-        before = time.time() - UNNAMED_KEPT_S
+        now = time.monotonic()
         with self._lock:
             for store_id, slot in list(self._slots.items()):
-                if not slot.name and slot.seen_s < before and store_id not in connected:
+                if store_id in connected:
+                    slot.heard_s = now
+                elif not slot.name and now - slot.heard_s > UNNAMED_KEPT_S:
                     del self._slots[store_id]
                     self._dirty = True
 
@@ -123,7 +130,8 @@ class Slots:
                     return
                 self._dirty = False
                 self._saved_s = time.monotonic()
-                data = json.dumps([asdict(slot) for slot in self._slots.values()]).encode()
+                slots = [{name: getattr(slot, name) for name in _FIELDS} for slot in self._slots.values()]
+                data = json.dumps(slots).encode()
             try:
                 write_atomically(self._path, data)
             except OSError as error:

@@ -167,8 +167,9 @@ class BrokerSource(Source):
         return whole
 
     def _take_mark(self, mark: Mark) -> None:
+        """Keep the one that knows of most. A mark may come again late; its time says nothing of order."""
         ours = not self._inbox.lineage or mark.lineage == self._inbox.lineage
-        if ours and (self._mark is None or mark.time_us >= self._mark.time_us):
+        if ours and (self._mark is None or mark.through >= self._mark.through):
             self._mark = mark
 
     def _let_go(self) -> None:

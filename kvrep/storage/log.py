@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from operator import attrgetter
@@ -262,6 +261,7 @@ class Log:
         self.prepare_spare()
         if self._current is not None:
             self.sync()
+            self._current.left()
         tail = self.tail
         header = FileHeader(
             self.lineage, os.urandom(8), self._next_sequence, tail.offset + 1, tail.epoch, tail.running
@@ -355,6 +355,7 @@ class Log:
         else:
             os.truncate(current.path, current.end)
             current.sync()
+            current.left()
         self.synced = max(self.synced, self.tail.offset)
         fsync_directory(self.directory)
 
@@ -498,10 +499,9 @@ class Log:
         """Unlink old files, oldest first; returns how many.
 
         A file goes when all its records are below ``keep_from`` and it is beyond ``bytes_kept`` or older
-        than ``age_s``.
+        than ``age_s`` (see :attr:`LogFile.age_s`).
         """
         gone = 0
-        now = time.time()
         while True:
             with self._files_lock:
                 files = self._files
@@ -509,7 +509,7 @@ class Log:
                     return gone
                 oldest = files[0]
                 newer = sum(f.end for f in files[1:])
-                if newer < bytes_kept and now - os.fstat(oldest.fd).st_mtime < age_s:
+                if newer < bytes_kept and oldest.age_s < age_s:
                     return gone
                 self._files = files[1:]
                 del self._indexes[oldest.header.sequence]
@@ -552,6 +552,7 @@ class Log:
                 finally:
                     os.close(fd)
                 file.end = end
+                file.left()
                 self._indexes[file.header.sequence] = SparseIndex(complete=False)
                 return
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,15 +120,17 @@ class LogFile:
     Invariant: everything below ``end`` is whole groups; ``end`` moves by one assignment, after the write.
     """
 
-    __slots__ = ("_closed", "_seed", "end", "fd", "header", "path")
+    __slots__ = ("_closed", "_seed", "_written_s", "end", "fd", "header", "path")
 
-    def __init__(self, path: Path, fd: int, header: FileHeader, end: int) -> None:
+    def __init__(self, path: Path, fd: int, header: FileHeader, end: int, *, age_s: float = 0.0) -> None:
         self.path = path
         self.fd = fd
         self.header = header
         self.end = end
         self._seed = crc32(header.salt)
         self._closed = False
+        self._written_s = time.monotonic() - age_s
+        """When it was written last, as far as known."""
 
     @staticmethod
     def preallocate(path: Path, size: int) -> None:
@@ -163,7 +166,9 @@ class LogFile:
             if header is None:
                 os.close(fd)
                 return None
-            return cls(path, fd, header, HEADER_BYTES)
+            # The one look at the wall clock: from here on the age is counted without it.
+            age_s = max(0.0, time.time() - os.fstat(fd).st_mtime)
+            return cls(path, fd, header, HEADER_BYTES, age_s=age_s)
         except BaseException:
             os.close(fd)
             raise
@@ -173,6 +178,15 @@ class LogFile:
         """Whether nothing was ever written where the header stands."""
         with open(path, "rb") as file:
             return not file.read(HEADER_BYTES).strip(b"\0")
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last write to it; meant for files that were left."""
+        return time.monotonic() - self._written_s
+
+    def left(self) -> None:
+        """Nothing more is written to it: its age counts from now."""
+        self._written_s = time.monotonic()
 
     def close(self) -> None:
         if not self._closed:

@@ -36,6 +36,8 @@ from kvrep.transport.faults import decode_fault
 from kvrep.transport.interface import (
     MESSAGE_BYTES_MAX,
     STREAM_QUEUE_MAX,
+    ConnectionRefused,
+    NoAnswer,
     SnapshotItem,
     SnapshotRequest,
     StreamEnded,
@@ -229,14 +231,16 @@ _UNREACHABLE = re.compile(r"failed to connect to all addresses; last error: .*: 
 def _plain_error(code: grpc.StatusCode, details: str, address: str) -> Error:
     """A failure that gRPC itself reports; what a peer's code raises travels as a fault instead."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return PeerUnavailable(f"no answer from {address} in time", address=address)
+        return NoAnswer(f"no answer from {address} in time", address=address)
     if code is grpc.StatusCode.CANCELLED:
         return PeerUnavailable(f"{address} ended the call", address=address)
     if code is grpc.StatusCode.UNAVAILABLE:
         if "CERTIFICATE" in details.upper() or "handshake" in details.lower():
             return AuthenticationFailed(f"TLS with {address} failed: {details}")
         why = _UNREACHABLE.sub(r"\1", details)
-        return PeerUnavailable(f"{address} cannot be reached: {why}", address=address)
+        # gRPC has no code of its own for this; here its words end.
+        kind = ConnectionRefused if "connection refused" in details.lower() else PeerUnavailable
+        return kind(f"{address} cannot be reached: {why}", address=address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         if "larger than max" in details:
             return ProtocolError(f"{address} sent a message above the limit: {details}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from kvrep.errors import ReplicationError
+from kvrep.errors import PeerUnavailable, ReplicationError
 from kvrep.model.position import ZERO, Position
 from kvrep.replication.messages import FromFollower, FromPrimary
 
@@ -21,6 +21,8 @@ __all__ = [
     "STREAM_QUEUE_MAX",
     "ClosableIterator",
     "Connection",
+    "ConnectionRefused",
+    "NoAnswer",
     "Server",
     "Service",
     "Session",
@@ -41,6 +43,14 @@ STREAM_QUEUE_MAX = 1024
 """How many messages a follower may queue on its stream before ``send`` raises ``Overloaded``."""
 
 T_co = TypeVar("T_co", covariant=True)
+
+
+class ConnectionRefused(PeerUnavailable):
+    """The host answered that nobody listens there: the process is not there. Does not travel as a fault."""
+
+
+class NoAnswer(PeerUnavailable):
+    """The time was over: the peer is slow, frozen, gone or cut off. Does not travel as a fault."""
 
 
 class StreamEnded(ReplicationError):
@@ -205,7 +215,8 @@ class Connection(Protocol):
     def call(self, method: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Ask and wait for the answer. Sequences come back as lists.
 
-        ``PeerUnavailable`` without an answer in time (it may have been done all the same),
+        Without an answer ``PeerUnavailable`` (it may have been done all the same), and that is
+        ``ConnectionRefused`` or ``NoAnswer`` where the one or the other is known, else a connection that broke;
         ``ClosedError`` after ``close``, ``Overloaded`` when the peer has too much to do, else what
         the peer raised.
         """

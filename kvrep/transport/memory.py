@@ -40,6 +40,8 @@ from kvrep.transport.faults import FaultLog, decode_fault, encode_fault
 from kvrep.transport.interface import (
     MESSAGE_BYTES_MAX,
     STREAM_QUEUE_MAX,
+    ConnectionRefused,
+    NoAnswer,
     Service,
     Session,
     SnapshotItem,
@@ -103,7 +105,7 @@ class MemoryTransport:
         with self._lock:
             server = self._servers.get(address)
         if server is None:
-            raise PeerUnavailable(f"{address} cannot be reached: Connection refused", address=str(address))
+            raise ConnectionRefused(f"{address} cannot be reached: Connection refused", address=str(address))
         return server
 
 
@@ -504,7 +506,7 @@ class _MemoryItems(Generic[T]):
             raise StopIteration from None
         except TimeoutError as error:
             address = self._connection.address
-            late = PeerUnavailable(f"no answer from {address} in time", address=address)
+            late = NoAnswer(f"no answer from {address} in time", address=address)
             self._reply.abort(late)
             raise late from error
         except ProtocolError as error:

@@ -179,7 +179,7 @@ def _encode_hello(m: Hello) -> pb.FromFollower:
     _set_position(h.last, m.last)
     h.running, h.applied, h.committed = m.running, m.applied, m.committed
     _set_epochs(h.epochs, m.epochs)
-    h.credit_bytes = m.credit_bytes
+    h.credit_bytes, h.durability = m.credit_bytes, m.durability
     return out
 
 
@@ -527,6 +527,7 @@ def _decode_hello(m: pb.Hello) -> Hello:
         committed=_number(m.committed, "hello committed"),
         epochs=_epochs(m.epochs, "hello epoch table"),
         credit_bytes=_number(m.credit_bytes, "hello credit"),
+        durability=_name(m.durability, "hello durability"),
     )
 
 

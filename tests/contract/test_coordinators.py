@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvrep.coordination import make_coordinator
+from kvrep.coordination.interface import Coordinator
 from kvrep.coordination.memory import MemoryDisk, MemoryNode
 from kvrep.coordinators import CoordinatorChoice, Etcd, Quorum
 from kvrep.errors import ClosedError, ConfigurationMismatch, ProtocolError, StorageFailed
@@ -17,6 +18,7 @@ from kvrep.model.configuration import Configuration
 from kvrep.model.position import Position
 from kvrep.replication.ballots import Answer, PrimarySeen, PromiseReply, PromiseRequest, Question
 from kvrep.replication.election import WhyGone
+from kvrep.runtime.voting import ManualCoordinator
 from kvrep.transport.interface import Transport
 from kvrep.transport.memory import MemoryTransport
 from kvrep.transport.network import GrpcTransport
@@ -48,9 +50,11 @@ class Group:
         self.peers: dict[str, str] = {}
         self._down: set[str] = set()
 
-    def choice(self, witness: bool = False) -> CoordinatorChoice | None:
-        if self.kind == "manual":
-            return None
+    def coordinator(self, witness: bool = False) -> Coordinator:
+        """As a node gets it: by hand where nothing was chosen."""
+        return ManualCoordinator() if self.kind == "manual" else make_coordinator(self.choice(witness))
+
+    def choice(self, witness: bool = False) -> CoordinatorChoice:
         if self.kind == "etcd":
             return Etcd(endpoints=[self.endpoint], cluster=self.cluster, ttl_s=2)
         return Quorum(peers=self.peers or {"a": "127.0.0.1:1"}, witness=witness, timeout_s=self.timeout_s)
@@ -66,7 +70,7 @@ class Group:
         node = MemoryNode(
             name,
             self.transport,
-            make_coordinator(self.choice(witness)),
+            self.coordinator(witness),
             disk=disk,
             listen=self.peers.get(name, "127.0.0.1:0"),
         )
@@ -233,7 +237,7 @@ def test_bad_calls_are_refused_by_name(group: Group) -> None:
 
 def test_events_and_status_at_any_time(group: Group) -> None:
     """Before the start, while it runs and after the stop, what a node tells its coordinator is harmless."""
-    coordinator = make_coordinator(group.choice())
+    coordinator = group.coordinator()
     seen = PrimarySeen(store_id=b"b" * 16, name="b", address="127.0.0.1:1", epoch=2002)
     coordinator.heard_from_primary(seen)
     node = group.add("a", disk_of_three())

@@ -37,6 +37,8 @@ from kvrep.replication.messages import (
 from kvrep.transport.interface import (
     STREAM_QUEUE_MAX,
     Connection,
+    ConnectionRefused,
+    NoAnswer,
     Server,
     SnapshotChunk,
     SnapshotInfo,
@@ -393,7 +395,7 @@ def test_nobody_there(transport: Transport) -> None:
     assert fastest < 0.05
     with pytest.raises(StreamEnded) as caught:
         connection.open_stream().receive()
-    assert isinstance(caught.value.error, PeerUnavailable)
+    assert isinstance(caught.value.error, ConnectionRefused)
     assert caught.value.error.address == address
     connection.close()
 
@@ -401,7 +403,7 @@ def test_nobody_there(transport: Transport) -> None:
 def _time_of_refusal(transport: Transport, address: str) -> float:
     connection = transport.connect(address, name="b")
     started = time.monotonic()
-    with pytest.raises(PeerUnavailable) as caught:
+    with pytest.raises(ConnectionRefused) as caught:
         connection.call("echo", {}, 5)
     took = time.monotonic() - started
     assert caught.value.address == address
@@ -450,11 +452,33 @@ def test_call_hides_bugs(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_call_has_a_deadline(pair: Pair) -> None:
-    """A call that is not answered in time raises PeerUnavailable."""
+    """A call that is not answered in time raises PeerUnavailable, and says that this was it."""
     started = time.monotonic()
-    with pytest.raises(PeerUnavailable):
+    with pytest.raises(NoAnswer):
         pair.connection.call("wait", {}, 0.05)
     assert time.monotonic() - started < 2
+
+
+def test_a_broken_connection_is_neither_refused_nor_silent(pair: Pair) -> None:
+    """What ends a stream or a call half-way is told apart by its class, whatever the words say."""
+    stream, _ = pair.stream()
+    call = in_thread(lambda: pair.connection.call("wait", {}, WAIT_S))
+    assert pair.service.entered.acquire(timeout=WAIT_S)
+    pair.server.stop(0.1)
+    pair.service.release.set()
+    with pytest.raises(StreamEnded) as caught:
+        stream.receive()
+    assert type(caught.value.error) is PeerUnavailable
+    assert type(call.get(timeout=WAIT_S)) is PeerUnavailable
+
+
+@pytest.mark.parametrize("kind", [ConnectionRefused, NoAnswer])
+def test_how_a_third_node_failed_is_not_how_the_peer_did(pair: Pair, kind: type[PeerUnavailable]) -> None:
+    """A peer that could not reach somebody is there itself: that error comes as a plain PeerUnavailable."""
+    pair.service.error = kind("c cannot be reached: Connection refused", address="c:1")
+    with pytest.raises(PeerUnavailable) as caught:
+        pair.connection.call("echo", {}, 5)
+    assert type(caught.value) is PeerUnavailable
 
 
 def test_too_many_calls(pair: Pair) -> None:

@@ -74,9 +74,10 @@ def test_kill_9_of_a_follower(tmp_path: Path, point: str) -> None:
 
 
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
-@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_no_ack_precedes_durable_storage(tmp_path: Path, error: str) -> None:
-    """A follower whose disk fails acks nothing: the write stays unknown, then commits from a healthy one."""
+@pytest.mark.parametrize(("error", "durability"), [("EIO", "sync"), ("ENOSPC", "sync"), ("EIO", "os")])
+def test_no_ack_precedes_durable_storage(tmp_path: Path, error: str, durability: str) -> None:
+    """A follower whose disk fails acks nothing, whatever its durability: the write stays unknown, then commits from a
+    healthy one."""
     calls = "pwritev2,fdatasync"
     with kvrep.open(
         tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, ack_timeout_s=0.3, **FAST
@@ -85,7 +86,7 @@ def test_no_ack_precedes_durable_storage(tmp_path: Path, error: str) -> None:
             voters(p, "a", "b")
             before = p.put(b"k", b"0")
         f = start(
-            tmp_path / "b", name="b", follow=p.address, **FAST,
+            tmp_path / "b", name="b", follow=p.address, durability=durability, sync_interval_s=3600.0, **FAST,
             prefix=traced("-e", f"trace={calls}", "-e", f"inject={calls}:error={error}:when=4+"),
         ).ready()  # fmt: skip
         unknown: list[kvrep.Position] = []
@@ -406,7 +407,7 @@ def test_a_stopped_follower_costs_bounded_memory(tmp_path: Path) -> None:
         p.run("exec('while len(db.status().voters) < 2: time.sleep(0.01)')")
         write = "for i in range({0}): db.put(b'%d' % (i % 64), b'x' * 100_000)"
         p.run("exec(" + repr(write.format(200)) + ")", 60)
-        os.kill(f.pid, signal.SIGSTOP)
+        f.pause()
         p.run("exec(" + repr(write.format(100)) + ")", 60)
         before = _rss(p.pid)
         p.run("exec(" + repr(write.format(1000)) + ")", 60)

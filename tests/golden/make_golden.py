@@ -168,6 +168,7 @@ MESSAGES: dict[str, Message] = {
             credit_bytes=8 << 20,
         )
     ),
+    "hello with durability": _up(Hello(store_id=ID, name="b", credit_bytes=8 << 20, durability="os")),
     "promise": _up(
         Promise(
             epoch=3001, last=Position(2002, 77), committed=76, epochs=TABLE, lowered=Position(2002, 60)

@@ -93,13 +93,15 @@ def test_an_agent_says_that_its_broker_or_publisher_is_away(
     with line.agent() as agent:
         line.db.put(b"a", b"1")
         line.arrived(agent)
+        written_s = line.db.changes(stop=line.db.position).poll(1)[-1].time
         wait_until(lambda: agent.status().backlog == 0, "it knows that it has all")
+        wait_until(lambda: agent.status().as_of_s > written_s, "a mark that was sent after that says so")
         line.server.stop()
         wait_until(lambda: agent.status().state is AgentState.WAITING, "it notices")
         away = agent.status()
         assert "does not answer" in away.problem
         assert (away.backlog, away.catch_up_s, away.consistent) == (None, None, True)
-        assert away.as_of_s > line.db.changes(stop=line.db.position).poll(1)[-1].time
+        assert away.as_of_s > written_s
         line.server.start()
         wait_until(lambda: agent.status().state is AgentState.CURRENT, "it is there again")
         assert agent.status().problem == ""
@@ -437,3 +439,22 @@ def test_changes_are_gathered_for_a_commit_that_is_dear(line: Line) -> None:
         agent.wait_for(line.db.position)
         assert agent.status().commits - before <= (time.monotonic() - began_s) / 0.3 + 2
         line.arrived(agent)
+
+
+def test_marks_are_ordered_by_how_far_they_go(line: Line) -> None:
+    """What a publisher says last counts though its clock went back a year; what comes again late does not."""
+    broker = line.brokers.connect(line.url)
+    publisher = broker.publisher("orders")
+    source = BrokerSource(line.brokers.connect(line.url))
+    source.open(Place(lineage="aa", sequence=(1, 5, 0), token=""))
+    year_us = 365 * 86_400 * 1_000_000
+    early, late = Mark("aa", (1, 5, 0), 0, 2 * year_us), Mark("aa", (1, 9, 0), 0, year_us)
+    try:
+        for mark, behind in ((early, 0), (late, 4), (early, 4)):
+            publisher.publish(mark.message(), 5.0)
+            publisher.flush(5.0)
+            source.receive(10, 5.0)
+            assert source.state().behind == behind
+    finally:
+        source.end()
+        broker.close()

@@ -16,7 +16,7 @@ from kvrep.transport.interface import SnapshotInfo, SnapshotRequest
 from kvrep.transport.network import GrpcTransport
 from tests.broker_kit import make_site
 from tests.relay_kit import far, publishing
-from tests.replication_kit import FAST, same, until, voters, writable
+from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
 
 
 @pytest.fixture
@@ -256,6 +256,18 @@ def test_another_stores_messages_are_refused(memory: MemoryBrokers, memory_path:
             until(lambda: "another store" in (f.status().source.problem or ""))
             assert f.get(b"a") == b"1"
             assert b"x" not in f
+
+
+def test_options_of_another_rule_are_refused(memory: MemoryBrokers, memory_path: Path) -> None:
+    """Nobody can be asked behind a broker: the far store stops when it has what its group goes by."""
+    with kvrep.open(memory_path / "a", name="a", listen="127.0.0.1:0", acks=0, **FAST) as a:
+        with publishing(a, URL + "log"), far(memory_path / "far", URL + "log", acks=1) as store:
+            last = a.put(b"k", b"v")
+            with pytest.raises(kvrep.ConfigurationMismatch):
+                store.wait_for(kvrep.Position(last.epoch, last.offset + 100), WAIT_S)
+            source = store.status().source
+            assert source is not None
+            assert source.state == "refused"
 
 
 def test_an_outage_of_the_broker(memory: MemoryBrokers, server: MemoryServer, memory_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_frozen_primary_never_shows_its_old_state(tmp_path: Path) -> None:
             until(lambda: a.run("not db.status().not_writable"))
             a.run("db.put(b'k', b'old') and None")
             assert a.run("db.get(b'k', consistency='linearizable')") == b"old"
-            os.kill(a.pid, signal.SIGSTOP)
+            a.pause()
             try:
                 b.promote(timeout_s=WAIT_S)
                 until(lambda: not b.status().not_writable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -12,6 +13,8 @@ import pytest
 
 import kvrep
 from kvrep import AckTimeout, NotEnoughFollowers, Outcome
+from kvrep.cli.status import render
+from kvrep.transport.network import GrpcTransport
 from tests.replication_kit import FAST, WAIT_S, NodeProcess, processes, proxy, until, voters, writable
 
 
@@ -112,7 +115,7 @@ def test_a_frozen_follower_makes_the_outcome_unknown_and_later_known(tmp_path: P
             f = start(tmp_path / "b", name="b", follow=p.address, heartbeat_timeout_s=30.0).ready()
             voters(p, "a", "b")
             p.put(b"k", b"1")
-            os.kill(f.pid, signal.SIGSTOP)
+            f.pause()
             with pytest.raises(AckTimeout) as caught:
                 p.put(b"k", b"2")
             position = caught.value.position
@@ -131,7 +134,7 @@ def test_a_frozen_follower_is_noticed_and_then_writes_are_refused(tmp_path: Path
     with processes() as start, kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1) as p:
         f = start(tmp_path / "b", name="b", follow=p.address).ready()
         voters(p, "a", "b")
-        os.kill(f.pid, signal.SIGSTOP)
+        f.pause()
         began = time.monotonic()
         futures = [p.submit_put(b"k%d" % i, b"x" * 200_000) for i in range(50)]
         until(lambda: not p.status().followers[0].connected, 8.0)
@@ -151,7 +154,7 @@ def test_a_frozen_primary_is_noticed_within_5_s(tmp_path: Path) -> None:
         with kvrep.open(tmp_path / "b", name="b", follow=p.address) as f:
             position = p.run("db.put(b'k', b'v')")
             f.wait_for(position, WAIT_S)
-            os.kill(p.pid, signal.SIGSTOP)
+            p.pause()
             began = time.monotonic()
             until(lambda: not f.status().source.connected, 8.0)
             assert time.monotonic() - began < 5.5
@@ -186,10 +189,9 @@ def test_ctrl_c_while_waiting_for_an_ack(tmp_path: Path) -> None:
         f = start(tmp_path / "b", name="b", follow=p.address, heartbeat_timeout_s=60.0).ready()
         p.run("exec('while db.status().not_writable: time.sleep(0.01)')")
         p.run("db.put(b'k', b'1')")
-        os.kill(f.pid, signal.SIGSTOP)
-        last = p.run("db.status().last_offset")
+        f.pause()
         p.send("db.put(b'k', b'2')")
-        until(lambda: _last_offset(p) > last)
+        until(lambda: _waits_for_acks(p))
         began = time.monotonic()
         p.signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt) as stopped:
@@ -207,20 +209,13 @@ def test_ctrl_c_while_waiting_for_an_ack(tmp_path: Path) -> None:
         f.close()
 
 
-def _last_offset(p: NodeProcess) -> int:
-    """The log's end as its own files tell, for a node that is busy."""
-    from kvrep.storage.log import log_paths
-    from kvrep.storage.log_file import LogFile
-
-    directory = next(p.path.glob("gen-*")) / "log"
-    path = log_paths(directory)[-1]
-    file = LogFile.open(path, writable=False)
-    if file is None:
-        return 0
+def _waits_for_acks(p: NodeProcess) -> bool:
+    """Whether a write of a node that is busy has its place in the log: its bytes alone are in the file before that."""
+    connection = GrpcTransport().connect(p.address, name="test")
     try:
-        return max((g.first for g in file.groups()), default=0)
+        return connection.call("status", {}, WAIT_S)["status"]["uncommitted_bytes"] > 0
     finally:
-        file.close()
+        connection.close()
 
 
 def test_only_committed_writes_are_visible_anywhere(tmp_path: Path) -> None:
@@ -329,3 +324,41 @@ def test_two_followers_with_one_name(tmp_path: Path) -> None:
                 twin.wait_for(position, WAIT_S)
                 assert len(p.status().voters) == 2
                 assert sorted(f.voter for f in p.status().followers) == [False, True]
+
+
+def test_a_voter_with_durability_os_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Status says how each follower stores; a voter that would count its own copy too early is warned of, once."""
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p:
+
+        def told() -> dict[str, tuple[str, bool]]:
+            return {f.name: (f.durability, f.voter) for f in p.status().followers}
+
+        for _ in range(2):
+            with (
+                kvrep.open(tmp_path / "b", name="b", follow=p.address, durability="os", **FAST),
+                kvrep.open(tmp_path / "c", name="c", follow=p.address, **FAST),
+                kvrep.open(tmp_path / "d", name="d", follow=p.address, durability="os", voter=False, **FAST),
+            ):
+                voters(p, "a", "b", "c")
+                wanted = {"b": ("os", True), "c": ("sync", True), "d": ("os", False)}
+                until(lambda wanted=wanted: told() == wanted, what=told)
+                shown = "\n".join(render(p.status().to_json()))
+                assert re.search(r"\bb .* streaming +yes +os ", shown), shown
+            until(lambda: all(durability == "" for durability, _ in told().values()))
+    warned = [r.getMessage() for r in caplog.records if 'durability="os"' in r.getMessage()]
+    assert len(warned) == 1
+    assert "voter b " in warned[0]
+
+
+def test_what_a_voter_with_durability_os_acks_is_on_its_disk(tmp_path: Path) -> None:
+    """Its copies count, because it syncs them before each ack: nothing else would sync for an hour."""
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as p,
+        kvrep.open(
+            tmp_path / "b", name="b", follow=p.address, durability="os", sync_interval_s=3600.0, **FAST
+        ) as f,
+    ):
+        voters(writable(p), "a", "b")
+        for i in range(50):
+            position = p.put(b"k", b"%d" % i)
+            assert f._node.engine.committer.log.synced >= position.offset

@@ -43,10 +43,13 @@ class Election:
         now: float,
         priority: int = 0,
         needs_permit: bool = False,
+        by_hand: bool = False,
     ) -> None:
         """``peers``: addresses by name, this node's own included; ``chance`` returns [0, 1).
 
         ``needs_permit``: stand only while :meth:`permit` allows it (an outside service decides who tries).
+        ``by_hand``: this node never stands, nor does it ask to be confirmed: as primary it is one until it promises
+        another node.
         """
         self._settings = settings
         self._group = Group(own, peers, priority)
@@ -62,6 +65,7 @@ class Election:
             now=now,
         )
         self._chance = chance
+        self._by_hand = by_hand
         self._leads = False
         self._ticked = now
 
@@ -127,7 +131,7 @@ class Election:
 
     def _unconfirmed(self, now: float) -> bool:
         """Whether most voters have not confirmed this primary for too long."""
-        return now >= max(self.confirmed_until(now), self._leading.pardoned_until)
+        return not self._by_hand and now >= max(self.confirmed_until(now), self._leading.pardoned_until)
 
     # -- the node and its clock --------------------------------------------------------------------
 
@@ -247,7 +251,7 @@ class Election:
         """The primary's process is known to be gone."""
         self._watch.gone = True
         self._candidate.problem = "the primary is gone"
-        if self.own.witness or self.phase is not Phase.FOLLOWING:
+        if self.own.witness or self._by_hand or self.phase is not Phase.FOLLOWING:
             return []
         return self._candidate.ask(now)
 

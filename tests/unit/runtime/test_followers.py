@@ -62,7 +62,8 @@ def followers(committer: Committer) -> Followers:
         home=SimpleNamespace(store_id=b"a"),
         tail=SimpleNamespace(offset=10),
     )
-    node: Any = SimpleNamespace(engine=engine, coordinator=None, label="a")
+    by_hand = SimpleNamespace(confirmed_until=float("inf"))
+    node: Any = SimpleNamespace(engine=engine, coordinator=by_hand, label="a")
     table = Followers(node)
     table.begin(CommitTracker(RULE, b"a", epoch_start=1, committed=0))
     assert table.rule(10) == 0

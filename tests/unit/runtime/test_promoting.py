@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,8 @@ from kvrep.model.configuration import Configuration, Voter
 from kvrep.options import Options
 from kvrep.runtime.configuring import reconfigure
 from kvrep.runtime.node import Node
-from kvrep.runtime.promoting import answer_promise, answer_standing
+from kvrep.runtime.promoting import answer_promise, answer_standing, ask_all
+from kvrep.runtime.roles import PEERS_THREADS_MAX
 from kvrep.storage.home import Home
 from kvrep.store import Store
 from kvrep.transport.memory import MemoryTransport
@@ -452,3 +454,35 @@ def test_a_failed_promotion_whose_record_a_follower_got_is_overcome(tmp_path: Pa
         assert a.status().epoch > epoch
         b.wait_for(a.put(b"k", b"2"), WAIT_S)
         same(a, b)
+
+
+def test_questions_have_bounded_threads_with_an_owner(tmp_path: Path) -> None:
+    """However many voters hang, a node asks on so many threads at the most; what had to wait for one too long is
+    not asked any more, and a close joins them all."""
+    with group(tmp_path, 2, 1) as made:
+        a, b = made.stores
+        node, asked, release = a._node, [], threading.Event()
+
+        def hang(asker: str, address: str, method: str, after: bool) -> None:
+            if method == "promise" and not after:
+                asked.append(address)
+                assert release.wait(WAIT_S)
+
+        made.network.strike = hang
+        voter = node.engine.configuration.named("b")
+        assert voter is not None
+        node.roles.other_voters = lambda: [voter] * 200  # type: ignore[method-assign]
+        before = set(threading.enumerate())
+        try:
+            peers = ask_all(node.roles, "promise", {}, time.monotonic() + 0.3)
+            started = set(threading.enumerate()) - before
+        finally:
+            release.set()
+        assert peers == []
+        assert len(started) == len(asked) == PEERS_THREADS_MAX
+        a.close()
+        assert not any(thread.is_alive() for thread in started)
+        assert len(asked) == PEERS_THREADS_MAX
+        with pytest.raises(kvrep.ClosedError):
+            ask_all(node.roles, "promise", {}, time.monotonic() + 0.3)
+        assert b.status().role is Role.FOLLOWER

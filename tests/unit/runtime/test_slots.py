@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kvrep.runtime.slots import Slots
+from kvrep.runtime import slots as slots_module
+from kvrep.runtime.slots import UNNAMED_KEPT_S, Slots
 
 
 def noted(path: Path) -> Slots:
@@ -53,16 +55,54 @@ def test_a_damaged_file_is_learned_anew(tmp_path: Path, caplog: pytest.LogCaptur
     assert "learned anew" in caplog.text
 
 
-def test_unnamed_followers_are_forgotten_when_they_stay_away(tmp_path: Path) -> None:
+YEAR_S = 365 * 86_400.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The two clocks that slots read; ``wall_s`` and ``monotonic_s`` set them."""
+    now = SimpleNamespace(wall_s=1.6e9, monotonic_s=1000.0)
+    fake = SimpleNamespace(time=lambda: now.wall_s, monotonic=lambda: now.monotonic_s)
+    monkeypatch.setattr(slots_module, "time", fake)
+    return now
+
+
+def known(slots: Slots) -> list[bytes]:
+    return [i[:1] for i, _ in slots.all()]
+
+
+def test_unnamed_followers_are_forgotten_when_they_stay_away(tmp_path: Path, clock: SimpleNamespace) -> None:
     """A slot without a name ends with its absence; named ones, and those that are connected, stay."""
     slots = noted(tmp_path / "SLOTS")
     for i in (b"3", b"4"):
         slots.note(i * 16, name="", address="", voter=False, acked=1)
-        slot = slots.get(i * 16)
-        assert slot is not None
-        slot.seen_s = 0.0
+    clock.monotonic_s += UNNAMED_KEPT_S + 1
     slots.expire({b"4" * 16})
-    assert [i for i, _ in slots.all()] == [b"1" * 16, b"2" * 16, b"4" * 16]
+    assert known(slots) == [b"1", b"2", b"4"]
+    clock.monotonic_s += UNNAMED_KEPT_S - 1
+    slots.expire(set())
+    assert known(slots) == [b"1", b"2", b"4"], "it was there until then"
+    clock.monotonic_s += 2
+    slots.expire(set())
+    assert known(slots) == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("jump_s", [YEAR_S, -YEAR_S])
+def test_the_wall_clock_ends_no_slot_and_keeps_none(
+    tmp_path: Path, clock: SimpleNamespace, jump_s: float
+) -> None:
+    """How long a follower is away is counted without it, also for a slot that was read from the file."""
+    slots = noted(tmp_path / "SLOTS")
+    slots.note(b"3" * 16, name="", address="", voter=False, acked=1)
+    slots.save(now=True)
+    for these in (slots, Slots(tmp_path / "SLOTS")):
+        clock.wall_s += jump_s
+        these.expire(set())
+        assert known(these) == [b"1", b"2", b"3"]
+    again = Slots(tmp_path / "SLOTS")
+    clock.monotonic_s += UNNAMED_KEPT_S + 1
+    again.expire(set())
+    assert known(again) == [b"1", b"2"]
 
 
 def test_a_save_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -85,6 +85,7 @@ hellos = st.builds(
     committed=numbers,
     epochs=epoch_tables(),
     credit_bytes=numbers,
+    durability=names,
 )
 acks = st.builds(
     Ack,
@@ -254,6 +255,7 @@ WELCOME = Welcome(lineage=b"l" * 16, branch=b"", store_id=b"s" * 16, name="a", e
         (replace(HELLO, protocol_max=0), "hello newest protocol"),
         (replace(HELLO, features=("f",) * 65), "hello feature: 65"),
         (replace(HELLO, address="a" * 301), "hello address"),
+        (replace(HELLO, durability="d" * 65), "hello durability"),
         (
             replace(HELLO, epochs=EpochTable((i, i) for i in range(1, 10_002))),
             "hello epoch table: 10001 epochs",

@@ -1,7 +1,8 @@
-"""What all coordinators have in common: an election's state under a lock, and answers to peers.
+"""What all coordinators have in common, and the one that a node has where it is given none.
 
-Here nobody tries: actions of the election are dropped, but for stepping down when another node was promised
-a higher epoch. :class:`kvrep.coordination.driver.Driver` does the rest.
+A :class:`Voting` keeps an election's state under a lock and answers peers. Nobody tries here: the actions of the
+election are dropped, but for stepping down when another node was promised a higher epoch.
+:class:`kvrep.coordination.driver.Driver` does the rest.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvrep.coordination.interface import CoordinatorStatus, NodeView
 from kvrep.errors import ClosedError, ProtocolError, StorageFailed
 from kvrep.model.position import ZERO, Position
 from kvrep.replication.ballots import Answer, PrimarySeen, PromiseReply, PromiseRequest, Question
 from kvrep.replication.election import Action, Election, ElectionSettings, StepDown, WhyGone
+from kvrep.runtime.coordinator import CoordinatorStatus, NodeView
 
-__all__ = ["Voting"]
+__all__ = ["ManualCoordinator", "Voting"]
 
 
 class Voting:
-    """See :class:`kvrep.coordination.interface.Coordinator`."""
+    """See :class:`kvrep.runtime.coordinator.Coordinator`."""
 
     kind = "manual"
+    automatic = False
     witness = False
     outside_votes = False
 
     def __init__(
         self,
-        settings: ElectionSettings | None = None,
+        settings: ElectionSettings,
         *,
         peers: Mapping[str, str] | None = None,
         priority: int = 0,
@@ -38,7 +40,7 @@ class Voting:
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] | None = None,
     ) -> None:
-        self._settings = settings or ElectionSettings()
+        self._settings = settings
         self._peers = dict(peers or {})
         self._priority = priority
         self._needs_permit = needs_permit
@@ -63,6 +65,7 @@ class Voting:
                 now=self._clock(),
                 priority=self._priority,
                 needs_permit=self._needs_permit,
+                by_hand=not self.automatic,
             )
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -170,3 +173,19 @@ class Voting:
 
     def _after(self, election: Election, now: float) -> None:
         """After every event, under the lock."""
+
+
+class ManualCoordinator(Voting):
+    """The default: people, or something outside, decide. Nobody here tries to be primary by itself.
+
+    No thread, no clock of its own. Elections of other nodes are answered all the same: with promises like any
+    other, and while this node is primary, or hears of one, with its word that there is one. As it never stands, nobody
+    is elected whose log is behind its own: then somebody has to promote it.
+    """
+
+    def __init__(self, silence_s: float = 5.0) -> None:
+        """``silence_s``: how long a primary counts as alive that is not heard of."""
+        seconds = min(max(silence_s, 0.01), 3600.0)
+        super().__init__(
+            ElectionSettings(heartbeat_interval_s=seconds / 4, timeout_s=seconds, step_down_s=seconds)
+        )

@@ -1,0 +1,142 @@
+"""A new follower whose options contradict its group's configuration: refused before it joins, not at its next start."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvrep
+from kvrep import ConfigurationMismatch
+from kvrep.runtime.node import Node
+from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
+
+GROUP: dict[str, Any] = {"acks": 1, "ack_timeout_s": 4.0}
+
+
+def refused(store: kvrep.Store) -> kvrep.SourceStatus:
+    """Wait until the store has given up following."""
+    source = until(lambda: (s := store.status().source) is not None and s.state == "refused" and s)
+    assert isinstance(source, kvrep.SourceStatus)
+    return source
+
+
+def state(status: kvrep.Status) -> tuple[tuple[str, ...], int, str]:
+    """Who votes, what is committed, and what prevents writes."""
+    return status.voters, status.committed_offset, status.not_writable
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "kept"),
+    [
+        ("acks", 0, 1),
+        ("acks", "all", 1),
+        ("ack_timeout_s", 2.0, 4.0),
+        ("degrade_after_s", 9.0, 0.0),
+        ("lag_records_max", 5, 0),
+    ],
+)
+def test_a_new_follower_of_another_rule_is_refused(
+    tmp_path: Path, option: str, given: Any, kept: Any
+) -> None:
+    """The error of the second start comes from every wait; nothing is taken over, and the group does not notice."""
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **GROUP, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", follow=a.address, **GROUP, **FAST),
+    ):
+        voters(writable(a), "a", "b")
+        last = a.put(b"k", b"v")
+        before = state(a.status())
+        with kvrep.open(tmp_path / "c", name="c", follow=a.address, **FAST, **{option: given}) as c:
+            source = refused(c)
+            assert f"{option}={kept!r}" in source.problem
+            assert "reconfigure()" in source.problem
+            assert not source.connected
+            for wait in (
+                lambda: c.wait_for(last, WAIT_S),
+                lambda: c.get(b"k", at_least=last, timeout_s=WAIT_S),
+                lambda: c.get(b"k", max_staleness_s=1.0),
+            ):
+                with pytest.raises(ConfigurationMismatch) as caught:
+                    wait()
+                assert (caught.value.option, caught.value.given, caught.value.stored) == (option, given, kept)
+            assert c.status().last_offset == 0
+            assert state(a.status()) == before
+        with kvrep.open(tmp_path / "c", name="c", follow=a.address, **FAST) as c:
+            voters(a, "a", "b", "c")
+            same(a, c)
+
+
+def test_a_wait_that_is_under_way_ends_at_once(tmp_path: Path) -> None:
+    """Also one of asyncio: who waits for a group that comes up later learns why it never will."""
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **GROUP, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", follow=a.address, **GROUP, **FAST),
+    ):
+        last = writable(a).put(b"k", b"v")
+
+        async def wait() -> None:
+            async with kvrep.aio.open(tmp_path / "c", name="c", follow=a.address, acks=0, **FAST) as c:
+                with pytest.raises(ConfigurationMismatch):
+                    await c.wait_for(last, WAIT_S)
+                with pytest.raises(ConfigurationMismatch):
+                    await c.get(b"k", max_staleness_s=1.0)
+
+        asyncio.run(wait())
+
+
+def test_equal_options_are_fine_and_stay_so(tmp_path: Path) -> None:
+    """A follower opened like its primary joins; a rule that is changed later stops nobody who runs. Times are compared
+    as the log keeps them."""
+    options = {**GROUP, "ack_timeout_s": 4.00049}
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **options, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", follow=a.address, **options, **FAST) as b,
+    ):
+        voters(writable(a), "a", "b")
+        a.reconfigure(acks=0)
+        b._node.replaying._stream.cancel()  # type: ignore[union-attr]
+        last = a.put(b"k", b"v")
+        b.wait_for(last, WAIT_S)
+    with kvrep.open(tmp_path / "b", name="b", ack_timeout_s=4.00049):
+        pass
+
+
+def test_a_group_that_is_not_there_yet(tmp_path: Path) -> None:
+    """The follower was first: it asks until somebody answers who has a configuration."""
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as a:
+        address = a.address
+    with kvrep.open(tmp_path / "c", name="c", follow=address, acks="all", **FAST) as c:
+        until(lambda: (s := c.status().source) is not None and s.state == "waiting")
+        with kvrep.open(tmp_path / "a", name="a", listen=address, **FAST):
+            assert "acks=1" in refused(c).problem
+
+
+@pytest.mark.parametrize("failure", [kvrep.StorageFailed("its disk"), ConfigurationMismatch("its own")])
+def test_a_failure_of_the_primary_is_not_ours(
+    tmp_path: Path, failure: kvrep.Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the primary cannot say what its group goes by, a new follower waits, and then joins."""
+
+    def fail(node: Node) -> kvrep.Status:
+        del node
+        raise failure
+
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", follow=a.address, **FAST),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr("kvrep.runtime.service.status_of", fail)
+        with kvrep.open(tmp_path / "c", name="c", follow=a.address, acks=1, **FAST) as c:
+
+            def waits() -> bool:
+                source = c.status().source
+                assert source is not None
+                return source.state == "waiting" and failure.message in source.problem
+
+            until(waits)
+            patch.undo()
+            voters(a, "a", "b", "c")
