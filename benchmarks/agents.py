@@ -6,20 +6,19 @@ with pyarrow and deltalake.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
 import kvrep
 from benchmarks.measure import Bench, Bound, Outcome, figure
-from benchmarks.stores import VALUE, key, keys
+from benchmarks.peer import peak_mb
+from benchmarks.stores import LARGE_VALUE, VALUE, key, keys, put_singly
 
 try:
     import psycopg
@@ -42,9 +41,10 @@ else:
 
 __all__ = ["AVAILABLE"]
 
-BATCH = 1000
+BATCH, BATCH_BYTES = 1000, 4 << 20
 LARGE_BATCH = 10_000
 """Changes in a commit of a warehouse."""
+MEMORY_MB = 200
 TABLE = "CREATE TABLE bare.t (key bytea PRIMARY KEY, value bytea)"
 UPSERT = "INSERT INTO bare.t VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
@@ -123,10 +123,11 @@ def snapshot(bench: Bench) -> Outcome:
     """All rows of a store, against COPY of the same rows from a list, in the binary format that the agent uses."""
     count = bench.size(300_000, 2000)
     with _server(bench) as server, bench.path("store") as path, kvrep.open(path) as db:
+        rows = [(key(number), VALUE) for number in range(count)]
         for start in range(0, count, BATCH):
             with db.batch() as batch:
-                for number in range(start, start + BATCH):
-                    batch.put(key(number), VALUE)
+                for row in rows[start : start + BATCH]:
+                    batch.put(*row)
         db.flush()
 
         def agent() -> float:
@@ -142,52 +143,49 @@ def snapshot(bench: Bench) -> Outcome:
                 with connection.cursor() as cursor:
                     with cursor.copy("COPY bare.t (key, value) FROM STDIN (FORMAT BINARY)") as copy:
                         copy.set_types(("bytea", "bytea"))
-                        for number in range(count):
-                            copy.write_row((key(number), VALUE))
+                        for row in rows:
+                            copy.write_row(row)
                 connection.commit()
                 return count / (time.perf_counter() - began)
 
         return bench.alternate(agent, bare, pairs=min(3, bench.pairs))
 
 
-def _peak_mb(pid: int) -> float:
-    """The largest resident set so far (what wait4 says includes that of the process that forked it)."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
-
-
 def memory(bench: Bench) -> Outcome:
-    """The agent process while it works off a snapshot and a backlog, by its largest resident set."""
+    """The agent process while it works off a snapshot and a backlog, of small values and of large ones."""
     with _server(bench) as server:
-        return _memory(bench, server.url("agent"), bench.size(300_000, 2000))
+        names = numbers(1)
+        return _memory(bench, bench.size(300_000, 2000), lambda: server.url(f"agent{next(names)}"))
 
 
-def _memory(bench: Bench, secondary: str, count: int) -> Outcome:
-    with bench.path("store") as path, kvrep.open(path, name="a", listen="127.0.0.1:0") as db:
-        for start in range(0, count, BATCH):
-            with db.batch() as batch:
-                for number in range(start, start + BATCH):
-                    batch.put(key(number), VALUE)
-        writer = threading.Thread(target=lambda: [db.submit_put(key(i), VALUE) for i in range(count // 3)])
-        writer.start()
-        with subprocess.Popen(
-            [
-                sys.executable, "-m", "kvrep", "agent", "--from", db.address, "--to", secondary,
-                "--until-current", "--log-level", "error",
-            ],
-            stdout=subprocess.DEVNULL,
-        ) as process:  # fmt: skip
-            peak = 0.0
-            while process.poll() is None:
-                peak = max(peak, _peak_mb(process.pid))
-                time.sleep(0.02)
-        writer.join()
-    if process.returncode:
-        raise RuntimeError(f"the agent ended with {process.returncode}")
+def _memory(bench: Bench, rows: int, secondary: Callable[[], str]) -> Outcome:
     outcome = Outcome("MB")
-    outcome.bounds.append(Bound("memory of the agent process", peak, 200, "MB"))
-    outcome.notes.append(f"{count:,} rows and {count // 3:,} changes")
+    for count, value, kind in (
+        (rows, VALUE, "agent process"),
+        (bench.size(3000, 30), LARGE_VALUE, "same with values of 100 KB"),
+    ):
+        peak = _peak_of_agent(bench, count, value, secondary())
+        outcome.bounds.append(Bound(f"memory of the {kind}", peak, MEMORY_MB, "MB"))
+        outcome.notes.append(f"{count:,} rows and {count // 3:,} changes of {len(value):,} bytes")
     return outcome
+
+
+def _peak_of_agent(bench: Bench, count: int, value: bytes, secondary: str) -> float:
+    """The largest resident set of the command, in MB, until it has all rows and what is written meanwhile."""
+    batch_rows = min(BATCH, max(1, BATCH_BYTES // len(value)))
+    with bench.path("store") as path, kvrep.open(path, name="a", listen="127.0.0.1:0") as db:
+        for start in range(0, count, batch_rows):
+            with db.batch(timeout_s=60) as batch:
+                for number in range(start, min(count, start + batch_rows)):
+                    batch.put(key(number), value)
+        writer = threading.Thread(target=put_singly, args=(db, count // 3, value))
+        writer.start()
+        try:
+            return peak_mb(
+                "VmHWM", "agent", "--from", db.address, "--to", secondary, "--until-current", "--log-level", "error"
+            )  # fmt: skip
+        finally:
+            writer.join()
 
 
 def _warehouse_agent(db: kvrep.Store, folder: Path) -> kvrep.Agent:
@@ -234,7 +232,10 @@ def history(bench: Bench) -> Outcome:
 def warehouse_memory(bench: Bench) -> Outcome:
     """The agent process into a warehouse, the current state included."""
     with bench.path("warehouse") as folder:
-        return _memory(bench, f"delta:{folder}?refresh_s=1", bench.size(1_000_000, 2000))
+        names = numbers(1)
+        return _memory(
+            bench, bench.size(1_000_000, 2000), lambda: f"delta:{folder}/{next(names)}?refresh_s=1"
+        )
 
 
 if WAREHOUSE:

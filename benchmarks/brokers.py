@@ -7,13 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import kvrep
 from benchmarks.measure import Bench, Bound, Outcome, figure
+from benchmarks.peer import peak_mb
+from benchmarks.stores import LARGE_VALUE, VALUE, put_singly
 from kvrep import brokers
 from kvrep.brokers import Message
 
@@ -23,6 +26,9 @@ WINDOW = 10_000
 BURST = 128
 TIMEOUT_S = 120.0
 RSS_MIB_MAX = 200.0
+MEMORY_MB_MAX = 200.0
+RABBITMQ = bool(find_spec("pika")) and os.access("/usr/lib/rabbitmq/bin/rabbitmq-server", os.X_OK)
+KAFKA = bool(find_spec("confluent_kafka"))
 _topics = count(1)
 
 
@@ -123,7 +129,13 @@ def _bare_kafka(address: str, topic: str, messages: list[Message]) -> float:
         confirmed += 1
 
     producer = confluent_kafka.Producer(
-        {"bootstrap.servers": address, "enable.idempotence": True, "acks": "all", "linger.ms": 5}
+        {
+            "bootstrap.servers": address,
+            "enable.idempotence": True,
+            "acks": "all",
+            "linger.ms": 5,
+            "queue.buffering.max.messages": WINDOW,
+        }
     )
     producer.list_topics(topic, timeout=10)
     began = time.perf_counter()
@@ -186,6 +198,47 @@ def kafka(bench: Bench) -> Outcome:
         cluster.stop()
 
 
+def memory(bench: Bench) -> Outcome:
+    """What ``kvrep publish`` has allocated at the most while it works off a backlog, into each kind of broker."""
+    outcome, most = Outcome("MB"), 0.0
+    for records, value in ((bench.size(400_000, 2000), VALUE), (bench.size(4000, 40), LARGE_VALUE)):
+        with bench.path("store") as path, kvrep.open(path, listen="127.0.0.1:0") as db:
+            put_singly(db, records, value)
+            peaks = {
+                name: peak_mb("RssAnon", "publish", db.address, "--to", url, "--until-caught-up")
+                for name, url in _brokers()
+            }
+        most = max(most, *peaks.values())
+        found = ", ".join(f"{name} {peak:.1f} MB" for name, peak in peaks.items())
+        outcome.notes.append(f"{records:,} records of {len(value):,} bytes: {found}")
+    outcome.bounds.append(Bound("the most of all", most, MEMORY_MB_MAX, "MB"))
+    return outcome
+
+
+def _brokers() -> Iterator[tuple[str, str]]:
+    """The brokers that are here, each with the address of a new topic; they run meanwhile."""
+    if RABBITMQ:
+        from tests.rabbit_kit import RabbitServer
+
+        with tempfile.TemporaryDirectory(prefix="kvrep-bench-") as folder:
+            server = RabbitServer(Path(folder))
+            server.start()
+            try:
+                yield "RabbitMQ queue", server.url(_topic())
+                yield "RabbitMQ stream", server.url(_topic(), stream=True)
+            finally:
+                server.stop()
+    if KAFKA:
+        from tests.kafka_kit import KafkaCluster
+
+        cluster = KafkaCluster()
+        cluster.start()
+        try:
+            yield "Kafka", cluster.url(_topic())
+        finally:
+            cluster.stop()
+
+
 def _backlog(url: str, freeze: Callable[[], None], thaw: Callable[[], None]) -> Bound:
     """The memory of a process that publishes more and more while the broker says nothing."""
     with subprocess.Popen(
@@ -229,12 +282,16 @@ def _fill(url: str) -> None:
 
 
 # Registered where there is something to measure.
-if find_spec("pika") and os.access("/usr/lib/rabbitmq/bin/rabbitmq-server", os.X_OK):
+if RABBITMQ:
     figure(41, "rabbitmq", "publishing 200-byte messages to RabbitMQ, confirmed",
            "bare pika doing the same", 0.8)(rabbitmq)  # fmt: skip
-if find_spec("confluent_kafka"):
+if KAFKA:
     figure(42, "kafka", "publishing 200-byte messages to Kafka, confirmed",
            "a bare confluent-kafka producer", 0.7)(kafka)  # fmt: skip
+if RABBITMQ or KAFKA:
+    figure(
+        43, "publish-memory", "memory of kvrep publish (RssAnon) at a large backlog, into RabbitMQ and Kafka"
+    )(memory)
 
 if __name__ == "__main__":
     _fill(sys.argv[1])

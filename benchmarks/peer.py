@@ -21,7 +21,7 @@ import grpc
 
 import kvrep
 
-__all__ = ["GRPC_OPTIONS", "STREAM", "Peer", "serve_stream"]
+__all__ = ["GRPC_OPTIONS", "STREAM", "Peer", "peak_mb", "serve_stream"]
 
 STREAM = "/bench/Stream"
 ECHO = "/bench/Echo"
@@ -79,6 +79,21 @@ class Peer:
         if "error" in found:
             raise RuntimeError(found["error"])
         return found["answer"]
+
+
+def peak_mb(field: str, *command: str) -> float:
+    """Run ``kvrep COMMAND`` to its end; the largest ``field`` of its status in /proc, in MB, looked at every 20 ms.
+
+    ``VmHWM`` is all that was resident at once, code included; ``RssAnon`` what the process has allocated.
+    """
+    with subprocess.Popen([sys.executable, "-m", "kvrep", *command], stdout=subprocess.DEVNULL) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _status_bytes(process.pid, field))
+            time.sleep(0.02)
+    if process.returncode:
+        raise RuntimeError(f"kvrep {command[0]} ended with {process.returncode}")
+    return peak / 1e6
 
 
 # -- bare gRPC, both ends --------------------------------------------------------------------------------
@@ -243,7 +258,7 @@ def _peak_while(work: Callable[[], None]) -> float:
     def watch() -> None:
         nonlocal peak
         while not over.is_set():
-            peak = max(peak, _anonymous_bytes())
+            peak = max(peak, _status_bytes(os.getpid(), "RssAnon"))
             over.wait(0.02)
 
     thread = threading.Thread(target=watch)
@@ -256,9 +271,10 @@ def _peak_while(work: Callable[[], None]) -> float:
     return peak
 
 
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+def _status_bytes(pid: int, field: str) -> int:
+    """A size out of a process's status; 0 where it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) << 10
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,23 @@ import lmdb
 import kvrep
 from benchmarks.measure import Bench
 
-__all__ = ["MAP_BYTES", "VALUE", "bare_map", "copied", "fill", "key", "keys", "store", "template"]
+__all__ = [
+    "LARGE_VALUE",
+    "MAP_BYTES",
+    "VALUE",
+    "bare_map",
+    "copied",
+    "fill",
+    "key",
+    "keys",
+    "store",
+    "template",
+]
 
 MAP_BYTES = 64 << 30
 FILL_BATCH = 2000
 VALUE_BYTES = 100
+UNDER_WAY = 256
 
 
 def key(number: int) -> bytes:
@@ -37,7 +50,19 @@ def value(chance: random.Random, size: int = VALUE_BYTES) -> bytes:
     return chance.randbytes(size)
 
 
+def put_singly(db: kvrep.Store, count: int, value: bytes) -> None:
+    """``count`` puts, each a record of its own, some of them under way at once; they are durable when it returns."""
+    under_way = deque[kvrep.WriteFuture]()
+    for number in range(count):
+        under_way.append(db.submit_put(key(number), value))
+        if len(under_way) > UNDER_WAY:
+            under_way.popleft().result(60)
+    for future in under_way:
+        future.result(60)
+
+
 VALUE = value(random.Random(1))
+LARGE_VALUE = value(random.Random(2), 100_000)
 
 
 def fill(db: kvrep.Store, count: int, content: bytes, progress: Callable[[str], None]) -> None:

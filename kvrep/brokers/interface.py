@@ -48,6 +48,7 @@ __all__ = [
     "PublisherStatus",
     "Subscriber",
     "Unconfirmed",
+    "headers_chars",
 ]
 
 BUFFER_BYTES = 16 << 20
@@ -81,6 +82,11 @@ class Message:
     key: bytes = b""
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     id: str = ""
+
+
+def headers_chars(headers: Mapping[str, str]) -> int:
+    """How long headers are."""
+    return sum(map(len, headers)) + sum(map(len, headers.values()))
 
 
 @dataclass(frozen=True, slots=True)

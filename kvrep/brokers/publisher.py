@@ -24,6 +24,7 @@ from kvrep.brokers.interface import (
     Message,
     PublisherStatus,
     Unconfirmed,
+    headers_chars,
 )
 from kvrep.errors import ClosedError, Error, Overloaded, ValueTooLarge, again
 
@@ -59,6 +60,7 @@ class BasePublisher(ABC):
         self._message_bytes_max = min(message_bytes_max or window.bytes, window.bytes)
         # Protects what follows and all that a broker keeps of its messages; announces confirms and the end.
         self._changed = changed or threading.Condition()
+        self._acquire, self._release = self._changed.acquire, self._changed.release
         self.published = 0
         self.confirmed = 0
         self.closed = False
@@ -109,10 +111,12 @@ class BasePublisher(ABC):
 
     def publish(self, message: Message, timeout_s: float = 30.0) -> int:
         size = _size(message, self._message_bytes_max)
-        with self._changed:
-            if not self._has_room(size):
+        self._acquire()  # "with" would go through two functions of the condition's
+        try:
+            if self._bytes + size > self._bytes_max or self.published - self.confirmed >= self._messages_max:
                 self._await_room(size, timeout_s)
-            self._need_alive()
+            if self.closed or self._ended is not None:
+                self._need_alive()
             # Counted first: it may be confirmed before _send() returns.
             self.published += 1
             self._bytes += size
@@ -123,6 +127,8 @@ class BasePublisher(ABC):
                 self._bytes -= size
                 raise
             return self.published
+        finally:
+            self._release()
 
     def wait(self, number: int, timeout_s: float) -> bool:
         with self._changed:
@@ -216,7 +222,7 @@ def _size(message: Message, bytes_max: int) -> int:
         raise TypeError("a message's body and key are bytes")
     size = len(body) + len(key) + len(message.id) + MESSAGE_OVERHEAD_BYTES
     if headers:
-        size += sum(len(name) + len(value) for name, value in headers.items())
+        size += headers_chars(headers)
     if size > bytes_max:
         raise ValueTooLarge(f"a message of {size} bytes is above the bound of {bytes_max}")
     return size

@@ -16,6 +16,7 @@ from typing import Any
 from kvrep.cli.arguments import add_security, count, seconds, size, tls_of, token_of
 from kvrep.cli.console import key_values, log_to_stderr, number, style, table
 from kvrep.cli.exits import Exit, UsageError
+from kvrep.cli.frugal import be_frugal
 from kvrep.cli.stopping import Stop, stoppable
 
 __all__ = ["configure", "run"]
@@ -46,12 +47,6 @@ Passwords are better kept out of addresses: PostgreSQL reads ~/.pgpass and PGPAS
 Rows and place move in one transaction, so every change takes effect exactly once, whatever is killed when.
 With --http HOST:PORT it answers /status (JSON) and /metrics (Prometheus; needs kvrep[metrics])."""
 
-_FRUGAL = {
-    "ARROW_DEFAULT_MEMORY_POOL": "system",
-    "_RJEM_MALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
-    "TOKIO_WORKER_THREADS": "2",
-}
-"""What makes pyarrow and deltalake give memory back when it is free. They look at it when they are loaded."""
 _ACTIONS = ("run", "status", "dead-letters", "retry", "discard")
 
 
@@ -149,8 +144,7 @@ def _agent(args: argparse.Namespace) -> Any:
     if args.format != "binary" or args.before or args.message_bytes is not None:
         raise UsageError("--format, --before and --message-bytes are for publishing to a broker")
     if args.to.startswith("delta"):
-        for name, value in _FRUGAL.items():
-            os.environ.setdefault(name, value)
+        be_frugal()
     sink = sink_at(args.to, tables=_tables(args), tls=tls_of(args), token=token_of(args))
     selection: dict[str, Any] = {}
     if not is_broker(args.source):

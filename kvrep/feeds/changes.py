@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from types import TracebackType
+from typing import Any
 
 from kvrep.errors import ClosedError, RolledBack, SnapshotExpired, Truncated
 from kvrep.feeds.reader import LogReader, Origin
+from kvrep.feeds.rows import Rows
 from kvrep.feeds.selection import Selection
-from kvrep.model.change import BEGIN, DELETE, END, PUT, ROW_INDEX, Change, ChangeKind
+from kvrep.model.change import BEGIN, END, ROW_INDEX, Change, ChangeKind
 from kvrep.model.position import OFFSET_MAX, ZERO, Position
+from kvrep.model.record import Op
 from kvrep.model.token import Scan, Token
 from kvrep.runtime.checks import prefix_stop
 from kvrep.runtime.node import Node
@@ -27,7 +31,6 @@ __all__ = ["Changes", "Held"]
 
 Held = Iterable[tuple[str, bytes, bytes]]
 """What a receiver holds: (keyspace, key, value) in order."""
-Row = tuple[str, bytes, bytes | None]
 Place = tuple[str, bytes]
 LOOK_UP_S = 0.25
 PIECE_ROWS = 1024
@@ -61,7 +64,10 @@ class Changes:
         self._stop = stop
         self._reader = LogReader(node, selection, committed=committed)
         self._scan: _SnapshotScan | None = None
+        self._piece: Sequence[Change] = ()
+        """What was read last."""
         self._ready: Iterator[Change] = iter(())
+        """What of it was not handed out."""
         self._closed = False
         self._waits = False
         self._midway = False
@@ -93,10 +99,15 @@ class Changes:
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes, as many as one piece of the log holds (at least one record's); none when there
         are none after ``timeout_s``, or the end is reached (see :attr:`over`)."""
+        return list(self._poll(timeout_s))
+
+    def _poll(self, timeout_s: float) -> Sequence[Change]:
+        """:meth:`poll`, with rows of a snapshot as :class:`Rows`."""
         changes = list(self._ready)
-        if not changes and self._fill(time.monotonic() + timeout_s):
-            changes = list(self._ready)
-        return changes
+        if changes or not self._fill(time.monotonic() + timeout_s):
+            return changes
+        piece, self._piece, self._ready = self._piece, (), iter(())
+        return piece
 
     @property
     def over(self) -> bool:
@@ -146,7 +157,7 @@ class Changes:
                 self._midway = False
                 raise
             if changes:
-                self._ready = iter(changes)
+                self._piece, self._ready = changes, iter(changes)
             self._waits = changes is None
             self._midway = False
             if changes:
@@ -162,7 +173,7 @@ class Changes:
         view = self._node.engine.view
         return lambda: self._closed or view.last != seen
 
-    def _step(self) -> list[Change] | None:
+    def _step(self) -> Sequence[Change] | None:
         """Read a piece; ``None`` when there is nothing now."""
         with self._stepping:
             try:
@@ -229,15 +240,15 @@ class _SnapshotScan:
         self._pinned: Pinned | None = None
         self._pinned_s = 0.0
         self._pinned_rows = 0
-        self._rows: Iterator[Row] = iter(())
+        self._rows: Iterator[tuple[str, bytes, bytes]] = iter(())
         self._at = ZERO
         """The position that is pinned."""
         self._time_us = 0
-        self._found: tuple[list[Row], Place | None] | None = None
+        self._found: tuple[list[Op], Place | None] | None = None
         """Rows that are read and not delivered, and the place behind them (``None``: the end)."""
         self.done = False
 
-    def step(self) -> list[Change] | None:
+    def step(self) -> Sequence[Change] | None:
         """The next changes; ``None`` when it has to wait, an empty list when it is to be called again."""
         reader = self._reader
         begun = reader.scan is not None
@@ -287,19 +298,20 @@ class _SnapshotScan:
         if pinned is not None:
             pinned.release()
 
-    def _walk(self, pinned: Pinned, names: list[str]) -> Iterator[Row]:
+    def _walk(self, pinned: Pinned, names: list[str]) -> Iterator[tuple[str, bytes, bytes]]:
         """The selected rows behind the place that was reached."""
         scan = self._reader.scan
         after = scan.place if scan is not None else ("", b"")
         prefix = self._selection.prefix
         stop = prefix_stop(prefix)
-        for name in sorted(names):
-            if name < after[0]:
-                continue
+
+        def rows_of(name: str) -> Iterator[Any]:
             start = max(prefix, after[1] + b"\0") if name == after[0] else prefix
-            if stop is None or start < stop:
-                for key, value in pinned.scan(name, start, stop, reverse=False):
-                    yield name, key, value
+            if stop is not None and start >= stop:
+                return iter(())
+            return map((name,).__add__, pinned.scan(name, start, stop, reverse=False))
+
+        return chain.from_iterable(rows_of(name) for name in sorted(names) if name >= after[0])
 
     def _begin(self) -> list[Change]:
         reader = self._reader
@@ -315,7 +327,7 @@ class _SnapshotScan:
             self._at, index, kind, "", b"", None, self._time_us, True, previous, True, origin=origin
         )
 
-    def _piece(self) -> list[Change]:
+    def _piece(self) -> Sequence[Change]:
         """The next rows; the mark of the end behind the last ones."""
         if self._found is None:
             self._found = self._next_rows()
@@ -326,51 +338,52 @@ class _SnapshotScan:
         if through is None:
             assert reader.scan is not None
             rows_before, reader.scan = reader.scan.rows, None
-            changes.append(self._mark(END, ROW_INDEX + rows_before + 1))
+            changes = [*changes, self._mark(END, ROW_INDEX + rows_before + 1)]
             self.done = True
             self.release()
         elif self._pinned_rows >= PINNED_ROWS or time.monotonic() - self._pinned_s >= PINNED_S:
             self.release()
         return changes
 
-    def _next_rows(self) -> tuple[list[Row], Place | None]:
-        rows: list[Row] = []
+    def _next_rows(self) -> tuple[list[Op], Place | None]:
+        rows: list[Op] = []
         size = 0
-        through: Place | None = None
-        for row in self._rows:
+        for row in islice(self._rows, PIECE_ROWS):
             rows.append(row)
-            size += len(row[1]) + len(row[2] or b"")
-            if len(rows) == PIECE_ROWS or size >= PIECE_BYTES:
-                through = row[:2]
+            size += len(row[1]) + len(row[2])
+            if size >= PIECE_BYTES:
                 break
+        through = rows[-1][:2] if len(rows) == PIECE_ROWS or size >= PIECE_BYTES else None
         self._pinned_rows += len(rows)
         return (rows if self._difference is None else self._difference.of(rows, through)), through
 
-    def _deliver(self, rows: list[Row], through: Place | None) -> list[Change]:
+    def _deliver(self, rows: list[Op], through: Place | None) -> Sequence[Change]:
         """``rows`` as changes, numbered on; the place moves behind them."""
-        reader, selection, time_us, at = self._reader, self._selection, self._time_us, self._at
-        scan, previous = reader.scan, reader.previous
+        reader, at = self._reader, self._at
+        scan = reader.scan
         assert scan is not None
-        origin = Origin(self._node.engine, scan)
-        index = ROW_INDEX + scan.rows
-        epoch, offset = at
+        first = ROW_INDEX + scan.rows + 1
+        changes: Sequence[Change] = Rows(
+            rows, at=at, first=first, previous=reader.previous, time_us=self._time_us,
+            origin=Origin(self._node.engine, scan),
+        )  # fmt: skip
+        if self._selection.transform is not None:
+            changes = self._shown(changes, first)
+        if changes:
+            reader.previous = changes[-1].sequence
+        count = scan.rows + len(changes)
+        reader.scan = scan._replace(rows=count) if through is None else Scan(*through, count, scan.begun)
+        return changes
+
+    def _shown(self, rows: Iterable[Change], index: int) -> list[Change]:
+        """What the user's function leaves of rows, numbered anew from ``index`` on."""
         changes: list[Change] = []
-        for name, key, value in rows:
-            kind: ChangeKind = DELETE if value is None else PUT
-            change = Change(at, index + 1, kind, name, key, value, time_us, True, previous, True,
-                            origin=origin)  # fmt: skip
-            if selection.transform is not None:
-                shown = selection.shown(change)
-                if shown is None:
-                    continue
-                change = shown._replace(previous=previous, last=True)
-            index += 1
-            previous = (epoch, offset, index)
-            changes.append(change)
-        reader.previous = previous
-        reader.scan = scan._replace(rows=index - ROW_INDEX)
-        if through is not None:
-            reader.scan = Scan(*through, index - ROW_INDEX, scan.begun)
+        previous = self._reader.previous
+        for row in rows:
+            shown = self._selection.shown(row._replace(index=index, previous=previous))
+            if shown is not None:
+                changes.append(shown._replace(previous=previous, last=True))
+                previous, index = shown.sequence, index + 1
         return changes
 
 
@@ -388,9 +401,9 @@ class _Difference:
         if before is not None and self._next is not None and self._next[:2] <= before[:2]:
             raise ValueError(f"what the receiver has is not in order: {before[:2]}, then {self._next[:2]}")
 
-    def of(self, rows: list[Row], through: Place | None) -> list[Row]:
+    def of(self, rows: list[Op], through: Place | None) -> list[Op]:
         """What makes of what the receiver holds, through that key (``None``: all), these rows."""
-        found: list[Row] = []
+        found: list[Op] = []
         for row in rows:
             self._gone(row[:2], found)
             if self._next is not None and self._next[:2] == row[:2]:
@@ -403,7 +416,7 @@ class _Difference:
             self._gone(None, found)
         return found
 
-    def _gone(self, below: Place | None, found: list[Row]) -> None:
+    def _gone(self, below: Place | None, found: list[Op]) -> None:
         while self._next is not None and (below is None or self._next[:2] < below):
             found.append((self._next[0], self._next[1], None))
             self._step()

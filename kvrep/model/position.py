@@ -113,6 +113,8 @@ class EpochTable:
 
     def cut(self, last: int) -> EpochTable:
         """The table of the history up to and including ``last``."""
+        if not self._firsts or self._firsts[-1] <= last:
+            return self
         return EpochTable((e, f) for e, f in self if f <= last)
 
     def holds(self, position: Position, last: int) -> bool:

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from kvrep.errors import (
     StorageFull,
     StoreInUse,
 )
+from kvrep.feeds.rows import Rows
 from kvrep.model.change import BEGIN, DELETE, END, PUT, Change, Sequence, sequence_text
 from kvrep.model.event import Event
 from kvrep.model.position import Position
@@ -45,7 +47,6 @@ UNIT_WAIT_S = 0.25
 """How long the rest of a transaction is waited for before its first part is committed alone."""
 FLUSH_CHANGES, FLUSH_BYTES = 20_000, 8 << 20
 """What of a large transaction is kept before it goes to the secondary, uncommitted."""
-SNAPSHOT_BATCHES, SNAPSHOT_BYTES = 16, 4 << 20
 RETRYABLE = (PeerUnavailable, StorageFull, StoreInUse, StaleRead, TimeoutError)
 """What may pass by itself. Everything else waits for somebody to fix it, so it ends the agent."""
 
@@ -218,10 +219,10 @@ class Agent(Running):
             self._log_now_and_then()
 
     def _limits(self) -> tuple[int, int]:
-        """Changes and bytes of a commit. A snapshot goes in larger pieces: nobody waits for single rows of it."""
+        """Changes and bytes of a commit."""
         most, most_bytes = self._batch_changes, self._batch_bytes
         if self._staging:
-            most, most_bytes = SNAPSHOT_BATCHES * most, max(most_bytes, SNAPSHOT_BYTES)
+            most, most_bytes = self.sink.snapshot_batches * most, max(most_bytes, self.sink.snapshot_bytes)
         most, most_bytes = max(most, self.sink.batch_changes), max(most_bytes, self.sink.batch_bytes)
         return most if self.source.window is None else min(most, self.source.window), most_bytes
 
@@ -237,7 +238,7 @@ class Agent(Running):
         lingers = batch.staging is not False
         return max(0.0, batch.began_s + self.sink.linger_s - time.monotonic()) if lingers else 0.0
 
-    def _waited(self, arrived: list[Incoming]) -> bool:
+    def _waited(self, arrived: SequenceOf[Incoming]) -> bool:
         """Whether a batch that is not full has been waited for: nothing more is there, or it is time."""
         return not self._due_s() and (not arrived or self.sink.linger_s > 0)
 
@@ -278,8 +279,11 @@ class Agent(Running):
 
     # -- applying ----------------------------------------------------------------------------------
 
-    def _take(self, arrived: list[Incoming]) -> None:
+    def _take(self, arrived: SequenceOf[Incoming]) -> None:
         batch = self._batch
+        if isinstance(arrived, Rows) and self._staging:
+            self._take_rows(arrived)
+            return
         changes, size = batch.changes, 0
         for one in arrived:
             if isinstance(one, Unreadable):
@@ -307,6 +311,22 @@ class Agent(Running):
         batch.bytes += size
         if self._staging or len(batch.changes) > FLUSH_CHANGES or batch.bytes > FLUSH_BYTES:
             self._flush()
+
+    def _take_rows(self, rows: Rows) -> None:
+        """Rows of a snapshot go straight to the secondary, without becoming changes on the way."""
+        batch = self._batch
+        self._flush()
+        batch.last = rows[-1]
+        batch.count += len(rows)
+        batch.bytes += sum(len(key) + len(value or b"") + 32 for _, key, value in rows.ops)
+        try:
+            self.sink.stage_changes(rows)
+        except RejectedChange:
+            batch.changes += rows
+            self._flush()
+            return
+        self._supersede(rows)
+        batch.applied += len(rows)
 
     def _flush(self) -> None:
         """What was gathered goes to the secondary; what it cannot hold becomes dead letters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Unpack
 
 from kvrep.errors import LineageMismatch, LogTrimmed, PeerUnavailable, Truncated
@@ -31,7 +32,7 @@ class FeedSource(Source):
         self._upstream = upstream
         self._selected = Selected(**selection)
         self._stream: Stream | None = None
-        self._ready: list[Change] = []
+        self._ready: Sequence[Change] = ()
         self._at = 0
         self._as_of_us = 0
         self._held, self._held_s = "", -HOLD_INTERVAL_S
@@ -57,13 +58,13 @@ class FeedSource(Source):
             )  # fmt: skip
         self._stream = self._upstream.changes(place.token, self._selected)
 
-    def receive(self, count: int, timeout_s: float) -> list[Incoming]:
+    def receive(self, count: int, timeout_s: float) -> Sequence[Incoming]:
         if not self._ready and not self._fill(timeout_s):
-            return []
-        found: list[Incoming] = list(self._ready[self._at : self._at + count])
+            return ()
+        found = self._ready[self._at : self._at + count]
         self._at += len(found)
         if self._at >= len(self._ready):
-            self._ready, self._at = [], 0
+            self._ready, self._at = (), 0
         return found
 
     def _fill(self, timeout_s: float) -> bool:
@@ -95,7 +96,7 @@ class FeedSource(Source):
 
     def close(self) -> None:
         stream, self._stream = self._stream, None
-        self._ready, self._at = [], 0
+        self._ready, self._at = (), 0
         if stream is not None:
             stream.close()
 

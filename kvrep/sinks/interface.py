@@ -14,12 +14,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
 
+from kvrep.feeds.rows import Rows
 from kvrep.model.change import Change, Sequence
 from kvrep.model.event import Event
 from kvrep.model.position import Position
 from kvrep.model.record import Op
 
-__all__ = ["NOTHING", "DeadLetter", "Place", "Sink"]
+__all__ = ["NOTHING", "DeadLetter", "Place", "Sink", "ops_of"]
 
 NOTHING: Sequence = (0, 0, 0)
 """Before every change."""
@@ -70,6 +71,11 @@ class DeadLetter:
         return bool(self.keyspace)
 
 
+def ops_of(changes: SequenceOf[Change | Event]) -> SequenceOf[Op]:
+    """What changes do."""
+    return changes.ops if isinstance(changes, Rows) else [(c.keyspace, c.key, c.value) for c in changes]
+
+
 class Sink(ABC):
     """A secondary system that keeps a copy. ``url`` names it without secrets."""
 
@@ -79,6 +85,10 @@ class Sink(ABC):
     batch_changes: int = 0
     """How many changes fill a commit at the least, whatever the agent was told; and how many bytes."""
     batch_bytes: int = 0
+    snapshot_batches: int = 16
+    """A snapshot goes in larger pieces, since nobody waits for single rows of it: so many times what else fills a
+    commit, and ``snapshot_bytes`` at the least."""
+    snapshot_bytes: int = 4 << 20
 
     @property
     def own_lineage(self) -> str:
@@ -108,11 +118,11 @@ class Sink(ABC):
 
     def apply_changes(self, changes: SequenceOf[Change | Event]) -> None:
         """:meth:`apply`, with all that is known of the changes, for sinks that keep more of it."""
-        self.apply([(c.keyspace, c.key, c.value) for c in changes])
+        self.apply(ops_of(changes))
 
     def stage_changes(self, changes: SequenceOf[Change | Event]) -> None:
         """:meth:`stage` in the same way."""
-        self.stage([(c.keyspace, c.key, c.value) for c in changes])
+        self.stage(ops_of(changes))
 
     @abstractmethod
     def swap(self) -> None:

@@ -54,8 +54,14 @@ _HEADS = [b"\0\2" + length for length in _LENGTHS[: KEY_BYTES_MAX + 1]]
 class PostgresSink(SqlSink):
     """Tables in one schema of a database. Snapshots go in by COPY, changes as one upsert for each batch."""
 
-    rejecting = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+    rejecting = (
+        psycopg.DataError,
+        psycopg.IntegrityError,
+        psycopg.errors.ProgramLimitExceeded,
+        psycopg.errors.RaiseException,  # of a trigger: a rule of the user's, like a constraint
+    )
     mark: ClassVar[str] = "%s"
+    snapshot_batches, snapshot_bytes = 64, 8 << 20  # every commit waits for the server to come to its end
 
     def __init__(self, url: str, *, tables: Mapping[str, Table] | None = None) -> None:
         super().__init__(tables)
@@ -132,7 +138,7 @@ class PostgresSink(SqlSink):
         )
 
     def commit(self, place: Place) -> None:
-        with self._errors():
+        with self._whole():
             self._store_place(place)  # which ends a COPY first, as every statement does
             self._need().commit()
         self._version += 1
@@ -235,7 +241,6 @@ class PostgresSink(SqlSink):
             self._run("SAVEPOINT kvrep")
             name = self._name(table_name(keyspace) + STAGED)
             copying = self._copying = _Copying(self._need(), keyspace, name)
-        copying.ops += ops
         try:
             copying.write(ops)
         except self.rejecting as error:
@@ -257,7 +262,7 @@ class PostgresSink(SqlSink):
     def _go_the_long_way(self, copying: _Copying, error: BaseException) -> None:
         copying.give_up(error)
         self._run("ROLLBACK TO SAVEPOINT kvrep")
-        super().stage(copying.ops)
+        super().stage(copying.ops())
 
     def _give_up_copy(self) -> None:
         copying, self._copying = self._copying, None
@@ -317,7 +322,7 @@ class _Copying:
 
     def __init__(self, connection: psycopg.Connection[Any], keyspace: str, table: str) -> None:
         self.keyspace = keyspace
-        self.ops: list[Op] = []
+        self._blocks: list[bytes] = []
         """All that was written, in case it has to be written in another way."""
         self._context = connection.cursor().copy(
             f"COPY {table} (key, value) FROM STDIN (FORMAT BINARY)".encode()
@@ -327,17 +332,13 @@ class _Copying:
 
     def write(self, ops: Sequence[Op]) -> None:
         """Puts of this keyspace, a few megabytes at the most."""
-        parts: list[bytes] = []
-        for _, key, value in ops:
-            assert value is not None
-            length = len(value)
-            parts += (
-                _HEADS[len(key)],
-                key,
-                _LENGTHS[length] if length < 4096 else length.to_bytes(4, "big"),
-                value,
-            )
-        self._copy.write(b"".join(parts))
+        block = _block_of(ops)
+        self._blocks.append(block)
+        self._copy.write(block)
+
+    def ops(self) -> list[Op]:
+        """All that was written."""
+        return [op for block in self._blocks for op in _ops_of(block, self.keyspace)]
 
     def finish(self) -> None:
         """Return when the server has taken all of it."""
@@ -350,6 +351,37 @@ class _Copying:
             self._context.__exit__(type(error), error, None)
         except Exception as problem:  # also what the server says to it: it is over either way
             log.debug("ending a COPY: %s", problem)
+
+
+def _block_of(ops: Sequence[Op]) -> bytes:
+    """Puts as rows of two columns in PostgreSQL's binary format."""
+    parts: list[bytes] = []
+    for _, key, value in ops:
+        assert value is not None
+        length = len(value)
+        parts += (
+            _HEADS[len(key)],
+            key,
+            _LENGTHS[length] if length < 4096 else length.to_bytes(4, "big"),
+            value,
+        )
+    return b"".join(parts)
+
+
+def _ops_of(block: bytes, keyspace: str) -> Iterator[Op]:
+    """What :func:`_block_of` has made of puts of one keyspace."""
+    at = 0
+    while at < len(block):
+        key, at = _field(block, at + 2)
+        value, at = _field(block, at)
+        yield keyspace, key, value
+
+
+def _field(block: bytes, at: int) -> tuple[bytes, int]:
+    """A column that begins there, and where the next one does."""
+    begin = at + 4
+    end = begin + int.from_bytes(block[at:begin], "big")
+    return block[begin:end], end
 
 
 def _parsed(url: str) -> tuple[str, str, str]:
@@ -413,10 +445,12 @@ def _mapped(error: psycopg.Error, url: str, *, broken: bool) -> Error:
         return PeerUnavailable(
             text, address=url, hint="that server is a standby: give the address of its primary"
         )
+    function = "a function there fails, perhaps that of a trigger on the table: see the context in the text"
+    inside = bool(error.diag.context and "function" in error.diag.context)
     if state == "42501":
-        return PermissionDenied(text, hint="grant CREATE on the database (or schema) to the agent's user")
+        hint = "grant CREATE on the database (or schema) to the agent's user"
+        return PermissionDenied(text, hint=function if inside else hint)
     if broken or state[:2] in ("08", "57", "40", "55") or isinstance(error, psycopg.OperationalError):
         return PeerUnavailable(text, address=url, hint="the agent tries again by itself")
-    return ConfigurationMismatch(
-        text, option="to", given=url, hint="a table there does not have the columns that the keyspace needs"
-    )
+    hint = "a table there does not have the columns that the keyspace needs"
+    return ConfigurationMismatch(text, option="to", given=url, hint=function if inside else hint)

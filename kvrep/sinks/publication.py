@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack, get_args
 
@@ -234,14 +235,14 @@ class Publication(Running):
         self._publisher.wait(self._publisher.published, 1.0)
         self._note_confirmed(at_once=True)
 
-    def _poll(self, timeout_s: float) -> list[Change]:
+    def _poll(self, timeout_s: float) -> SequenceOf[Change]:
         assert self._stream is not None
         try:
             return self._stream.poll(timeout_s)
         except (LogTrimmed, Truncated) as error:
             log.warning("publication %s sends a snapshot: %s", self.name, error)
             self._go_to("")
-            return []
+            return ()
 
     def _send(self, change: Change) -> None:
         publisher = self._publisher

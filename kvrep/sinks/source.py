@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrep.model.change import Change
@@ -65,8 +66,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def receive(self, count: int, timeout_s: float) -> list[Incoming]:
-        """Up to ``count`` changes; waits up to ``timeout_s`` for the first one, else an empty list."""
+    def receive(self, count: int, timeout_s: float) -> Sequence[Incoming]:
+        """Up to ``count`` changes; waits up to ``timeout_s`` for the first one, else nothing."""
 
     @abstractmethod
     def settle(self, place: Place) -> None:

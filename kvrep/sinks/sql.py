@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
-from kvrep.errors import NotAStore, RejectedChange, StoreInUse
+from kvrep.errors import ConfigurationMismatch, NotAStore, RejectedChange, StoreInUse
 from kvrep.model.record import Op
 from kvrep.sinks.interface import NOTHING, DeadLetter, Place, Sink
 from kvrep.sinks.tables import Table, by_keyspace, table_name, table_of
@@ -87,6 +87,18 @@ class SqlSink(Sink):
 
     @abstractmethod
     def _delete(self, name: str, keys: list[Any], table: Table) -> None: ...
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """:meth:`_errors` of what takes effect as a whole: a refusal there cannot be told to one change."""
+        with self._errors():
+            try:
+                yield
+            except self.rejecting as error:
+                raise ConfigurationMismatch(
+                    f"{self.url}: {' '.join(str(error).split())}", option="to", given=self.url,
+                    hint="a constraint or trigger of a table there refuses rows: change it, or what the source holds",
+                ) from error  # fmt: skip
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -213,7 +225,7 @@ class SqlSink(Sink):
     # -- snapshots ---------------------------------------------------------------------------------
 
     def swap(self) -> None:
-        with self._errors():
+        with self._whole():
             self._begin()
             own = self._own()
             for name in own:

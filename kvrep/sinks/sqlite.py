@@ -90,7 +90,7 @@ class SqliteSink(SqlSink):
                 raise
 
     def commit(self, place: Place) -> None:
-        with self._errors():
+        with self._whole():
             self._begin()
             self._store_place(place)
             self._run("COMMIT")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kvrep.brokers.interface import Delivery, Message
+from kvrep.brokers.interface import Delivery, Message, headers_chars
 from kvrep.errors import ProtocolError, ValueTooLarge
 from kvrep.model.change import BEGIN, END, Sequence
 from kvrep.model.event import STRUCTURED, Event
@@ -130,8 +130,8 @@ def message_of(
         )
     if form == "binary":
         headers, body = event.to_binary(prefix)
-        if sum(len(name) + len(text) for name, text in headers.items()) <= HEADERS_BYTES_MAX:
-            return Message(body, key=key, headers=headers, id=event.id)
+        if headers_chars(headers) <= HEADERS_BYTES_MAX:
+            return Message(body, key=key, headers=headers, id=headers[prefix + "id"])
     return Message(event.to_json(), key=key, headers={"content-type": STRUCTURED}, id=event.id)
 
 
@@ -186,7 +186,7 @@ def parts_of(message: Message, event: Event, bytes_max: int) -> list[Message]:
 
     :class:`ValueTooLarge` when that would be too many pieces.
     """
-    around = sum(len(name) + len(text) for name, text in message.headers.items()) + PART_OVERHEAD_BYTES
+    around = headers_chars(message.headers) + PART_OVERHEAD_BYTES
     if len(message.body) + len(message.key) + around <= bytes_max:
         return [message]
     step = bytes_max - HEADERS_BYTES_MAX - PART_OVERHEAD_BYTES - len(message.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
@@ -18,6 +19,7 @@ from kvrep.errors import (
     RefusedError,
     UnknownOutcome,
 )
+from kvrep.feeds.changes import Changes
 from kvrep.feeds.selection import Transform
 from kvrep.feeds.serving import RemoteChanges
 from kvrep.model.change import Change
@@ -65,8 +67,8 @@ class Selected:
 class Stream(Protocol):
     """Changes behind a token, read by one thread."""
 
-    def poll(self, timeout_s: float = 1.0) -> list[Change]:
-        """The next changes; none after ``timeout_s`` without any."""
+    def poll(self, timeout_s: float = 1.0) -> Sequence[Change]:
+        """The next changes; none after ``timeout_s`` without any. Perhaps :class:`~kvrep.feeds.rows.Rows`."""
 
     def at(self) -> Position:
         """Everything through here was read."""
@@ -99,14 +101,15 @@ class Upstream(Protocol):
 
 
 class _LocalStream:
-    def __init__(self, changes: Any) -> None:
+    def __init__(self, changes: Changes) -> None:
         self._changes = changes
-        self.poll = changes.poll
         self.close = changes.close
 
+    def poll(self, timeout_s: float = 1.0) -> Sequence[Change]:
+        return self._changes._poll(timeout_s)
+
     def at(self) -> Position:
-        position: Position = self._changes.position
-        return position
+        return self._changes.position
 
 
 class Local:

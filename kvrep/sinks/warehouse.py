@@ -40,7 +40,7 @@ from kvrep.model.change import Change
 from kvrep.model.event import Event
 from kvrep.model.record import Op
 from kvrep.options import check_keyspace_name
-from kvrep.sinks.interface import DeadLetter, Place, Sink
+from kvrep.sinks.interface import DeadLetter, Place, Sink, ops_of
 from kvrep.sinks.lastrows import LastRows
 from kvrep.sinks.notes import Notes, Staged
 from kvrep.sinks.tables import Table, table_name, table_of
@@ -222,10 +222,10 @@ class WarehouseSink(Sink):
         self._add(ops, [_NOWHERE] * len(ops), staging=True)
 
     def apply_changes(self, changes: Sequence[Change | Event]) -> None:
-        self._add([(c.keyspace, c.key, c.value) for c in changes], list(map(_whence, changes)), staging=False)
+        self._add(ops_of(changes), list(map(_whence, changes)), staging=False)
 
     def stage_changes(self, changes: Sequence[Change | Event]) -> None:
-        self._add([(c.keyspace, c.key, c.value) for c in changes], list(map(_whence, changes)), staging=True)
+        self._add(ops_of(changes), list(map(_whence, changes)), staging=True)
 
     def _add(self, ops: Sequence[Op], whence: Sequence[Row], *, staging: bool) -> None:
         self._need()

@@ -444,7 +444,8 @@ def test_a_snapshot_row_that_comes_twice(make: Make) -> None:
     sink.unstage()
     sink.stage([("default", b"%d" % i, b"1") for i in range(10)])
     sink.stage([("other", b"x", b"1")])
-    sink.stage([("default", b"3", b"2"), ("default", b"new", b"2")])
+    sink.stage([("default", b"3", b"2"), ("default", b"new", b"1")])
+    sink.stage([("default", b"7", b"y" * 5000), ("default", b"new", b"2"), ("default", b"empty", b"")])
     sink.commit(Place(staging=True))
     sink.stage([("default", b"4", b"3"), ("default", b"4", b"4"), ("more", b"x", b"1")])
     sink.stage([("default", b"5", None)])
@@ -455,6 +456,8 @@ def test_a_snapshot_row_that_comes_twice(make: Make) -> None:
     expected = {b"%d" % i: b"1" for i in range(10)} | {
         b"3": b"2",
         b"new": b"2",
+        b"empty": b"",
+        b"7": b"y" * 5000,
         b"4": b"4",
         b"6": b"x" * 5000,
     }

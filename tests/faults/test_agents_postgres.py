@@ -163,6 +163,106 @@ def test_a_user_without_rights_and_a_table_that_does_not_fit(shared_postgres: Po
         assert connection.execute(f"SELECT * FROM {schema}.users".encode()).fetchall() == [(1, "Ada")]
 
 
+TABLE = """
+CREATE SCHEMA {schema};
+CREATE TABLE {schema}.default (key bytea PRIMARY KEY, value bytea);
+CREATE FUNCTION {schema}.look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$;
+CREATE {kind} TRIGGER look {when} INSERT OR UPDATE ON {schema}.default {deferred}
+  FOR EACH ROW EXECUTE FUNCTION {schema}.look();
+"""
+REFUSE = "IF NEW.value = 'bad' THEN RAISE EXCEPTION 'no room for %', NEW.key; END IF;"
+
+
+def with_trigger(server: PostgresServer, body: str, *, deferred: bool = False) -> str:
+    """The address of a schema whose table ``default`` has a trigger that does this."""
+    import psycopg
+
+    url = server.new_url()
+    made = TABLE.format(
+        schema=url.rpartition("=")[2], body=body, kind="CONSTRAINT" if deferred else "",
+        when="AFTER" if deferred else "BEFORE", deferred="INITIALLY DEFERRED" if deferred else "",
+    )  # fmt: skip
+    with psycopg.connect(url.partition("?")[0]) as connection:
+        connection.execute(made.encode())
+    return url
+
+
+def test_what_a_trigger_refuses_is_put_aside(tmp_path: Path, shared_postgres: PostgresServer) -> None:
+    """A row that a trigger raises at is a dead letter with what the trigger said; the rest of the batch goes on."""
+    url = with_trigger(shared_postgres, REFUSE)
+    with kvrep.open(tmp_path / "a") as db, agent_of(db, PostgresSink(url)) as agent:
+        agent.wait_for(db.put(b"k0", b"good"))
+        with db.batch() as batch:
+            for i in range(1, 9):
+                batch.put(b"k%d" % i, b"bad" if i == 5 else b"good")
+        assert batch.position is not None
+        agent.wait_for(batch.position)
+        assert agent.status().dead_letters == 1
+        expected = {key: value for key, value in db.scan() if value == b"good"}
+    sink = PostgresSink(url)
+    assert copy_of(sink) == {"default": expected}
+    sink.open()
+    [letter] = sink.dead_letters()
+    sink.close()
+    assert letter.key == b"k5"
+    assert "no room for" in letter.reason
+
+
+def test_a_trigger_that_fails_itself_is_named(shared_postgres: PostgresServer) -> None:
+    """What is wrong in a trigger's function ends in an error that says where, and does not blame the columns."""
+    import psycopg
+
+    plain = shared_postgres.url().partition("?")[0]
+    with psycopg.connect(plain) as connection:
+        connection.execute("CREATE ROLE clerk LOGIN PASSWORD 'clerk'")
+        connection.execute("GRANT CREATE ON DATABASE postgres TO clerk")
+        connection.execute("CREATE TABLE public.audit (key bytea)")
+    broken = with_trigger(shared_postgres, "INSERT INTO nowhere VALUES (NEW.key);")
+    custom = with_trigger(shared_postgres, "RAISE EXCEPTION 'not now' USING ERRCODE = 'KV001';")
+    denied = with_trigger(shared_postgres, "INSERT INTO public.audit VALUES (NEW.key);")
+    schema = denied.rpartition("=")[2]
+    with psycopg.connect(plain) as connection:
+        connection.execute(f"GRANT ALL ON SCHEMA {schema} TO clerk".encode())
+        connection.execute(f"GRANT ALL ON {schema}.default TO clerk".encode())
+    cases: list[tuple[str, type[kvrep.Error], str]] = [
+        (broken, kvrep.ConfigurationMismatch, "nowhere"),
+        (custom, kvrep.ConfigurationMismatch, "not now"),
+        (denied.replace("kvrep:secret", "clerk:clerk"), kvrep.PermissionDenied, "audit"),
+    ]
+    for url, kind, words in cases:
+        sink = PostgresSink(url)
+        sink.open()
+        with pytest.raises(kind, match=words) as caught:
+            sink.apply([("default", b"k", b"v")])
+        sink.close()
+        assert f"{url.rpartition('=')[2]}.look()" in caught.value.message
+        assert "trigger" in caught.value.hint
+        assert "columns" not in caught.value.hint
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at the swap", "at the commit"])
+def test_a_snapshot_that_a_trigger_refuses(
+    shared_postgres: PostgresServer,
+    deferred: bool,
+) -> None:
+    """Where no single change can be put aside, the error says what refuses the rows, and the old copy stays."""
+    from kvrep.sinks.interface import Place
+
+    url = with_trigger(shared_postgres, REFUSE, deferred=deferred)
+    sink = PostgresSink(url)
+    sink.open()
+    sink.apply([("default", b"k", b"old")])
+    sink.commit(Place())
+    sink.unstage()
+    sink.stage([("default", b"k", b"bad")])
+    with pytest.raises(kvrep.ConfigurationMismatch, match="no room for") as caught:
+        sink.swap()
+        sink.commit(Place())
+    assert "trigger" in caught.value.hint
+    sink.close()
+    assert copy_of(PostgresSink(url)) == {"default": {b"k": b"old"}}
+
+
 def test_no_transaction_stays_open_while_the_agent_is_idle(
     tmp_path: Path,
     shared_postgres: PostgresServer,

@@ -195,17 +195,20 @@ def test_what_follows_a_refused_message_comes_behind_it(
     broker.close()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["queue", "stream"])
 def test_what_waits_is_bounded_in_bytes(
-    shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
+    shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     """Large messages behind small ones: few are held, none is lost, and who needs more of them unacked gets more."""
     from kvrep.brokers.rabbitmq import subscriber as module
 
     monkeypatch.setattr(module, "BUFFER_BYTES", 1 << 20)
-    broker = brokers.connect(shared_rabbitmq.url(Site.topic()))
+    broker = brokers.connect(shared_rabbitmq.url(Site.topic(), stream=stream))
     publisher = broker.publisher()
     for n in range(1, 201):
         publisher.publish(Message(b"%d" % n + (b" " * 65_536 if n > 50 else b"")))
+        if stream:
+            publisher.flush(WAIT_S)  # what a stream got at one time is sent at one time
     publisher.flush(WAIT_S)
     peak = 0
     on_message = module.RabbitSubscriber._on_message
@@ -225,9 +228,41 @@ def test_what_waits_is_bounded_in_bytes(
         last |= {int(d.message.body): d for d in subscriber.receive(7, 0.1)}
     assert sorted(last) == list(range(1, 201))
     assert peak < (2 << 20) + (128 << 10)
-    subscriber.ack(last[200])
+    assert subscriber._link.reconnects == 1
+    subscriber.ack(last[120])
+    publisher.publish(Message(b"201"))
+    until(lambda: last.update({int(d.message.body): d for d in subscriber.receive(7, 0.1)}) or 201 in last)
+    for n in (122, *range(124, 202), 121):
+        subscriber.ack(last[n], through=False)
     subscriber.close()
-    assert broker.subscriber().receive(1, 0.3) == []
+    rest = {int(d.message.body) for d in read(broker.subscriber(), 79 if stream else 1)}
+    assert rest == (set(range(123, 202)) if stream else {123})
+    broker.close()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["queue", "stream"])
+def test_messages_above_the_bound_arrive(
+    shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Messages that are each larger than all that may wait come one by one."""
+    from kvrep.brokers.rabbitmq import subscriber as module
+
+    monkeypatch.setattr(module, "BUFFER_BYTES", 1 << 20)
+    broker = brokers.connect(shared_rabbitmq.url(Site.topic(), stream=stream))
+    publisher = broker.publisher()
+    for n in range(3):
+        publisher.publish(Message(b"%d" % n + b" " * (3 << 20)))
+        publisher.flush(WAIT_S)
+    subscriber: Any = broker.subscriber()
+    found: list[int] = []
+    for _ in range(3 + 2):  # what came before the connection was broken off comes again
+        for delivery in read(subscriber, 1):
+            found += numbers([delivery])
+            subscriber.ack(delivery)
+        if found[-1] == 2:
+            break
+    assert list(dict.fromkeys(found)) == [0, 1, 2]
+    assert subscriber._link.reconnects == 1
     broker.close()
 
 

@@ -311,6 +311,24 @@ def test_what_a_snapshot_could_not_bring_stays_put_aside(store_path: Path) -> No
     assert [x.key for x in _letters(sink)] == [b"000"]
 
 
+def test_rows_that_do_not_fit_are_told_apart_in_every_piece(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a snapshot in small pieces exactly the rows that do not fit are put aside, wherever they stand."""
+    monkeypatch.setattr("kvrep.feeds.changes.PIECE_ROWS", 7)
+    sink = MemorySink()
+    sink.poison = {b"poison"}
+    bad = {b"%03d" % i for i in (0, 6, 7, 8, 20, 48, 49)}
+    with kvrep.open(store_path) as db:
+        for i in range(50):
+            db.put(b"%03d" % i, b"poison" if b"%03d" % i in bad else b"good")
+        with agent_of(db, sink, batch_changes=1) as agent:
+            wait_current(agent, db)
+            assert agent.status().applied == 43
+        assert copy_of(MemoryView(sink)) == {"default": {k: v for k, v in db.scan() if k not in bad}}
+    assert {x.key for x in _letters(sink)} == bad
+
+
 def _letters(sink: MemorySink) -> list:  # type: ignore[type-arg]
     return list(sink._durable.letters.values())
 

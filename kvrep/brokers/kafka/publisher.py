@@ -79,13 +79,8 @@ class KafkaPublisher(BasePublisher):
         if message.headers:
             headers += message.headers.items()
         try:
-            self._producer.produce(
-                self._topic,
-                message.body,
-                message.key,
-                headers=headers,
-                on_delivery=on_delivery,
-            )
+            # By position, since keywords cost a dictionary: partition, callback, its other name, timestamp, headers.
+            self._producer.produce(self._topic, message.body, message.key, -1, on_delivery, None, 0, headers)
         except BufferError as error:
             raise Overloaded(f"{self._cluster.shown}: librdkafka's buffer is full") from error
         except ck.KafkaException as error:

@@ -1,8 +1,9 @@
-"""Reading a queue or stream. Deliveries wait in a list that the prefetch count bounds, that of a queue in bytes, too.
+"""Reading a queue or stream. Deliveries wait in a list that the prefetch count bounds, and a number of bytes.
 
 RabbitMQ bounds what it sends by a count alone. So when messages turn out to be large, the connection is given up
 (it would bring all that is on its way) and the next one asks for as many as fit. Whoever holds all of these without
-an ack and wants more, for the rest of something large, gets as many again.
+an ack and wants more, for the rest of something large, gets as many again, from a new consumer. Of a stream, RabbitMQ
+sends whole chunks: what publishers have written at one time arrives at one time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kvrep.errors import ClosedError, Error, OpenError, again
 __all__ = ["RabbitSubscriber"]
 
 OFFSET_HEADER = "x-stream-offset"
+_OFFSETS: dict[str | int | None, str] = {EARLIEST: "first", LATEST: "next"}
 BUFFER_BYTES = 16 << 20
 """Of deliveries that nobody has taken yet; twice as much ends the connection."""
 LATE_MESSAGES = 64
@@ -37,21 +39,30 @@ PERSISTENT = 2
 class RabbitSubscriber:
     """See :class:`kvrep.brokers.interface.Subscriber`.
 
-    A tag is (generation, delivery tag, offset in the stream); every connection is a generation of its own.
+    A tag is (generation, delivery tag); every connection is a generation of its own.
     """
 
     def __init__(self, place: Place, queue: str, group: str, start: str, prefetch: int) -> None:
         self._queue, self._prefetch, self._stream = queue, prefetch, place.stream
         self._position_queue = f"{queue}.{group}.position"
         self._start = _start(start)
+        """Of a stream: where the next connection begins, unless something was acked."""
         # Protects what follows; announces arrivals.
         self._changed = threading.Condition()
         self._arrived: deque[Delivery] = deque()
         self._outstanding = Outstanding()
         """Delivery tags of this generation."""
+        self._offsets: dict[int, int] = {}
+        """Of a stream: where they stand."""
         self._generation = 0
         self._window = prefetch
         """How many the broker was asked for."""
+        self._credit = prefetch
+        """How many of them may still come, at the most, before more are acked."""
+        self._first_tag, self._last_tag = 1, 0
+        """Of the present consumer's deliveries; of all."""
+        self._begin, self._last_offset = 0, -1
+        """The first offset of the present consumer; of the last delivery."""
         self._widening = False
         """As many again were asked for, and nothing has come since."""
         self._held = 0
@@ -91,13 +102,17 @@ class RabbitSubscriber:
             return found
 
     def _widen(self) -> None:
-        """All that a narrowed window brought was taken and waits for its ack: ask for as many again."""
+        """All that a narrowed window brought was taken and waits for its ack: ask for as many again.
+
+        Nothing is on its way then, which a consumer that is cancelled would refuse; of a stream nothing can be.
+        """
         with self._changed:
-            unacked = len(self._outstanding)
-            if self._arrived or self._widening or not self._window <= unacked < self._prefetch:
+            full = len(self._outstanding) >= self._prefetch
+            if self._arrived or self._widening or self._credit > 0 or full:
                 return
             self._widening = True
-        self._link.call(self._consume_anew)
+            generation = self._generation
+        self._link.call(partial(self._consume_anew, generation))
 
     def _ready(self) -> int:
         """How many may be handed out: a stream's chunks bring more than the prefetch count."""
@@ -105,7 +120,7 @@ class RabbitSubscriber:
         return min(arrived, self._prefetch - (len(self._outstanding) - arrived))
 
     def ack(self, delivery: Delivery, *, through: bool = True) -> None:
-        generation, tag, offset = delivery.tag
+        generation, tag = delivery.tag
         save = False
         with self._changed:
             if self.closed or generation != self._generation:
@@ -113,10 +128,12 @@ class RabbitSubscriber:
             tags = self._outstanding.ack(tag, through=through)
             if not tags:
                 return
-            done_through = self._outstanding.done_through
+            self._credit += sum(one >= self._first_tag for one in tags)
             self._changed.notify_all()
-            if self._stream and done_through is not None:
-                self._next = done_through + 1 + (offset - tag)  # offsets and tags grow alike
+            if self._stream:
+                for one in tags:
+                    del self._offsets[one]
+                self._next = next(iter(self._offsets.values()), self._last_offset + 1)
                 save, self._saving = not self._saving, True
         self._link.call(partial(self._send_acks, generation, tags, through))
         if save:
@@ -152,9 +169,8 @@ class RabbitSubscriber:
             self._generation += 1
         channel.add_on_cancel_callback(lambda _: self._link.break_off(f"{self._queue!r} was deleted"))
         if not self._stream:
-            self._consume_some(channel)
+            self._consume(channel)
             return
-        channel.basic_qos(prefetch_count=self._prefetch)
         channel.queue_declare(
             self._position_queue,
             durable=True,
@@ -162,28 +178,34 @@ class RabbitSubscriber:
             callback=lambda _: self._read_position(channel),
         )
 
-    def _consume_some(self, channel: Any) -> None:
-        """Ask for as many as fit; for all that are allowed while messages are small."""
+    def _consume(self, channel: Any, start: str | int | None = None) -> None:
+        """Ask for as many as fit, for all that are allowed while messages are small; of a stream from ``start`` on."""
         with self._changed:
             fit = BUFFER_BYTES // max(1, self._large)
-            self._window = max(1, min(self._prefetch, fit))
+            self._window = self._credit = max(1, min(self._prefetch, fit))
+            self._first_tag = self._last_tag + 1
+            self._begin = start if isinstance(start, int) else 0
+        offset = _OFFSETS.get(start, start)
         channel.basic_qos(prefetch_count=self._window)
-        self._consumer = channel.basic_consume(self._queue, self._on_message)
+        self._consumer = channel.basic_consume(
+            self._queue, self._on_message, arguments={OFFSET_HEADER: offset} if self._stream else None
+        )
 
-    def _consume_anew(self) -> None:
+    def _consume_anew(self, generation: int) -> None:
         """The window counts for each consumer: a new one has all of it."""
         channel = self._channel
-        if channel is not None and channel.is_open:
+        if channel is not None and channel.is_open and generation == self._generation:
             channel.basic_cancel(self._consumer)
-            self._consume_some(channel)
+            self._consume(channel, self._last_offset + 1 if self._stream else None)
 
     def _on_lost(self) -> None:
         """Everything that is not acked arrives again, what waits here included."""
         with self._changed:
             self._channel = None
-            self._held, self._widening = 0, False
+            self._held, self._widening, self._last_tag = 0, False, 0
             self._arrived.clear()
             self._outstanding.clear()
+            self._offsets.clear()
             self._generation += 1
             self._saving = False
 
@@ -213,10 +235,16 @@ class RabbitSubscriber:
         with self._changed:
             if self.closed:
                 return
-            if self._stream and isinstance(self._start, int) and offset < self._start:
-                self._channel.basic_ack(tag)  # the server starts at a whole chunk
-                return
+            self._last_tag = tag
+            if self._stream:
+                if offset < self._begin:
+                    self._channel.basic_ack(tag)  # the server starts at a whole chunk
+                    return
+                if self._start == LATEST:
+                    self._start = offset  # it is not acked yet: the next connection must not pass it over
+                self._offsets[tag] = self._last_offset = offset
             self._outstanding.add(tag)
+            self._credit -= 1
             self._held += len(body)
             self._large = max(len(body), self._large - self._large // LATE_MESSAGES)
             self._widening = False
@@ -225,12 +253,13 @@ class RabbitSubscriber:
                     message,
                     position=str(offset) if self._stream else "",
                     redelivered=bool(method.redelivered),
-                    tag=(self._generation, tag, offset),
+                    tag=(self._generation, tag),
                 )
             )
             self._changed.notify()
             too_much = self._held > 2 * BUFFER_BYTES and self._window * self._large > 2 * BUFFER_BYTES
-        if too_much and not self._stream:
+            alone = self._window == 1  # a message that is larger than the bound by itself
+        if too_much and not alone:
             self._link.break_off(f"messages of {self._queue!r} became larger: fewer at once from now on")
 
     # -- positions in a stream ---------------------------------------------------------------------
@@ -253,12 +282,8 @@ class RabbitSubscriber:
             return
         if method is not None:
             channel.basic_nack(method.delivery_tag, requeue=True)
-        self._consume(channel, int(body) if body.isdigit() else EARLIEST)
-
-    def _consume(self, channel: Any, start: str | int) -> None:
-        self._start = start
-        offset = {EARLIEST: "first", LATEST: "next"}.get(start, start) if isinstance(start, str) else start
-        channel.basic_consume(self._queue, self._on_message, arguments={OFFSET_HEADER: offset})
+        self._start = int(body) if body.isdigit() else EARLIEST
+        self._consume(channel, self._start)
 
     def _save_soon(self) -> None:
         channel = self._channel
