@@ -12,8 +12,8 @@ _SETTINGS = {
     "TOKIO_WORKER_THREADS": "2",
 }
 """Of pyarrow and deltalake, which look at it when they are loaded."""
-_LARGE_BYTES, _TOP_BYTES = 64 << 10, 128 << 10
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": (-3, 64 << 10), "MALLOC_TRIM_THRESHOLD_": (-1, 128 << 10)}
+"""Of glibc: the variable that sets one, its number for mallopt, and bytes."""
 
 
 def be_frugal() -> None:
@@ -24,13 +24,12 @@ def be_frugal() -> None:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
     import ctypes
 
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return
-    mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _TOP_BYTES)
+    for name, (number, threshold) in _THRESHOLDS.items():
+        if name not in os.environ:
+            mallopt(number, threshold)

@@ -35,6 +35,7 @@ Place = tuple[str, bytes]
 LOOK_UP_S = 0.25
 PIECE_ROWS = 1024
 PIECE_BYTES = 1 << 20
+ROWS_AT_ONCE = 128
 PINNED_S = 1.0
 PINNED_ROWS = 1 << 16
 
@@ -65,9 +66,9 @@ class Changes:
         self._reader = LogReader(node, selection, committed=committed)
         self._scan: _SnapshotScan | None = None
         self._piece: Sequence[Change] = ()
-        """What was read last."""
+        """What was read last, and is not begun to be handed out."""
         self._ready: Iterator[Change] = iter(())
-        """What of it was not handed out."""
+        """What is handed out one by one: of a list, since an interrupt would end an iterator that runs Python."""
         self._closed = False
         self._waits = False
         self._midway = False
@@ -88,6 +89,7 @@ class Changes:
             yield from self._ready
             if not self._fill(None):
                 return
+            self._begin_piece()
 
     def __next__(self) -> Change:
         while True:
@@ -95,18 +97,30 @@ class Changes:
                 return change
             if not self._fill(None):
                 raise StopIteration
+            self._begin_piece()
+
+    def _begin_piece(self) -> None:
+        """Hand out what was read one by one; rows of a snapshot some at a time, so that few stand in memory."""
+        piece, rest = self._piece, self._piece[:0]
+        if isinstance(piece, Rows):
+            piece, rest = piece[:ROWS_AT_ONCE], piece[ROWS_AT_ONCE:]
+        self._ready, self._piece = iter(list(piece)), rest
 
     def poll(self, timeout_s: float = 1.0) -> list[Change]:
         """The next changes, as many as one piece of the log holds (at least one record's); none when there
         are none after ``timeout_s``, or the end is reached (see :attr:`over`)."""
-        return list(self._poll(timeout_s))
+        changes = list(self._ready)
+        if not changes and self._fill(time.monotonic() + timeout_s):
+            changes = list(self._piece)
+            self._piece = ()
+        return changes
 
     def _poll(self, timeout_s: float) -> Sequence[Change]:
         """:meth:`poll`, with rows of a snapshot as :class:`Rows`."""
         changes = list(self._ready)
         if changes or not self._fill(time.monotonic() + timeout_s):
             return changes
-        piece, self._piece, self._ready = self._piece, (), iter(())
+        piece, self._piece = self._piece, ()
         return piece
 
     @property
@@ -138,7 +152,9 @@ class Changes:
         return self._scan is not None
 
     def _fill(self, deadline_s: float | None) -> bool:
-        """Have ``_ready`` hold something; False at the end or the deadline. Obeys Ctrl-C at once."""
+        """Have ``_piece`` hold something; False at the end or the deadline. Obeys Ctrl-C at once."""
+        if self._piece:
+            return True
         node = self._node
         if self._midway:
             raise ClosedError(
@@ -157,7 +173,7 @@ class Changes:
                 self._midway = False
                 raise
             if changes:
-                self._piece, self._ready = changes, iter(changes)
+                self._piece = changes
             self._waits = changes is None
             self._midway = False
             if changes:

@@ -132,8 +132,6 @@ class Agent(Running):
         self._batch = _Batch()
         self._letters: dict[tuple[str, bytes], list[int]] = {}
         self._letter_count = 0
-        self._outdated: list[int] = []
-        """Dead letters from before the snapshot that is arriving."""
         self._applied = self._commits = self._snapshots = 0
         self.delays = Delays()
         self._speed, self._growth = Rate(), Rate()
@@ -298,12 +296,11 @@ class Agent(Running):
                 self._flush()
                 self.sink.unstage()
                 batch.aside.clear()
-                self._outdated = [n for numbers in self._letters.values() for n in numbers]
+                self._forget_letters()
                 batch.staging = True
             elif kind == END and self._staging:
                 self._flush()
                 self.sink.swap()
-                self._forget_outdated()
                 batch.staging = False
                 self._snapshots += 1
             batch.last = one
@@ -359,11 +356,13 @@ class Agent(Running):
                 self._letter_count -= len(numbers)
                 self._batch.letters = True
 
-    def _forget_outdated(self) -> None:
-        """A snapshot replaced every key; those that it could not hold itself were put aside after its begin."""
-        if self._outdated:
-            self.sink.forget(self._outdated)
-            self._outdated = []
+    def _forget_letters(self) -> None:
+        """A snapshot begins that replaces every key: with one of them, an older value would come back."""
+        outdated = [number for numbers in self._letters.values() for number in numbers]
+        if outdated:
+            self.sink.forget(outdated)
+            self._letters.clear()
+            self._letter_count -= len(outdated)
             self._batch.letters = True
 
     def _put_aside(self, change: Change | Event, reason: str) -> None:

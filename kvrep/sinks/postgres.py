@@ -101,7 +101,7 @@ class PostgresSink(SqlSink):
         except psycopg.OperationalError as error:
             raise _refused(error, self.url) from error
         try:
-            with self._errors():
+            with self._whole():
                 yield
         except BaseException:
             self.close()

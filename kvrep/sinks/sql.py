@@ -90,14 +90,14 @@ class SqlSink(Sink):
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """:meth:`_errors` of what takes effect as a whole: a refusal there cannot be told to one change."""
+        """:meth:`_errors` where a refusal cannot be told to one change: of what takes effect as a whole, and tables."""
         with self._errors():
             try:
                 yield
             except self.rejecting as error:
                 raise ConfigurationMismatch(
                     f"{self.url}: {' '.join(str(error).split())}", option="to", given=self.url,
-                    hint="a constraint or trigger of a table there refuses rows: change it, or what the source holds",
+                    hint="a constraint or trigger there refuses that: change it, or what the source holds",
                 ) from error  # fmt: skip
 
     # -- writing -----------------------------------------------------------------------------------
@@ -171,16 +171,16 @@ class SqlSink(Sink):
     def _culprit(
         self, indexed: Sequence[tuple[int, Op]], suffix: str, error: BaseException
     ) -> RejectedChange:
-        """Which operation cannot be stored, by halving; nothing of them is stored afterwards."""
+        """Which operation cannot be stored behind those before it, by halving; nothing of them is stored afterwards."""
+        self._run("SAVEPOINT kvrep_half")
         while len(indexed) > 1:
             half = indexed[: len(indexed) // 2]
-            self._run("SAVEPOINT kvrep_half")
             try:
-                self._try(half, suffix)
+                self._try(half, suffix)  # and stays, since the other half may collide with it
                 indexed = indexed[len(indexed) // 2 :]
             except self.rejecting as found:
                 indexed, error = half, found
-            self._run("ROLLBACK TO SAVEPOINT kvrep_half")
+        self._run("ROLLBACK TO SAVEPOINT kvrep_half")
         index, (keyspace, key, _) = indexed[0]
         reason = " ".join(str(error).split())
         return RejectedChange(f"{keyspace}: {reason}", index=index, keyspace=keyspace, key=key)
@@ -202,8 +202,9 @@ class SqlSink(Sink):
         name = table_name(keyspace) + suffix
         if name not in self._known:
             table = self._table(keyspace)
-            self._create(name, table)
-            self._adopt(name, json.dumps(table.describe()))
+            with self._whole():
+                self._create(name, table)
+                self._adopt(name, json.dumps(table.describe()))
             self._known.add(name)
 
     def _adopt(self, name: str, mapping: str) -> None:
@@ -270,7 +271,7 @@ class SqlSink(Sink):
         """Insert the rows of ``staged`` into ``live``, and update those that differ."""
 
     def unstage(self) -> None:
-        with self._errors():
+        with self._whole():
             self._begin()
             for name in self._own():
                 if name.endswith(STAGED):

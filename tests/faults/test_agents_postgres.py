@@ -17,6 +17,7 @@ from tests.postgres_kit import PostgresServer, guarded, need_postgres
 
 need_postgres()
 
+from kvrep.sinks.interface import Place  # noqa: E402
 from kvrep.sinks.postgres import PostgresSink  # noqa: E402
 
 
@@ -206,6 +207,32 @@ def test_what_a_trigger_refuses_is_put_aside(tmp_path: Path, shared_postgres: Po
     sink.close()
     assert letter.key == b"k5"
     assert "no room for" in letter.reason
+
+
+def test_what_forbids_tables_is_named(shared_postgres: PostgresServer) -> None:
+    """An event trigger that raises at new or dropped tables is a typed error with its words, whenever it comes."""
+    import psycopg
+
+    with psycopg.connect(shared_postgres.url().partition("?")[0], autocommit=True) as connection:
+        connection.execute("CREATE DATABASE frozen")
+    url = shared_postgres.url("copy", database="frozen")
+    sink = PostgresSink(url)
+    sink.open()
+    sink.stage([("staged", b"k", b"v")])
+    sink.commit(Place(staging=True))
+    with psycopg.connect(url.partition("?")[0]) as connection:
+        connection.execute(
+            "CREATE FUNCTION public.no() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'tables are frozen'; END $$"
+        )
+        connection.execute("CREATE EVENT TRIGGER no ON ddl_command_start EXECUTE FUNCTION public.no()")
+    ops = [("default", b"%d" % i, b"v") for i in range(3)]
+    other = PostgresSink(shared_postgres.url("other", database="frozen"))
+    for act in (lambda: sink.apply(ops), lambda: sink.stage(ops), sink.unstage, other.open):
+        with pytest.raises(kvrep.ConfigurationMismatch, match="tables are frozen"):
+            act()
+        sink.rollback()
+    sink.close()
 
 
 def test_a_trigger_that_fails_itself_is_named(shared_postgres: PostgresServer) -> None:

@@ -240,6 +240,32 @@ def test_what_waits_is_bounded_in_bytes(
     broker.close()
 
 
+def test_who_wants_more_before_a_stream_is_read_again_misses_nothing(
+    shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a window was taken when the connection broke: what is not acked comes again, whenever one asks for it."""
+    from kvrep.brokers.rabbitmq.subscriber import RabbitSubscriber
+
+    broker = brokers.connect(shared_rabbitmq.url(Site.topic(), stream=True))
+    publisher = broker.publisher()
+    for n in range(1, 6):
+        publisher.publish(Message(b"%d" % n))
+    publisher.flush(WAIT_S)
+    subscriber: Any = broker.subscriber(prefetch=5)
+    assert numbers(read(subscriber, 5)) == [1, 2, 3, 4, 5]
+    begin = RabbitSubscriber._read_position
+
+    def asked_meanwhile(self: Any, channel: Any) -> None:
+        self.receive(1, 0.0)
+        begin(self, channel)
+
+    monkeypatch.setattr(RabbitSubscriber, "_read_position", asked_meanwhile)
+    subscriber._link.call(lambda: subscriber._link.break_off("a test"))
+    until(lambda: subscriber._link.reconnects == 1)
+    assert numbers(read(subscriber, 5)) == [1, 2, 3, 4, 5]
+    broker.close()
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["queue", "stream"])
 def test_messages_above_the_bound_arrive(
     shared_rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch, stream: bool

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 import kvrep
 from kvrep.sinks.agent import Agent, retry_dead_letters
 from kvrep.sinks.feed import FeedSource
+from kvrep.sinks.interface import Place
 from kvrep.sinks.memory import MemorySink
 from kvrep.sinks.running import AgentState
 from kvrep.sinks.sqlite import SqliteSink
@@ -327,6 +331,61 @@ def test_rows_that_do_not_fit_are_told_apart_in_every_piece(
             assert agent.status().applied == 43
         assert copy_of(MemoryView(sink)) == {"default": {k: v for k, v in db.scan() if k not in bad}}
     assert {x.key for x in _letters(sink)} == bad
+
+
+def test_of_two_rows_that_collide_the_later_one_is_put_aside(tmp_path: Path) -> None:
+    """Rows of one batch that a constraint allows only one of: the later is the dead letter, and no other row is."""
+    path = tmp_path / "copy.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute('CREATE TABLE "default" (key BLOB PRIMARY KEY, value BLOB UNIQUE) WITHOUT ROWID')
+    with kvrep.open(tmp_path / "a") as db, agent_of(db, SqliteSink(str(path))) as agent:
+        wait_current(agent, db)
+        with db.batch() as batch:
+            for i in range(40):
+                batch.put(b"%02d" % i, b"same" if i in (3, 30) else b"%d" % i)
+        assert batch.position is not None
+        agent.wait_for(batch.position)
+        expected = {key: value for key, value in db.scan() if key != b"30"}
+    assert copy_of(SqliteSink(str(path))) == {"default": expected}
+    with SqliteSink(str(path)) as sink:
+        sink.open()
+        assert [letter.key for letter in sink.dead_letters()] == [b"30"]
+
+
+class Ending(MemorySink):
+    """Its commits fail for good after so many."""
+
+    left = 1 << 30
+
+    def commit(self, place: Place) -> None:
+        if not self.left:
+            raise RuntimeError("no more commits")
+        self.left -= 1
+        super().commit(place)
+
+
+def test_a_snapshot_settles_the_dead_letters_before_it_though_its_agent_ends(store_path: Path) -> None:
+    """A dead letter of a key that is gone must not come back by a retry: the snapshot settles it, whoever ends it."""
+    sink = Ending()
+    sink.poison = {b"poison"}
+    with kvrep.open(store_path) as db:
+        for i in range(100):
+            db.put(b"%03d" % i, b"good")
+        with agent_of(db, sink) as agent:
+            agent.wait_for(db.put(b"gone", b"poison"))
+        assert [x.key for x in _letters(sink)] == [b"gone"]
+        del db[b"gone"]
+        sink._durable.place = replace(sink._durable.place, token="")
+        sink.left = 2
+        with agent_of(db, sink, batch_changes=1) as agent:
+            wait_until(lambda: agent.status().state is AgentState.FAILED, "it ends")
+        assert sink._durable.place.staging
+        sink.left = 1 << 30
+        with agent_of(db, sink, batch_changes=1) as agent:
+            wait_current(agent, db)
+            assert agent.status().consistent
+        assert copy_of(MemoryView(sink)) == content(db)
+    assert _letters(sink) == []
 
 
 def _letters(sink: MemorySink) -> list:  # type: ignore[type-arg]

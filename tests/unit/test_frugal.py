@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from kvrep.cli.frugal import _SETTINGS, be_frugal
 
 PROGRAM = """
 import sys
@@ -36,3 +39,20 @@ def test_free_blocks_go_back_to_the_system() -> None:
     if usual < 100:
         pytest.skip("this C library gives such blocks back by itself")
     assert mib_left("frugal") < usual - 80
+
+
+def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold that somebody has set is left alone, each for itself."""
+    said: list[int] = []
+    monkeypatch.setattr(
+        "ctypes.CDLL", lambda _: SimpleNamespace(mallopt=lambda number, _: said.append(number))
+    )
+    for name in _SETTINGS:
+        monkeypatch.setenv(name, "x")
+    trim, mmap = -1, -3
+    for name, left in (("MALLOC_TRIM_THRESHOLD_", [mmap]), ("MALLOC_MMAP_THRESHOLD_", [trim])):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "1000000")
+            be_frugal()
+        assert said == left
+        said.clear()

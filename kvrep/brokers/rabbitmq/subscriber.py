@@ -203,6 +203,9 @@ class RabbitSubscriber:
         with self._changed:
             self._channel = None
             self._held, self._widening, self._last_tag = 0, False, 0
+            self._credit = (
+                self._prefetch
+            )  # or receive() would ask for more before the next consumer has begun
             self._arrived.clear()
             self._outstanding.clear()
             self._offsets.clear()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvrep
 from kvrep import Change
 from kvrep.feeds import changes as module
+from kvrep.feeds.changes import Changes
+from kvrep.model.change import ROW_INDEX
 
 WAIT_S = 20.0
 Copy = dict[tuple[str, bytes], bytes]
@@ -368,3 +372,48 @@ def test_a_token_inside_of_a_transaction_inside_of_a_snapshot(db: kvrep.Store) -
             assert [c.key for c in [*rest.poll(), *rest.poll()] if not c.snapshot] == [
                 c.key for c in found[i + 1 :]
             ]
+
+
+def _one_by_one(stream: Changes) -> Iterator[Change]:
+    yield from stream
+
+
+def _next(stream: Changes) -> Iterator[Change]:
+    while True:
+        yield next(stream)
+
+
+def _polled(stream: Changes) -> Iterator[Change]:
+    while True:
+        yield from stream.poll()
+
+
+@pytest.mark.parametrize("read", [_one_by_one, _next, _polled])
+def test_an_interrupt_while_a_row_is_made_loses_none(
+    memory_store: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Changes], Iterator[Change]]
+) -> None:
+    """Ctrl-C while a row becomes a change, as it is looked at, is raised, and the next read goes on without a gap."""
+    monkeypatch.setattr(module, "PIECE_ROWS", 7)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+    interrupts = {ROW_INDEX + number for number in (2, 5, 6, 11, 20)}
+
+    def made(kind: Any, fields: Any) -> Any:
+        if fields[1] in interrupts:
+            interrupts.remove(fields[1])
+            raise KeyboardInterrupt
+        return tuple.__new__(kind, fields)
+
+    monkeypatch.setattr("kvrep.feeds.rows._new", made)
+    with kvrep.open(memory_store) as db:
+        for i in range(25):
+            db.put(b"%02d" % i, b"v")
+        found: list[Change] = []
+        with db.changes(snapshot=True) as stream:
+            while not found or found[-1].kind != "end":
+                with suppress(KeyboardInterrupt):
+                    for change in read(stream):
+                        found.append(change)
+                        if change.kind == "end":
+                            break
+        assert [c.key for c in found if c.kind == "put"] == [key for key, _ in db.scan()]
+    assert not interrupts
