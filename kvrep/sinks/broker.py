@@ -31,6 +31,8 @@ ASK_TIMEOUT_S = 5.0
 WINDOW = 500
 WINDOW_MAX = 5000
 """Deliveries that are received and not acknowledged, which stand in memory."""
+PARKED_MAX, PARKED_OF_PARTITIONS_MAX = 300, 8000
+"""Events that wait for one before them. Of a topic with partitions megabytes come from one, then from another."""
 ASK_INTERVAL_MAX_S = 60.0
 SILENT_S = 60.0
 """A publisher that sends marks does so every few seconds; without any for so long it is away."""
@@ -47,8 +49,9 @@ class _Received(NamedTuple):
 class BrokerSource(Source):
     """Events of one topic. What is missing for longer than ``gap_wait_s`` is asked for from the publisher.
 
-    ``parked_max`` events wait for one before them at the most; when there are more, all of them are let go, since
-    what is asked for comes with everything behind it. A message is acknowledged once its event has taken effect.
+    ``parked_max`` events wait for one before them at the most (300; where topics have partitions 8000); when there are
+    more, all of them are let go, since what is asked for comes with everything behind it. A message is acknowledged
+    once its event has taken effect.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class BrokerSource(Source):
         *,
         topic: str = "",
         group: str = "agent",
-        parked_max: int = 300,
+        parked_max: int | None = None,
         parked_bytes_max: int = 16 << 20,
         gap_wait_s: float = 1.0,
         ask_interval_s: float = 5.0,
@@ -66,7 +69,9 @@ class BrokerSource(Source):
         self._broker = broker
         self._topic = topic or broker.topic
         self._group = group
-        self._parked_max, self._parked_bytes_max = parked_max, parked_bytes_max
+        self._partitions: bool = getattr(broker, "has_partitions", False)  # brokers of others need not tell
+        self._parked_max = parked_max or (PARKED_OF_PARTITIONS_MAX if self._partitions else PARKED_MAX)
+        self._parked_bytes_max = parked_bytes_max
         self._gap_wait_s, self._ask_interval_s = gap_wait_s, ask_interval_s
         self.window: int = WINDOW
         self._subscriber: Subscriber | None = None
@@ -104,7 +109,8 @@ class BrokerSource(Source):
     def open(self, place: Place) -> None:
         self.close()
         self._start(place)
-        self._subscriber = self._broker.subscriber(self._topic, group=self._group, prefetch=self.window)
+        prefetch = self.window + (self._parked_max if self._partitions else 0)
+        self._subscriber = self._broker.subscriber(self._topic, group=self._group, prefetch=prefetch)
 
     def receive(self, count: int, timeout_s: float) -> list[Incoming]:
         assert self._subscriber is not None

@@ -156,3 +156,23 @@ def test_a_cluster_that_stands_still(
             status = agent.status()
         assert (status.snapshots, status.dead_letters, status.consistent) == (1, 0, True)
         assert copy_of(sink_at(secondary)) == content(db)
+
+
+def test_a_backlog_over_several_partitions(tmp_path: Path, shared_kafka: KafkaCluster) -> None:
+    """Where each key has its own order, an agent meets many events of one partition before those of another that
+    precede them: they wait, and nothing is asked for again."""
+    topic, secondary = shared_kafka.url(Site.topic()) + "?partitions=4", f"sqlite:{tmp_path / 'copy.db'}"
+    with kvrep.open(tmp_path / "a") as db:
+        db.put(b"k", b"0")
+        with publication_of(db, topic, tmp_path / "place", one_line=False).start() as publication:
+            with agent_of(topic, secondary) as agent:
+                wait_until(lambda: agent.status().consistent, "it has the snapshot")
+            for i in range(4000):
+                db.submit_put(b"%d" % (i % 500), b"%d" % i)
+            last = db.put(b"end", b"1")
+            wait_until(lambda: publication.status().backlog == 0, "all is sent", 60)
+            with Agent(BrokerSource(brokers.connect(topic), gap_wait_s=60.0), secondary) as agent:
+                agent.wait_for(last, 60)
+                status = agent.status()
+        assert (status.asked, status.snapshots, status.dead_letters) == (0, 0, 0)
+        assert copy_of(sink_at(secondary)) == content(db)

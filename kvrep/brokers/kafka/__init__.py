@@ -37,6 +37,9 @@ def connect(url: BrokerUrl) -> KafkaBroker:
 class KafkaBroker(BaseBroker):
     """See :class:`kvrep.brokers.interface.Broker`."""
 
+    has_partitions = True
+    """What comes first in a topic need not arrive first, unless it has the same key."""
+
     def __init__(self, url: BrokerUrl) -> None:
         super().__init__(url, topic=url.path, options=OPTIONS)
         if not url.hosts:
