@@ -80,7 +80,7 @@ class Shipping:
         """The join is verified: what the follower holds counts from here on."""
         hello = session.hello
         assert hello is not None
-        if not self.followers.join(session):
+        if not self.followers.join(session, at):
             return
         if hello.name:
             self.slots.note(
