@@ -168,8 +168,8 @@ class Shipping:
         self.leadership.tick(now)
         self.degrading.tick(now)
         self.configuring.count_myself()
-        self.slots.expire(set(self.followers.streams()))
         self.spools.tick()
+        self.slots.expire(self.spools.users() | set(self.followers.streams()))
         self.slots.save()
         self.lags.look(self._confirmed())
 
