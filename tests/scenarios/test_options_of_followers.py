@@ -65,6 +65,8 @@ def test_a_new_follower_of_another_rule_is_refused(
                 with pytest.raises(ConfigurationMismatch) as caught:
                     wait()
                 assert (caught.value.option, caught.value.given, caught.value.stored) == (option, given, kept)
+            with pytest.raises(ConfigurationMismatch):
+                c.follow(a.address)  # it would follow nobody all the same
             assert c.status().last_offset == 0
             assert state(a.status()) == before
         with kvrep.open(tmp_path / "c", name="c", follow=a.address, **FAST) as c:
