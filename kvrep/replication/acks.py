@@ -167,9 +167,11 @@ class CommitTracker:
         if synced is not None and any(store_id in rule.others for rule in self._rules()):
             self._kept[store_id] = synced
 
-    def forget(self, store_id: bytes) -> None:
-        """A voter that had left is given another copy: what it confirmed before, it may not hold any more."""
-        self._kept.pop(store_id, None)
+    def forget(self, store_id: bytes, above: int = 0) -> None:
+        """A voter that had left does not hold any more what it confirmed ``above`` that offset: it is given
+        another copy, or comes back with less."""
+        if self._kept.get(store_id, 0) > above:
+            self._kept[store_id] = above
 
     # Configurations.
 

@@ -133,7 +133,8 @@ class CoordinatedNode:
     def step_down(self, reason: str, epoch: int) -> None:
         roles = self._node.roles
         if not self._node.coordinator.automatic:
-            return  # by hand there is always a promise behind it, which has fenced this node: it looks for the other
+            roles.seek()  # by hand a node leaves when it is fenced, or has seen the other primary itself
+            return
         with roles.changing(FETCH_TIMEOUT_S):
             shipping = self._node.shipping
             if shipping is None:

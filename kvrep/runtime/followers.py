@@ -107,11 +107,14 @@ class Followers:
             old.end(Refused(reason="closing", message="a newer stream of the same store took over"))
         return None
 
-    def join(self, stream: FollowerSession) -> bool:
-        """What that follower holds counts from here on; False when its stream is over already."""
+    def join(self, stream: FollowerSession, at: int) -> bool:
+        """What that follower holds, records through ``at`` now, counts from here on; False when its stream is over
+        already."""
         with self.lock:
             if self._closed or self._streams.get(stream.store_id) is not stream:
                 return False
+            if self.tracker is not None:
+                self.tracker.forget(stream.store_id, above=at)
             self.joined[stream.store_id] = stream
             self._engine.committer.on_written = self.wake_for_write
             return True

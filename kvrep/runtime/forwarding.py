@@ -147,6 +147,7 @@ class Forwarder:
 
     def order(self, item: Forward) -> None:
         """Queue it and return at once. Raises what refuses it; then it was not sent."""
+        self._node.freshness.need_following()  # else it would be done, and never be readable here
         with self._changed:
             if self._stopped:
                 raise ClosedError("the store is closed")

@@ -269,6 +269,7 @@ class Node:
         }
         write = engine.start_epoch(epoch, payload, prepare)
         self.ack_timeout_s = configuration.ack_timeout_s
+        self.unchecked = False  # this node has given its group the configuration
         return write
 
     def first_configuration(self) -> Configuration:

@@ -449,6 +449,9 @@ class Replaying:
                 case Grant(granted):
                     stream.send(Credit(bytes_granted=granted))
                 case Join(welcome):
+                    if self.node.unchecked and not is_broker_url(connection.address):
+                        # Nothing is acked yet, so it cannot have made us a voter.
+                        raise ReplicationError(f"{connection.address} was no primary yet when it was asked")
                     with self._lock:
                         receiver.probe(_now_us())
                     self.engine.adopt_lineage(welcome.lineage)

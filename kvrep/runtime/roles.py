@@ -117,12 +117,14 @@ class Roles:
         """Become, or stay, a follower: of the node at ``address`` from now on.
 
         Raises :class:`LineageMismatch` when the node there is known to hold another store, ``OpenError`` for
-        an address that is none; then nothing has changed.
+        an address that is none, and on a follower that has given up what made it give up; then nothing has
+        changed.
         """
         check_address(address)
         self._need_transport()
         self._check_source(address)
         with self.changing(SETTLE_S):
+            self.node.freshness.need_following()
             self.go_after(address)
 
     def go_after(self, address: str) -> None:

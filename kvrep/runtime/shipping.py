@@ -80,7 +80,7 @@ class Shipping:
         """The join is verified: what the follower holds counts from here on."""
         hello = session.hello
         assert hello is not None
-        if not self.followers.join(session):
+        if not self.followers.join(session, at):
             return
         if hello.name:
             self.slots.note(
@@ -168,8 +168,8 @@ class Shipping:
         self.leadership.tick(now)
         self.degrading.tick(now)
         self.configuring.count_myself()
-        self.slots.expire(set(self.followers.streams()))
         self.spools.tick()
+        self.slots.expire(self.spools.users() | set(self.followers.streams()))
         self.slots.save()
         self.lags.look(self._confirmed())
 

@@ -486,6 +486,10 @@ class Spools:
         """Whether a follower gets, or may come back for, a copy."""
         return any(store_id in s.users for s in list(self._spools))
 
+    def users(self) -> set[bytes]:
+        """All followers that get, or may come back for, a copy."""
+        return {i for spool in list(self._spools) for i in list(spool.users)}
+
     def joined(self, store_id: bytes) -> None:
         """A follower joined with its log: its copy has served."""
         with self._lock:

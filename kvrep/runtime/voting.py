@@ -90,6 +90,7 @@ class Voting:
             return actions
 
         self._event(ask)
+        self._do_pending(self._known()[0])
         return answers[0]
 
     def _on_promise(self, request: PromiseRequest) -> PromiseReply:

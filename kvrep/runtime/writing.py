@@ -176,6 +176,8 @@ class Writing:
         reached = shipping.followers.copies_at(write.offset) if shipping is not None and position else 1
         needed = self._engine.configuration.copies
         ahead = shipping.followers.too_far(write.offset) if shipping is not None and position else ""
+        if ahead:
+            needed = max(needed, reached + 1)
         raise AckTimeout(
             f"the write at {position} is logged here;"
             f" {ahead or f'{reached} of {needed} copies confirmed it in time'}",

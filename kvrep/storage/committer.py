@@ -602,10 +602,13 @@ class Committer:
 
     @property
     def ordered(self) -> int:
-        """The offset of the last write in order; without a lock, so one that is moving may be missed."""
-        group = self._group
-        taken = len(group.writes) if group is not None and not group.written(self.log) else 0
-        return self.log.tail.offset + taken + len(self._ordered) + len(self._behind)
+        """The offset that the last write in order has, or will have."""
+        with self._order:  # or a leader that takes them meanwhile would hide them
+            group, last = self._group, self.log.tail.offset
+            taken = 0
+            if group is not None and (group.tail is None or group.tail.offset > last):
+                taken = len(group.writes)
+            return last + taken + len(self._ordered) + len(self._behind)
 
     @property
     def durable(self) -> int:

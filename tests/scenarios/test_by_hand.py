@@ -84,6 +84,27 @@ def test_a_primary_by_hand_is_not_deposed_by_an_election(tmp_path: Path) -> None
             again.wait_for(a.put(b"k", b"v"), WAIT_S)
 
 
+def test_a_primary_by_hand_that_hears_of_a_newer_one_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has promised nothing, so nothing fences it yet: it asks the voters at once, not when it is their turn."""
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=0, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", listen="127.0.0.1:0", follow=a.address, **FAST) as b,
+    ):
+        voters(writable(a), "a", "b")
+        home, sought = b._node.engine.home, threading.Event()
+        monkeypatch.setattr(a._node.roles, "seek", sought.set)
+        newer = Question(
+            purpose="lead", store_id=home.store_id, name="b", address=b.address, lineage=home.lineage,
+            epoch=epoch_after(a.status().epoch, 2), begun=True,
+        )  # fmt: skip
+        answer = Answer.from_wire(call(a, "ask", newer.to_wire()))
+        assert answer.alive is not None
+        assert answer.alive.name == "b"
+        assert sought.is_set()
+
+
 def test_one_node_that_elects_among_nodes_by_hand(tmp_path: Path) -> None:
     """It joins as one of them, leaves the primary in peace while that lives, and replaces it with their promises."""
     peers = {name: free_address() for name in "abc"}

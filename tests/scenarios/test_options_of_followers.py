@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_quorum import Group
 
 import kvrep
 from kvrep import ConfigurationMismatch
+from kvrep.runtime import service
 from kvrep.runtime.node import Node
 from tests.replication_kit import FAST, WAIT_S, same, until, voters, writable
 
@@ -62,6 +65,8 @@ def test_a_new_follower_of_another_rule_is_refused(
                 with pytest.raises(ConfigurationMismatch) as caught:
                     wait()
                 assert (caught.value.option, caught.value.given, caught.value.stored) == (option, given, kept)
+            with pytest.raises(ConfigurationMismatch):
+                c.follow(a.address)  # it would follow nobody all the same
             assert c.status().last_offset == 0
             assert state(a.status()) == before
         with kvrep.open(tmp_path / "c", name="c", follow=a.address, **FAST) as c:
@@ -85,6 +90,39 @@ def test_a_wait_that_is_under_way_ends_at_once(tmp_path: Path) -> None:
                     await c.get(b"k", max_staleness_s=1.0)
 
         asyncio.run(wait())
+
+
+def test_what_is_forwarded_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    """Else the group would do it, and the caller never learn so: it cannot become readable here."""
+    with (
+        kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", **GROUP, **FAST) as a,
+        kvrep.open(tmp_path / "b", name="b", follow=a.address, **GROUP, **FAST),
+        kvrep.open(tmp_path / "c", name="c", follow=a.address, forward_writes=True, acks=0, **FAST) as c,
+    ):
+        last = writable(a).put(b"k", b"v")
+        refused(c)
+        with pytest.raises(ConfigurationMismatch):
+            c.put(b"k", b"c")
+        with pytest.raises(ConfigurationMismatch):
+            c.submit_put(b"k", b"c")
+        assert a.position == last
+
+
+def test_a_founder_is_not_compared_with_its_own_group(tmp_path: Path) -> None:
+    """Its options were the first configuration. Once it follows another node, a rule that was changed stops it not."""
+    group = Group(tmp_path, "abc", acks="majority")
+    try:
+        for name in "abc":
+            group.start(name)
+        founder = group.nodes[(name := group.write(b"k", b"1")[0])]
+        voters(founder, "a", "b", "c")
+        founder.reconfigure(acks=1)
+        founder.switchover(next(other for other in "abc" if other != name), timeout_s=WAIT_S)
+        _, position = group.write(b"k", b"2")
+        founder.wait_for(position, WAIT_S)
+        assert founder.status().source is not None
+    finally:
+        group.close()
 
 
 def test_equal_options_are_fine_and_stay_so(tmp_path: Path) -> None:
@@ -112,6 +150,28 @@ def test_a_group_that_is_not_there_yet(tmp_path: Path) -> None:
         until(lambda: (s := c.status().source) is not None and s.state == "waiting")
         with kvrep.open(tmp_path / "a", name="a", listen=address, **FAST):
             assert "acks=1" in refused(c).problem
+
+
+def test_who_becomes_primary_after_it_was_asked_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A follower that says that it is none, and then welcomes the new node as primary, does not make it a voter."""
+    asked: list[kvrep.Status] = []
+    status_of = service.status_of
+
+    def follower_at_first(node: Node, **options: Any) -> kvrep.Status:
+        status = status_of(node, **options)
+        asked.append(status)
+        return replace(status, role=kvrep.Role.FOLLOWER) if len(asked) == 1 else status
+
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=0, **FAST) as a:
+        writable(a).put(b"k", b"v")
+        monkeypatch.setattr(service, "status_of", follower_at_first)
+        with kvrep.open(tmp_path / "c", name="c", follow=a.address, acks="all", **FAST) as c:
+            assert "acks=0" in refused(c).problem
+            assert len(asked) >= 2
+            assert c.status().last_offset == 0
+        assert a.status().voters == ("a",)
 
 
 @pytest.mark.parametrize("failure", [kvrep.StorageFailed("its disk"), ConfigurationMismatch("its own")])

@@ -418,6 +418,8 @@ class Session:
         )
         self._stream.to_follower(welcome)
         self._feeding.joined[self.hello.store_id] = self
+        if self._feeding.tracker is not None:
+            self._feeding.tracker.forget(self.hello.store_id, above=plan.at.offset)
         self.pump()
 
     # -- hearing -----------------------------------------------------------------------------------

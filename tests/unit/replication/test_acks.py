@@ -23,7 +23,8 @@ def group(names: str, acks: Acks = "majority", lag: int = 0) -> Configuration:
 
 
 def play(tracker: CommitTracker, script: str) -> None:
-    """``a 5``: a is durable through 5; ``-b``: b left; ``~b``: b gets another copy; ``propose 7 abc 1`` (or
+    """``a 5``: a is durable through 5; ``-b``: b left; ``~b``: b gets another copy; ``~b 5``: b comes back with so
+    much; ``propose 7 abc 1`` (or
     ``abc 0 3``, with a bound of 3); each with ``= committed``."""
     for line in script.strip().splitlines():
         event, _, expected = line.partition("=")
@@ -32,7 +33,7 @@ def play(tracker: CommitTracker, script: str) -> None:
             rule: Acks = int(words[3]) if words[3].isdecimal() else words[3]  # type: ignore[assignment]
             tracker.propose(int(words[1]), group(words[2], rule, int(words[4]) if len(words) > 4 else 0))
         elif words[0].startswith("~"):
-            tracker.forget(words[0][1:].encode())
+            tracker.forget(words[0][1:].encode(), *map(int, words[1:]))
         elif words[0].startswith("-"):
             tracker.left(words[0][1:].encode())
         elif words[0] == "a":
@@ -79,6 +80,8 @@ def test_the_rule(names: str, acks: Acks, script: str) -> None:
         ("abc", 3, "a 9 = 3\n b 4 = 7\n -b = 7\n a 20 = 7\n c 2 = 7\n c 6 = 9\n b 5 = 9\n b 8 = 11"),
         ("ab", 3, "a 20 = 3\n b 9 = 12\n -b = 12\n b 2 = 12\n -b = 12\n b 8 = 12\n b 11 = 14"),
         ("abc", 3, "b 9 = 0\n a 5 = 5\n -b = 5\n a 8 = 8\n ~b = 8\n a 20 = 8\n c 6 = 9\n b 7 = 10"),
+        # It counts from the moment in which it is known, before the first ack, and whether or not one comes.
+        ("ab", 3, "b 9 = 0\n a 9 = 9\n -b = 9\n ~b 5 = 9\n a 20 = 9\n -b = 9\n ~b 7 = 9\n b 7 = 10"),
         # Neither a witness nor a stranger could be promoted with it.
         ("abC", 3, "a 9 = 3\n c 9 = 3\n x 9 = 3\n b 1 = 4"),
         # Nobody else has data: nothing is bounded, as nothing could be saved.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,10 +71,10 @@ def followers(committer: Committer) -> Followers:
     return table
 
 
-def joined(followers: Followers, name: str) -> Any:
+def joined(followers: Followers, name: str, at: int = 0) -> Any:
     stream: Any = Stream(name)
     assert followers.admit(stream) is None
-    assert followers.join(stream)
+    assert followers.join(stream, at)
     return stream
 
 
@@ -88,7 +89,7 @@ def test_only_streams_that_have_joined_count(followers: Followers, committer: Co
     assert not followers.acked(early, ack(5))
     replaced = joined(followers, "b")
     assert [r.reason for r in early.ended] == ["closing"]
-    assert not followers.join(early)
+    assert not followers.join(early, 0)
     assert not followers.leave(early)
     newest = joined(followers, "b")
     assert not followers.acked(replaced, ack(5))
@@ -98,6 +99,22 @@ def test_only_streams_that_have_joined_count(followers: Followers, committer: Co
     assert followers.leave(newest)
     assert not followers.acked(newest, ack(9))
     assert committer.committed == 7
+
+
+def test_a_voter_that_comes_back_with_less(followers: Followers) -> None:
+    """A disk was put back: what it confirmed before does not count for the bound on the lag, before its first ack."""
+    rule = replace(RULE, acks=0, lag_records_max=2)
+    followers.begin(tracker := CommitTracker(rule, b"a", epoch_start=1, committed=0))
+    assert followers.rule(10) == 2
+    stream = joined(followers, "b")
+    assert followers.acked(stream, ack(6))
+    assert tracker.committed == 8
+    assert followers.leave(stream)
+    assert tracker.too_far((), 8) is None
+    assert followers.leave(joined(followers, "b", at=3))
+    assert tracker.too_far((), 8) == (3, 2)
+    assert followers.leave(joined(followers, "b", at=6))
+    assert tracker.too_far((), 8) == (3, 2), "more is believed once it is acked"
 
 
 def test_nothing_is_committed_without_an_epoch(followers: Followers, committer: Committer) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import kvrep
 from kvrep.runtime import slots as slots_module
 from kvrep.runtime.slots import UNNAMED_KEPT_S, Slots
+from kvrep.transport.interface import SnapshotRequest
 
 
 def noted(path: Path) -> Slots:
@@ -114,3 +117,28 @@ def test_a_save_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCapt
     directory.mkdir()
     slots.save(now=True)
     assert len(Slots(directory / "SLOTS")) == 2
+
+
+def test_a_copy_that_takes_long_keeps_its_slot(memory_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unnamed follower that has been copied to for longer than such slots live finds the log that it needs."""
+    with kvrep.open(memory_store, listen="127.0.0.1:0") as db:
+        db.put(b"k", b"v")
+        shipping = db._node.shipping
+        assert shipping is not None
+        follower = b"f" * 16
+        spool = shipping.spools.take(SnapshotRequest(store_id=follower, name=""))
+        long_after = time.monotonic() + 2 * UNNAMED_KEPT_S
+        monkeypatch.setattr(
+            slots_module, "time", SimpleNamespace(monotonic=lambda: long_after, time=time.time)
+        )
+
+        shipping._tick()
+        assert shipping.slots.get(follower) is not None
+
+        shipping.spools.give_back(spool, follower)
+        shipping.spools.joined(follower)
+        monkeypatch.setattr(
+            slots_module, "time", SimpleNamespace(monotonic=lambda: 2 * long_after, time=time.time)
+        )
+        shipping._tick()
+        assert shipping.slots.get(follower) is None
