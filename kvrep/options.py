@@ -12,10 +12,10 @@ from kvrep.coordinators import CoordinatorChoice, Etcd, Quorum
 from kvrep.errors import ConfigurationMismatch
 from kvrep.model.configuration import Acks, check_acks
 from kvrep.model.position import OFFSET_MAX
+from kvrep.model.record import KEY_BYTES_MAX
 
 __all__ = ["KEY_BYTES_MAX", "OpenOptions", "Options", "check_keyspace_name"]
 
-KEY_BYTES_MAX = 511
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

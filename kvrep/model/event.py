@@ -20,6 +20,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from kvrep.errors import ProtocolError
 from kvrep.model.change import BEGIN, DELETE, EMIT, END, PUT, ROW_INDEX, Change, ChangeKind, Sequence
 from kvrep.model.position import EPOCH_MAX, OFFSET_MAX, Position
+from kvrep.model.record import KEY_BYTES_MAX
 
 __all__ = ["STRUCTURED", "Event"]
 
@@ -203,6 +204,8 @@ class Event:
             key = unquote_to_bytes(quoted)
             if not (keyspace and slash and key):
                 raise ValueError(f"subject {subject[:80]!r} is not keyspace/key")
+            if len(key) > KEY_BYTES_MAX:
+                raise ValueError(f"a key of {len(key)} bytes")
         elif kind == EMIT:
             topic = unquote_to_bytes(subject).decode()
         event = cls(

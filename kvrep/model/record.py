@@ -12,6 +12,7 @@ from kvrep.model.sessions import Origin
 __all__ = [
     "DEFAULT_KEYSPACE",
     "FEEDS_KEYSPACE",
+    "KEY_BYTES_MAX",
     "Kind",
     "Op",
     "Record",
@@ -24,6 +25,9 @@ __all__ = [
 DEFAULT_KEYSPACE = "default"
 FEEDS_KEYSPACE = "kvrep:feeds"
 """Where named feeds keep their places. No user's keyspace can have a colon in its name."""
+
+KEY_BYTES_MAX = 511
+"""What LMDB takes."""
 
 Op = tuple[str, bytes, bytes | None]
 """One operation: (keyspace, key, value); a value of ``None`` deletes the key."""

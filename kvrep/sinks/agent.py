@@ -292,6 +292,8 @@ class Agent(Running):
             if kind == PUT or kind == DELETE:  # noqa: PLR1714, SIM109 (a set costs twice as much here)
                 changes.append(one)
                 size += len(one.key) + len(one.value or b"") + 32
+                if one.before:
+                    size += len(one.before)
             elif kind == BEGIN:
                 self._flush()
                 self.sink.unstage()

@@ -36,6 +36,8 @@ class Ordered(Protocol):
     def previous(self) -> Sequence | None: ...
     @property
     def value(self) -> bytes | None: ...
+    @property
+    def before(self) -> bytes | None: ...
 
 
 E = TypeVar("E", bound=Ordered)
@@ -147,7 +149,7 @@ class Inbox(Generic[E]):
         )
 
     def _park(self, event: E) -> Offer[E]:
-        size = len(event.value or b"")
+        size = _size(event)
         if len(self._order) >= self._parked_max or (self._order and self._bytes + size > self._bytes_max):
             return Offer(Verdict.FULL)
         insort(self._order, event.sequence)
@@ -168,6 +170,10 @@ class Inbox(Generic[E]):
                 released.append(event)
             count += 1
         for sequence in self._order[:count]:
-            self._bytes -= len(self._parked.pop(sequence).value or b"")
+            self._bytes -= _size(self._parked.pop(sequence))
         del self._order[:count]
         return released
+
+
+def _size(event: Ordered) -> int:
+    return len(event.value or b"") + len(event.before or b"")

@@ -153,6 +153,14 @@ def test_mangled_events_raise_one_error() -> None:
             Event.from_json(made)
 
 
+def test_keys_that_no_store_has_are_no_events() -> None:
+    """A key of 511 bytes comes back, and one above, which only a forged event has, is refused."""
+    longest = Event.from_change(LINEAGE, put(key=b"k" * 511))
+    assert Event.from_binary(*longest.to_binary()) == longest
+    with pytest.raises(kvrep.ProtocolError, match="a key of 512 bytes"):
+        Event.from_json(Event.from_change(LINEAGE, put(key=b"k" * 512)).to_json())
+
+
 def test_the_envelope_of_debezium() -> None:
     """Rows are r, new keys c, others u, deletes d; values in base64 or as the caller decodes them."""
 

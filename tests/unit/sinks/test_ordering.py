@@ -22,6 +22,7 @@ class Item:
     kind: ChangeKind = PUT
     lineage: str = "aa"
     value: bytes | None = b"v"
+    before: bytes | None = None
 
 
 def chain(*sequences: Sequence, after: Sequence | None = (1001, 1, 0)) -> list[Item]:
@@ -138,6 +139,12 @@ def test_the_room_is_bounded_in_number_and_bytes() -> None:
     big = Item((1001, 9, 0), (1001, 8, 0), value=b"x" * 100)
     assert box.offer(big).verdict is Verdict.PARKED, "one is always taken"
     assert box.offer(Item((1001, 8, 0), (1001, 7, 0))).verdict is Verdict.FULL
+
+    box = inbox(parked_bytes_max=10)
+    former = Item((1001, 9, 0), (1001, 8, 0), before=b"x" * 100)
+    assert box.offer(former).verdict is Verdict.PARKED
+    assert box.parked_bytes == 101
+    assert box.offer(Item((1001, 8, 0), (1001, 7, 0))).verdict is Verdict.FULL, "former values count"
 
 
 steps = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans()), min_size=1, max_size=40)
