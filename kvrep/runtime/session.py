@@ -321,10 +321,11 @@ class FollowerSession:
             commit_linger_s=COMMIT_LINGER_S,
             now=now,
         )
-        # Once the Welcome has left, the reader may get an ack and the sender may ship: both are ready.
+        # Once the Welcome is in the outbox, the reader may get an ack, which must find this stream among those that
+        # count, and the sender may ship.
+        self._shipping.joined(self, plan.at.offset)
         self._outbox.append(welcome)
         self._feeding = True
-        self._shipping.joined(self, plan.at.offset)
         self._signal.set()
 
     def on_closed(self, error: Exception | None) -> None:

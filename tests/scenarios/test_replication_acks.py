@@ -14,6 +14,8 @@ import pytest
 import kvrep
 from kvrep import AckTimeout, NotEnoughFollowers, Outcome
 from kvrep.cli.status import render
+from kvrep.runtime.session import FollowerSession
+from kvrep.runtime.shipping import Shipping
 from kvrep.transport.network import GrpcTransport
 from tests.replication_kit import FAST, WAIT_S, NodeProcess, processes, proxy, until, voters, writable
 
@@ -362,3 +364,24 @@ def test_what_a_voter_with_durability_os_acks_is_on_its_disk(tmp_path: Path) -> 
         for i in range(50):
             position = p.put(b"k", b"%d" % i)
             assert f._node.engine.committer.log.synced >= position.offset
+
+
+def test_a_follower_counts_before_it_is_welcomed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the primary takes to note a join, no ack can arrive before: the first one is not lost."""
+    welcomed: list[bool] = []
+    real = Shipping.joined
+
+    def slow(shipping: Shipping, session: FollowerSession, at: int) -> None:
+        session._signal.set()  # the sender looks at what there is to send
+        for _ in range(50):
+            welcomed.append(bool(session._outbox) or session._feeding)
+            time.sleep(0)
+        real(shipping, session, at)
+
+    monkeypatch.setattr(Shipping, "joined", slow)
+    with kvrep.open(tmp_path / "a", name="a", listen="127.0.0.1:0", acks=1, **FAST) as a:
+        with kvrep.open(tmp_path / "b", name="b", follow=a.address, **FAST) as b:
+            writable(a)
+            b.wait_for(a.put(b"k", b"v"), WAIT_S)
+    assert welcomed
+    assert not any(welcomed)
