@@ -271,9 +271,7 @@ class Replaying:
         """Compare this new node's options with its group's before it joins: it might vote at once."""
         try:
             answer = connection.call("status", {}, self.options.heartbeat_timeout_s)
-        except (
-            Error
-        ) as error:  # the peer's, whatever it is: what fails here ends us, what fails there does not
+        except Error as error:  # the peer's own failures do not end us
             raise ReplicationError(f"{connection.address} does not say where it stands: {error}") from error
         try:
             status = answer["status"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -322,24 +323,25 @@ def test_a_stream_that_says_nothing_is_ended(pair: Any) -> None:
 
 
 def test_a_follower_of_another_store_is_told_and_does_not_hurry(tmp_path: Path, pair: Any) -> None:
-    """Another lineage: a clear problem, the state says refused, and retries are seconds apart, not a loop."""
+    """Another lineage: a clear problem, the state says refused, and each retry waits twice as long as the last."""
     p, _ = pair
     with kvrep.open(tmp_path / "q", name="q", listen="127.0.0.1:0", **FAST) as q:
         with kvrep.open(tmp_path / "c", name="c", follow=q.address, **FAST) as c:
             c.wait_for(q.put(b"mine", b"1"), WAIT_S)
-    sessions: list[str] = []
+    came: list[float] = []
     service = p._node.shipping
     original = service.open_session
-    service.open_session = lambda peer: (sessions.append(peer), original(peer))[1]
-    options = {**FAST, "reconnect_backoff_max_s": 2.0}
+    service.open_session = lambda peer: (came.append(time.monotonic()), original(peer))[1]
+    options = {**FAST, "reconnect_backoff_max_s": 0.4}
     with kvrep.open(tmp_path / "c", name="c", follow=p.address, **options) as c:
         until(lambda: c.status().source.state == "refused")
         assert "another store" in c.status().source.problem
         assert not c.status().source.connected
         assert c.get(b"mine") == b"1"
-        seen = len(sessions)
-        threading.Event().wait(1.0)
-        assert len(sessions) - seen <= 3
+        until(lambda: len(came) > 6)
+        gaps = [after - before for before, after in itertools.pairwise(came)]
+        for gap, limit in zip(gaps, (0.1, 0.2, 0.4, 0.4, 0.4, 0.4), strict=False):
+            assert gap >= limit / 2
         assert c.status().source.state == "refused"
 
 
