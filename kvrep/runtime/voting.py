@@ -164,7 +164,8 @@ class Voting:
     def _act(self, node: NodeView, actions: list[Action]) -> None:
         """Begin what the election wants. Under the lock: must not wait."""
         del node
-        self._pending += [action for action in actions if isinstance(action, StepDown)]
+        # The newest is enough: stepping down twice is stepping down once.
+        self._pending = [action for action in actions if isinstance(action, StepDown)] or self._pending
 
     def _do_pending(self, node: NodeView) -> None:
         with self._lock:
